@@ -1,0 +1,276 @@
+//! The seam between a decoder and a device.
+//!
+//! A backend owns memory and runs operations in order. Everything is taken at start
+//! (`allocate`, `load`, `kv_cache`); the operations allocate nothing. Activations are
+//! matrices `[rows, width]` whose capacity is fixed and whose rows in use are set for each step.
+//! Operations are queued: they may return before the device is done; [`Backend::read`] and
+//! [`Backend::sample`] wait for what they need.
+//!
+//! Invariant, on the CPU bit for bit: a row of a result depends on that row's inputs alone, never
+//! on what else is in the batch or how a sequence was cut into steps.
+
+use crate::batch::Batch;
+use bytes::Bytes;
+
+/// Why a device cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Memory does not suffice.
+    #[error("{device} has no room for {what}: {needed} bytes needed, {free} free")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// What was to be placed.
+        what: String,
+        /// Bytes asked for.
+        needed: u64,
+        /// Bytes there are.
+        free: u64,
+    },
+    /// The device failed.
+    #[error("{device} failed: {reason}")]
+    Failed {
+        /// The device.
+        device: String,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// Element type of stored weights and KV blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// 32-bit float.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    F16,
+}
+
+impl Element {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+/// A piece of a stored matrix, usually inside a memory map. Nothing is copied to describe it.
+#[derive(Clone, Debug)]
+pub struct HostMatrix {
+    /// Bytes from the first element of the first row to the last of the last.
+    pub data: Bytes,
+    /// Element type of `data`.
+    pub element: Element,
+    /// Rows (outputs).
+    pub rows: usize,
+    /// Columns (inputs) that are used of each row.
+    pub cols: usize,
+    /// Elements from one row's start to the next one's; `>= cols`.
+    pub row_stride: usize,
+}
+
+/// Shape of the KV blocks of one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Blocks in the pool.
+    pub blocks: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// Key and value heads of this rank.
+    pub local_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Stored as.
+    pub element: Element,
+}
+
+impl KvLayout {
+    /// Bytes that one block takes over all layers, keys and values.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.layers
+            * self.block_size
+            * self.local_kv_heads
+            * self.head_dim
+            * self.element.bytes()
+    }
+}
+
+/// What attention needs beyond the batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Layer whose blocks are read.
+    pub layer: usize,
+    /// Query heads of this rank; a multiple of the layout's `local_kv_heads`.
+    pub local_heads: usize,
+    /// Factor on q·k, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// How many last positions a token sees, itself included; `None` is all.
+    pub sliding_window: Option<u32>,
+}
+
+/// Memory and operations of one device.
+///
+/// In all operations `q`, `k`, `v` live side by side in one matrix `qkv` of width
+/// `(local_heads + 2 * local_kv_heads) * head_dim`: all query heads, then keys, then values.
+pub trait Backend: Send + 'static {
+    /// An activation matrix in device memory. Elements are what the backend computes in (f32 on the CPU).
+    type Tensor: Send + std::fmt::Debug;
+    /// A weight matrix `[out, in]`, or a vector as `[1, n]`.
+    type Weight: Send + std::fmt::Debug;
+    /// The KV block pool.
+    type KvCache: Send + std::fmt::Debug;
+    /// A batch's index arrays on the device.
+    type DeviceBatch: Send + std::fmt::Debug;
+
+    /// The device as the operator would name it.
+    fn name(&self) -> String;
+
+    /// Total and free bytes of the device's memory.
+    fn memory(&self) -> (u64, u64);
+
+    /// An activation matrix for up to `rows` rows of `width` elements, zeroed.
+    fn allocate(&self, rows: usize, width: usize) -> Result<Self::Tensor, DeviceError>;
+
+    /// Puts the `parts`, stacked by rows, on the device. On the CPU a part may stay where it is.
+    ///
+    /// `store` asks for another element type than the parts have (rounding to nearest even).
+    fn load(&self, parts: &[HostMatrix], store: Element) -> Result<Self::Weight, DeviceError>;
+
+    /// Takes memory for the KV blocks.
+    fn kv_cache(&self, layout: KvLayout) -> Result<Self::KvCache, DeviceError>;
+
+    /// Memory for the index arrays of the largest step.
+    fn batch(
+        &self,
+        max_tokens: usize,
+        max_rows: usize,
+        max_blocks: usize,
+    ) -> Result<Self::DeviceBatch, DeviceError>;
+
+    /// Hands a step's index arrays to the device.
+    fn upload(&self, host: &Batch, device: &mut Self::DeviceBatch) -> Result<(), DeviceError>;
+
+    /// Sets how many rows of `tensor` are in use.
+    fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize);
+
+    /// `out[t] = table[token_ids[t] - first_token]`, or zero where the token is not in this part of the table.
+    fn embed(
+        &self,
+        batch: &Self::DeviceBatch,
+        table: &Self::Weight,
+        first_token: u32,
+        out: &mut Self::Tensor,
+    );
+
+    /// `out = x / rms(x) * weight`, by row; `rms(x) = sqrt(mean(x^2) + eps)`.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Weight, eps: f32, out: &mut Self::Tensor);
+
+    /// `residual += x`, then `out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &self,
+        x: &Self::Tensor,
+        residual: &mut Self::Tensor,
+        weight: &Self::Weight,
+        eps: f32,
+        out: &mut Self::Tensor,
+    );
+
+    /// RMSNorm over each head of the query and key parts of `qkv`, in place (Qwen3).
+    fn head_norm(
+        &self,
+        qkv: &mut Self::Tensor,
+        heads: Heads,
+        weights: (&Self::Weight, &Self::Weight),
+        eps: f32,
+    );
+
+    /// `out = x · weightᵀ (+ bias)`. `[rows, in] × [out, in] → [rows, out]`
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        out: &mut Self::Tensor,
+    );
+
+    /// Rotates the query and key parts of `qkv` by the tokens' positions, halves paired (the layout of published
+    /// checkpoints): `table` is `[positions, head_dim]`, cos of `head_dim / 2` frequencies and then sin.
+    fn rope(
+        &self,
+        batch: &Self::DeviceBatch,
+        table: &Self::Tensor,
+        heads: Heads,
+        qkv: &mut Self::Tensor,
+    );
+
+    /// Copies the key and value parts of `qkv` to the batch's slots of one layer.
+    fn write_kv(
+        &self,
+        batch: &Self::DeviceBatch,
+        layer: usize,
+        qkv: &Self::Tensor,
+        heads: Heads,
+        cache: &mut Self::KvCache,
+    );
+
+    /// Causal attention of the query part of `qkv` over each row's blocks, the new tokens included.
+    /// `out: [tokens, local_heads * head_dim]`
+    fn attend(
+        &self,
+        batch: &Self::DeviceBatch,
+        attention: &Attention,
+        qkv: &Self::Tensor,
+        cache: &Self::KvCache,
+        out: &mut Self::Tensor,
+    );
+
+    /// `out = silu(gate) * up`, `gate_up: [rows, 2 * n]` holding gate then up. `out: [rows, n]`
+    fn silu_mul(&self, gate_up: &Self::Tensor, out: &mut Self::Tensor);
+
+    /// `out[i] = x[logit_tokens[i]]`.
+    fn gather_logit_rows(
+        &self,
+        batch: &Self::DeviceBatch,
+        x: &Self::Tensor,
+        out: &mut Self::Tensor,
+    );
+
+    /// Copies a host matrix into `tensor`, `[rows, width]`, setting its rows (rotary tables, tests).
+    fn write(&self, values: &[f32], tensor: &mut Self::Tensor) -> Result<(), DeviceError>;
+
+    /// Waits for `tensor` and copies its rows in use to the host, `[rows, width]` (tests, host collectives).
+    fn read(&self, tensor: &Self::Tensor, values: &mut Vec<f32>) -> Result<(), DeviceError>;
+
+    /// Chooses and scores tokens: one request per entry, each naming its row of `logits` `[rows, width]`,
+    /// of which the first `vocab` columns count. Waits for the result.
+    fn sample(
+        &self,
+        logits: &mut Self::Tensor,
+        vocab: usize,
+        requests: &[crate::sampling::SampleRequest],
+    ) -> Result<Vec<crate::sampling::SampleResult>, DeviceError>;
+}
+
+/// The heads in a `qkv` matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads of this rank.
+    pub local_heads: usize,
+    /// Key and value heads of this rank.
+    pub local_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Width of `qkv`.
+    pub fn qkv_width(self) -> usize {
+        (self.local_heads + 2 * self.local_kv_heads) * self.head_dim
+    }
+}

@@ -1,0 +1,73 @@
+//! Collectives between the ranks of one group.
+//!
+//! As mean as NCCL on purpose: a collective does not notice a dead peer. It ends when all ranks
+//! have entered it, or when [`Abort::abort`] is called from another thread; then it returns
+//! [`CommError::Aborted`] and the buffers hold anything. Recovery belongs to the coordinator.
+
+use kernels::backend::Backend;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Why a collective did not finish.
+#[derive(Debug, thiserror::Error)]
+pub enum CommError {
+    /// The coordinator ended the epoch.
+    #[error("the collective was aborted")]
+    Aborted,
+    /// Not all ranks came in time while the communicator was formed.
+    #[error("only {joined} of {world_size} ranks joined the communicator within {}s", .limit.as_secs_f32())]
+    Incomplete {
+        /// Ranks that came.
+        joined: u32,
+        /// Ranks expected.
+        world_size: u32,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// Memory, device or library failed.
+    #[error("the communicator failed: {0}")]
+    Failed(String),
+}
+
+/// Ends collectives from another thread.
+#[derive(Clone, Debug, Default)]
+pub struct Abort(Arc<AtomicBool>);
+
+impl Abort {
+    /// Every collective under way or entered later returns [`CommError::Aborted`].
+    pub fn abort(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether [`Self::abort`] was called.
+    pub fn is_aborted(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Collectives over one backend's tensors. All ranks call the same operations in the same order.
+pub trait Comm<B: Backend>: Send {
+    /// `x = sum over ranks of x`, summed in rank order so that all ranks hold the same bits.
+    fn all_reduce_sum(&mut self, backend: &B, x: &mut B::Tensor) -> Result<(), CommError>;
+
+    /// `out[row] = part_0[row] ++ part_1[row] ++ …`: `part: [rows, n]`, `out: [rows, world_size * n]`.
+    fn all_gather(
+        &mut self,
+        backend: &B,
+        part: &B::Tensor,
+        out: &mut B::Tensor,
+    ) -> Result<(), CommError>;
+
+    /// Time inside collectives since the last call, and the part of it spent waiting for other ranks.
+    fn take_timings(&mut self) -> CommTimings;
+}
+
+/// Where the time in collectives went, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommTimings {
+    /// Inside collectives, waiting included.
+    pub total_us: u64,
+    /// Waiting for a slower rank.
+    pub wait_us: u64,
+}

@@ -1,0 +1,8 @@
+//! What machines, devices, ranks and partitions there are; every control message and the link
+//! that carries it; how shard processes are started.
+//!
+//! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`wire`].
+
+pub mod ids;
+pub mod model_shape;
+pub mod wire;

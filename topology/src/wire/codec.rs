@@ -1,0 +1,159 @@
+//! Messages to bytes and back, with limits.
+//!
+//! A frame is a `u32` length (little endian) and a bincode body. Lengths are checked before memory
+//! is taken, trailing bytes are refused, and before any frame a fixed [`Preamble`] settles
+//! that both ends are the same build.
+
+use super::{MAX_FRAME_BYTES, StepPlan, WIRE_VERSION, plan::PlanDigest};
+use bincode::{Decode, Encode, config};
+use sha2::{Digest, Sha256};
+
+/// Why bytes are not a message.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WireError {
+    /// The other end is not a cluster process.
+    #[error("the peer does not speak the cluster's protocol (wrong magic)")]
+    Magic,
+    /// The other end is another version.
+    #[error(
+        "the peer speaks wire version {theirs}, this process {ours}; use the same binary everywhere"
+    )]
+    Version {
+        /// This process's version.
+        ours: u32,
+        /// The peer's version.
+        theirs: u32,
+    },
+    /// The other end is another build.
+    #[error(
+        "the peer is build {theirs}, this process is build {ours}; use the same binary everywhere"
+    )]
+    Build {
+        /// This process's build.
+        ours: String,
+        /// The peer's build.
+        theirs: String,
+    },
+    /// A frame or preamble ended early, or goes on after its message.
+    #[error("the frame is malformed: {0}")]
+    Malformed(String),
+    /// A frame is longer than the limit.
+    #[error("a frame of {0} bytes is above the limit of {MAX_FRAME_BYTES}")]
+    TooLong(usize),
+}
+
+/// The first bytes of a connection, in a layout that never changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preamble {
+    /// Wire version.
+    pub version: u32,
+    /// Identifies the build: the first bytes of a hash over version and source revision.
+    pub build: [u8; 16],
+}
+
+const MAGIC: [u8; 8] = *b"cluster\n";
+
+impl Preamble {
+    /// Length in bytes on the wire.
+    pub const BYTES: usize = 28;
+
+    /// This process's preamble.
+    pub fn ours() -> Self {
+        let mut build = [0; 16];
+        build.copy_from_slice(&Sha256::digest(build_text().as_bytes())[..16]);
+        Self {
+            version: WIRE_VERSION,
+            build,
+        }
+    }
+
+    /// To bytes.
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&self.version.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.build);
+        bytes
+    }
+
+    /// Accepts the peer's preamble only if it is of this version and build.
+    pub fn check(self, peer: &[u8; Self::BYTES]) -> Result<(), WireError> {
+        if peer[..8] != MAGIC {
+            return Err(WireError::Magic);
+        }
+        let mut version = [0; 4];
+        version.copy_from_slice(&peer[8..12]);
+        let theirs = u32::from_le_bytes(version);
+        if theirs != self.version {
+            return Err(WireError::Version {
+                ours: self.version,
+                theirs,
+            });
+        }
+        if peer[12..] != self.build {
+            let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect();
+            return Err(WireError::Build {
+                ours: hex(&self.build),
+                theirs: hex(&peer[12..]),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// What names a build: the version and, where the build knows it, the source revision.
+fn build_text() -> String {
+    format!(
+        "{} {}",
+        env!("CARGO_PKG_VERSION"),
+        option_env!("CLUSTER_BUILD").unwrap_or("local")
+    )
+}
+
+/// The body of a frame (without its length).
+///
+/// # Errors
+/// [`WireError::TooLong`] if the message does not fit a frame.
+pub fn encode<T: Encode>(message: &T) -> Result<Vec<u8>, WireError> {
+    let bytes = bincode::encode_to_vec(message, config::standard())
+        .map_err(|e| WireError::Malformed(e.to_string()))?;
+    if bytes.len() > MAX_FRAME_BYTES {
+        Err(WireError::TooLong(bytes.len()))
+    } else {
+        Ok(bytes)
+    }
+}
+
+/// Reads the body of a frame.
+///
+/// # Errors
+/// [`WireError`] if it is too long, ends early, claims more than the limit, or goes on after the
+/// message. Never takes more than [`MAX_FRAME_BYTES`] of memory on a claim.
+pub fn decode<T: Decode<()>>(body: &[u8]) -> Result<T, WireError> {
+    if body.len() > MAX_FRAME_BYTES {
+        return Err(WireError::TooLong(body.len()));
+    }
+    let limited = config::standard().with_limit::<MAX_FRAME_BYTES>();
+    let (message, used) = bincode::decode_from_slice(body, limited)
+        .map_err(|e| WireError::Malformed(e.to_string()))?;
+    if used == body.len() {
+        Ok(message)
+    } else {
+        Err(WireError::Malformed(format!(
+            "{} bytes after the message",
+            body.len() - used
+        )))
+    }
+}
+
+impl StepPlan {
+    /// Identifies the plan: equal on all ranks or the step must not start.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] if the plan does not fit a frame.
+    pub fn digest(&self) -> Result<PlanDigest, WireError> {
+        let mut digest = PlanDigest::default();
+        digest.copy_from_slice(&Sha256::digest(encode(self)?)[..16]);
+        Ok(digest)
+    }
+}
