@@ -1,1 +1,4 @@
-//! Placeholder.
+//! The library behind the users' process: HTTP facade, scheduler, fleet of shards.
+
+pub mod engine;
+pub mod scheduler;

@@ -1,0 +1,155 @@
+//! The HTTP side's end of the engine: submit a request, read its events.
+//!
+//! Dropping the [`Events`] cancels the request: the engine looks at every step whether anyone
+//! still listens. Both channels are bounded.
+
+use crate::scheduler::request::{FinishReason, Refusal, Request, SequenceId};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::{mpsc, oneshot, watch};
+use topology::wire::TokenScore;
+
+/// Submissions that may wait for the engine's next turn; beyond that callers wait their turn too.
+pub const SUBMIT_CAPACITY: usize = 1024;
+
+/// Events a stream may be behind before it is cut: a client that does not read for this many tokens
+/// (at 200 bytes each, about 400 KiB with its JSON) is not coming back.
+pub const EVENT_CAPACITY: usize = 2048;
+
+/// One or more sequences that are taken or refused together (`n` choices, a batch of prompts).
+#[derive(Debug)]
+pub struct Submission {
+    /// The sequences; `choices[i]`'s events carry `choice: i`.
+    pub choices: Vec<Request>,
+    /// Where events go. All choices share it.
+    pub events: mpsc::Sender<StreamEvent>,
+    /// Whether it was taken.
+    pub answer: oneshot::Sender<Result<(), SubmitError>>,
+}
+
+/// Something that happened to one choice of a submission.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StreamEvent {
+    /// Index into [`Submission::choices`].
+    pub choice: usize,
+    /// What happened.
+    pub kind: StreamEventKind,
+}
+
+/// What can happen to a choice.
+#[derive(Clone, Debug, PartialEq)]
+pub enum StreamEventKind {
+    /// First computation planned; prompt tokens found in the prefix cache.
+    Started {
+        /// Tokens not computed again.
+        cached_tokens: u32,
+    },
+    /// All prompt tokens after the first, scored.
+    PromptScores(Vec<TokenScore>),
+    /// The next token.
+    Token {
+        /// 0, 1, 2, … without gap or repeat.
+        index: u32,
+        /// The token.
+        token: u32,
+        /// Present when `logprobs` was asked for.
+        score: Option<TokenScore>,
+    },
+    /// The choice's last event.
+    Finished(FinishReason),
+    /// The choice's last event when the cluster could not go on; a sentence for the client.
+    Failed(String),
+}
+
+/// Why a submission is not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The scheduler's word: 400 for [`Refusal::TooLong`], otherwise 429.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// 503: the process is shutting down.
+    #[error("the server is draining and takes no new requests")]
+    Draining,
+    /// 503: shards are loading or gone.
+    #[error("the cluster is not ready: {0}")]
+    NotReady(String),
+}
+
+/// Where the cluster stands, for `/health`, `/ready` and refusals.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Readiness {
+    /// Shards are starting.
+    #[default]
+    Loading,
+    /// Serving.
+    Ready,
+    /// Finishing what runs, taking nothing new.
+    Draining,
+    /// A fault that ends the process; why.
+    Failed(String),
+}
+
+/// A cheap, cloneable way to reach the engine.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    submissions: mpsc::Sender<Submission>,
+    readiness: watch::Receiver<Readiness>,
+    next_id: Arc<AtomicU64>,
+}
+
+/// The events of one submission. Dropping it cancels what still runs.
+pub type Events = mpsc::Receiver<StreamEvent>;
+
+impl EngineHandle {
+    /// A handle, and the engine's end of the submissions.
+    pub fn new(readiness: watch::Receiver<Readiness>) -> (Self, mpsc::Receiver<Submission>) {
+        let (submissions, receiver) = mpsc::channel(SUBMIT_CAPACITY);
+        (
+            Self {
+                submissions,
+                readiness,
+                next_id: Arc::default(),
+            },
+            receiver,
+        )
+    }
+
+    /// A name for a new sequence.
+    pub fn next_id(&self) -> SequenceId {
+        SequenceId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Where the cluster stands now.
+    pub fn readiness(&self) -> Readiness {
+        self.readiness.borrow().clone()
+    }
+
+    /// Hands `choices` to the engine; all are taken or none.
+    ///
+    /// # Errors
+    /// [`SubmitError`] if the cluster is not ready, drains, or the scheduler refuses.
+    pub async fn submit(&self, choices: Vec<Request>) -> Result<Events, SubmitError> {
+        match self.readiness() {
+            Readiness::Ready => {}
+            Readiness::Draining => return Err(SubmitError::Draining),
+            Readiness::Loading => {
+                return Err(SubmitError::NotReady("shards are loading".into()));
+            }
+            Readiness::Failed(why) => return Err(SubmitError::NotReady(why)),
+        }
+        let (events, receiver) = mpsc::channel(EVENT_CAPACITY);
+        let (answer, answered) = oneshot::channel();
+        let gone = || SubmitError::NotReady("the engine has stopped".into());
+        let submission = Submission {
+            choices,
+            events,
+            answer,
+        };
+        self.submissions
+            .send(submission)
+            .await
+            .map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())??;
+        Ok(receiver)
+    }
+}

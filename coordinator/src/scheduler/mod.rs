@@ -1,0 +1,3 @@
+//! Decides what every step computes.
+
+pub mod request;
