@@ -1,11 +1,13 @@
 //! The HTTP side's end of the engine: submit a request, read its events.
 //!
 //! Dropping the [`Events`] cancels the request: the engine looks at every step whether anyone
-//! still listens. Both channels are bounded.
+//! still listens ([`Submission::is_cancelled`]). One choice alone is ended by [`Events::cancel`],
+//! when a stop string was found in its text. Both channels are bounded.
 
 use crate::scheduler::request::{FinishReason, Refusal, Request, SequenceId};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll};
 use tokio::sync::{mpsc, oneshot, watch};
 use topology::wire::TokenScore;
 
@@ -16,6 +18,10 @@ pub const SUBMIT_CAPACITY: usize = 1024;
 /// (at 200 bytes each, about 400 KiB with its JSON) is not coming back.
 pub const EVENT_CAPACITY: usize = 2048;
 
+/// Added to [`EVENT_CAPACITY`] for each choice, since all choices of a submission share the channel
+/// and a step may give each of them an event.
+pub const EVENTS_PER_CHOICE: usize = 64;
+
 /// One or more sequences that are taken or refused together (`n` choices, a batch of prompts).
 #[derive(Debug)]
 pub struct Submission {
@@ -25,6 +31,39 @@ pub struct Submission {
     pub events: mpsc::Sender<StreamEvent>,
     /// Whether it was taken.
     pub answer: oneshot::Sender<Result<(), SubmitError>>,
+    /// Choices the caller no longer wants; keep a clone beside each running sequence.
+    pub cancelled: Cancelled,
+}
+
+impl Submission {
+    /// Whether nobody waits for `choice` any more: the caller is gone, or cancelled it alone.
+    pub fn is_cancelled(&self, choice: usize) -> bool {
+        self.events.is_closed() || self.cancelled.contains(choice)
+    }
+}
+
+/// Which choices of a submission the caller has cancelled. Cheap to clone and to ask.
+#[derive(Clone, Debug)]
+pub struct Cancelled(Arc<[AtomicBool]>);
+
+impl Cancelled {
+    /// None of `choices` choices.
+    pub fn new(choices: usize) -> Self {
+        Self((0..choices).map(|_| AtomicBool::new(false)).collect())
+    }
+
+    /// Whether `choice` was cancelled.
+    pub fn contains(&self, choice: usize) -> bool {
+        self.0
+            .get(choice)
+            .is_some_and(|flag| flag.load(Ordering::Relaxed))
+    }
+
+    fn add(&self, choice: usize) {
+        if let Some(flag) = self.0.get(choice) {
+            flag.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Something that happened to one choice of a submission.
@@ -98,7 +137,29 @@ pub struct EngineHandle {
 }
 
 /// The events of one submission. Dropping it cancels what still runs.
-pub type Events = mpsc::Receiver<StreamEvent>;
+#[derive(Debug)]
+pub struct Events {
+    receiver: mpsc::Receiver<StreamEvent>,
+    cancelled: Cancelled,
+}
+
+impl Events {
+    /// The next event; `None` when the engine has nothing more to say, or has cut a stream that was
+    /// not read ([`EVENT_CAPACITY`]).
+    pub async fn recv(&mut self) -> Option<StreamEvent> {
+        self.receiver.recv().await
+    }
+
+    /// [`Events::recv`] for hand-written futures.
+    pub fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<StreamEvent>> {
+        self.receiver.poll_recv(context)
+    }
+
+    /// Ends one choice while the others go on. Events of it that are under way may still come.
+    pub fn cancel(&self, choice: usize) {
+        self.cancelled.add(choice);
+    }
+}
 
 impl EngineHandle {
     /// A handle, and the engine's end of the submissions.
@@ -121,6 +182,10 @@ impl EngineHandle {
 
     /// Where the cluster stands now.
     pub fn readiness(&self) -> Readiness {
+        if self.submissions.is_closed() {
+            // The engine is gone without a word; what it said last is not true any more.
+            return Readiness::Failed("the engine has stopped".into());
+        }
         self.readiness.borrow().clone()
     }
 
@@ -137,19 +202,25 @@ impl EngineHandle {
             }
             Readiness::Failed(why) => return Err(SubmitError::NotReady(why)),
         }
-        let (events, receiver) = mpsc::channel(EVENT_CAPACITY);
+        let capacity = EVENT_CAPACITY + EVENTS_PER_CHOICE * choices.len();
+        let (events, receiver) = mpsc::channel(capacity);
         let (answer, answered) = oneshot::channel();
         let gone = || SubmitError::NotReady("the engine has stopped".into());
+        let cancelled = Cancelled::new(choices.len());
         let submission = Submission {
             choices,
             events,
             answer,
+            cancelled: cancelled.clone(),
         };
         self.submissions
             .send(submission)
             .await
             .map_err(|_| gone())?;
         answered.await.map_err(|_| gone())??;
-        Ok(receiver)
+        Ok(Events {
+            receiver,
+            cancelled,
+        })
     }
 }
