@@ -103,7 +103,7 @@ pub enum StreamEventKind {
 /// Why a submission is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// The scheduler's word: 400 for [`Refusal::TooLong`], otherwise 429.
+    /// The scheduler's word: 429 if [`Refusal::is_temporary`], otherwise 400.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// 503: the process is shutting down.

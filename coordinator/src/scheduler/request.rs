@@ -158,4 +158,30 @@ pub enum Refusal {
         /// The smaller of `--max-model-len` and what all KV blocks hold.
         limit: usize,
     },
+    /// Larger than the whole queue, so that trying again would not help.
+    #[error(
+        "this request asks for {asked} {what} at once, but at most {limit} may wait; ask for fewer \
+         choices or shorter prompts, or split it"
+    )]
+    TooLarge {
+        /// `sequences` or `prompt tokens`.
+        what: &'static str,
+        /// How many it holds.
+        asked: usize,
+        /// How many the queue holds.
+        limit: usize,
+    },
+    /// Breaks a rule of [`Request`]; the edge answers these before they come here.
+    #[error("{0}")]
+    Invalid(&'static str),
+}
+
+impl Refusal {
+    /// Whether the same request may be taken later: 429 if so, 400 if not.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::TooManyRequests { .. } | Self::TooManyTokens { .. } => true,
+            Self::TooLong { .. } | Self::TooLarge { .. } | Self::Invalid(_) => false,
+        }
+    }
 }
