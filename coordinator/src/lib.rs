@@ -1,4 +1,5 @@
 //! The library behind the users' process: HTTP facade, scheduler, fleet of shards.
 
 pub mod engine;
+pub mod metrics;
 pub mod scheduler;
