@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Checks the dependency tree against .deny.toml: licences, banned crates, sources. Advisories need the
+# network's advisory database and are checked only with `--advisories`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+checks=(bans licenses sources)
+[ "${1:-}" = --advisories ] && checks+=(advisories)
+
+if ! command -v cargo-deny >/dev/null; then
+  export PATH="$PWD/target/tools/bin:$PATH"
+  command -v cargo-deny >/dev/null || cargo install --locked --quiet --version 0.20.2 --root target/tools cargo-deny
+fi
+cargo deny --offline check --config .deny.toml --hide-inclusion-graph "${checks[@]}"
