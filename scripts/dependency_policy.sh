@@ -11,4 +11,4 @@ if ! command -v cargo-deny >/dev/null; then
   export PATH="$PWD/target/tools/bin:$PATH"
   command -v cargo-deny >/dev/null || cargo install --locked --quiet --version 0.20.2 --root target/tools cargo-deny
 fi
-cargo deny --offline check --config .deny.toml --hide-inclusion-graph "${checks[@]}"
+cargo deny --offline --config .deny.toml check --hide-inclusion-graph "${checks[@]}"
