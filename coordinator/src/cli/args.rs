@@ -1,0 +1,237 @@
+//! The command line: every flag, its environment variable, default and help text.
+//!
+//! Says nothing of what the values mean for each other (`check` does) or where else they may come
+//! from (`layers` does). Flags that `vllm serve` has keep its names and meaning.
+
+use super::values::{AutoTokens, bytes, positive_tokens, tokens};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Serves large language models from several devices at once.
+#[derive(Debug, Parser)]
+#[command(name = "cluster", version, long_version = super::LONG_VERSION, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    stopped as asked: running requests finished or --shutdown-timeout passed
+  1    the cluster could not start or could not go on; the log says which rank and why
+  2    a flag, the configuration, the model or the port is wrong; nothing was started
+  130  a second Ctrl-C or SIGTERM ended it at once";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start shards, load a model and serve it over HTTP.
+    Up(Box<Up>),
+    /// Show how a model would be placed and how many KV blocks fit, and start nothing.
+    Plan(Box<Up>),
+    /// Measure a server: latency, throughput, overhead.
+    #[command(disable_help_flag = true)]
+    Bench(Rest),
+    /// One shard process; started by `up`, not by people.
+    #[command(hide = true, disable_help_flag = true)]
+    Shard(Rest),
+}
+
+/// Arguments that another crate reads.
+#[derive(Args, Debug)]
+pub struct Rest {
+    /// As given.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub args: Vec<OsString>,
+}
+
+/// What the API's element type of weights may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum DtypeArg {
+    /// What the model's configuration says.
+    Auto,
+    /// 32-bit float.
+    #[value(alias = "float")]
+    Float32,
+    /// bfloat16.
+    Bfloat16,
+    /// IEEE half.
+    #[value(alias = "half")]
+    Float16,
+}
+
+impl DtypeArg {
+    /// As it is spelled on the command line and on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Float32 => "float32",
+            Self::Bfloat16 => "bfloat16",
+            Self::Float16 => "float16",
+        }
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Flags of `cluster up`.
+#[derive(Args, Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Up {
+    /// Directory of the model, or NAME=DIR; without one, the built-in demo model.
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    #[serde(skip)]
+    pub model_positional: Option<String>,
+    /// Directory of the model, or NAME=DIR.
+    #[arg(long, env = "CLUSTER_MODEL", value_name = "[NAME=]DIR", help_heading = MODEL)]
+    pub model: Option<String>,
+    /// Names under which the API knows the model; the first one is shown.
+    #[arg(long, env = "CLUSTER_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',',
+          value_name = "NAME", help_heading = MODEL)]
+    pub served_model_name: Vec<String>,
+    /// Element type of the weights.
+    #[arg(long, env = "CLUSTER_DTYPE", default_value = "auto", help_heading = MODEL)]
+    pub dtype: DtypeArg,
+    /// Longest sequence, prompt and answer together: `auto`, 4096, 32k.
+    #[arg(long, env = "CLUSTER_MAX_MODEL_LEN", default_value = "auto", value_name = "TOKENS",
+          value_parser = AutoTokens::parse, allow_hyphen_values = true, help_heading = MODEL)]
+    pub max_model_len: AutoTokens,
+    /// Where default sampling parameters come from: the model (`auto`), nowhere (`vllm`), or a directory.
+    #[arg(long, env = "CLUSTER_GENERATION_CONFIG", default_value = "auto",
+          value_name = "auto|vllm|DIR", help_heading = MODEL)]
+    pub generation_config: String,
+    /// Chat template to use instead of the model's own.
+    #[arg(long, env = "CLUSTER_CHAT_TEMPLATE", value_name = "FILE", help_heading = MODEL)]
+    pub chat_template: Option<PathBuf>,
+    /// Base of the seeds of requests that give none.
+    #[arg(long, env = "CLUSTER_SEED", default_value_t = 0, help_heading = MODEL)]
+    pub seed: u64,
+
+    /// GPUs to use: 0,1,2,3.
+    #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", conflicts_with = "cpus",
+          help_heading = DEVICES)]
+    pub gpus: Option<String>,
+    /// CPU cores for all shards together: a count (4) or a list (0-3,8).
+    #[arg(long, env = "CLUSTER_CPUS", value_name = "COUNT|LIST", help_heading = DEVICES)]
+    pub cpus: Option<String>,
+    /// Shards the model is split over (short: -tp).
+    #[arg(long, env = "CLUSTER_TENSOR_PARALLEL_SIZE", value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=64), help_heading = DEVICES)]
+    pub tensor_parallel_size: Option<u32>,
+    /// Memory for KV blocks on each rank: 4G, 500m; without it, what is left is shared out.
+    #[arg(long, env = "CLUSTER_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", value_parser = bytes,
+          help_heading = DEVICES)]
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Number of KV blocks, instead of what fits.
+    #[arg(long, env = "CLUSTER_NUM_GPU_BLOCKS_OVERRIDE", value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = DEVICES)]
+    pub num_gpu_blocks_override: Option<u32>,
+    /// Tokens per KV block.
+    #[arg(long, env = "CLUSTER_BLOCK_SIZE", default_value_t = 16, value_name = "TOKENS",
+          value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = DEVICES)]
+    pub block_size: u32,
+
+    /// Most sequences in one step.
+    #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", default_value_t = 256, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = SCHEDULING)]
+    pub max_num_seqs: u32,
+    /// Most tokens in one step [default: 512 on CPUs, 2048 on GPUs].
+    #[arg(long, env = "CLUSTER_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS",
+          value_parser = positive_tokens, help_heading = SCHEDULING)]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Most prompt tokens of one request in one step while others wait; 0 is no limit.
+    #[arg(long, env = "CLUSTER_LONG_PREFILL_TOKEN_THRESHOLD", default_value = "0",
+          value_name = "TOKENS", value_parser = tokens, help_heading = SCHEDULING)]
+    pub long_prefill_token_threshold: u32,
+    /// Reuse KV blocks of equal prompt beginnings (turn off: --no-enable-prefix-caching).
+    #[arg(long, env = "CLUSTER_ENABLE_PREFIX_CACHING", default_value_t = true,
+          default_missing_value = "true", num_args = 0..=1, require_equals = true,
+          value_name = "BOOL", action = clap::ArgAction::Set, help_heading = SCHEDULING)]
+    pub enable_prefix_caching: bool,
+    /// Most requests that may wait; more are answered 429.
+    #[arg(long, env = "CLUSTER_MAX_NUM_QUEUED_REQS", default_value_t = 1024, value_name = "N",
+          help_heading = SCHEDULING)]
+    pub max_num_queued_reqs: u32,
+    /// Most prompt tokens that may wait; more are answered 429.
+    #[arg(long, env = "CLUSTER_MAX_NUM_QUEUED_TOKENS", default_value = "4m", value_name = "TOKENS",
+          value_parser = tokens, help_heading = SCHEDULING)]
+    pub max_num_queued_tokens: u32,
+    /// Most alternatives a request may ask log-probabilities for.
+    #[arg(long, env = "CLUSTER_MAX_LOGPROBS", default_value_t = 20, value_name = "N",
+          help_heading = SCHEDULING)]
+    pub max_logprobs: u32,
+
+    /// Address to serve on. Anything but this machine's own loopback asks for an API key.
+    #[arg(long, env = "CLUSTER_HOST", default_value = "127.0.0.1", help_heading = SERVER)]
+    pub host: String,
+    /// Port to serve on; 0 takes a free one, and the output says which.
+    #[arg(long, env = "CLUSTER_PORT", default_value_t = 8000, help_heading = SERVER)]
+    pub port: u16,
+    /// Key that clients must present; may be repeated.
+    #[arg(long, env = "CLUSTER_API_KEY", hide_env_values = true, value_name = "KEY",
+          value_delimiter = ',', help_heading = SERVER)]
+    #[serde(skip)] // a printed configuration must not spread secrets
+    pub api_key: Vec<String>,
+    /// File with one key per line; `#` begins a comment.
+    #[arg(long, env = "CLUSTER_API_KEY_FILE", value_name = "FILE", help_heading = SERVER)]
+    pub api_key_file: Option<PathBuf>,
+    /// Serve other machines without any key.
+    #[arg(long, env = "CLUSTER_INSECURE_NO_API_KEY", default_value_t = false,
+          default_missing_value = "true", num_args = 0..=1, require_equals = true,
+          value_name = "BOOL", action = clap::ArgAction::Set, help_heading = SERVER)]
+    pub insecure_no_api_key: bool,
+    /// Web origins whose pages may call the API; `*` is any.
+    #[arg(long, env = "CLUSTER_ALLOWED_ORIGINS", value_delimiter = ',', value_name = "ORIGIN",
+          help_heading = SERVER)]
+    pub allowed_origins: Vec<String>,
+    /// Seconds that running requests get to finish after Ctrl-C or SIGTERM.
+    #[arg(long, env = "CLUSTER_SHUTDOWN_TIMEOUT", default_value_t = 30, value_name = "SECONDS",
+          help_heading = SERVER)]
+    pub shutdown_timeout: u32,
+    /// Seconds that starting the shards and loading the model may take.
+    #[arg(long, env = "CLUSTER_STARTUP_TIMEOUT", default_value_t = 600, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = SERVER)]
+    pub startup_timeout: u32,
+    /// Seconds that one step may take before the cluster is taken for stuck.
+    #[arg(long, env = "CLUSTER_STEP_TIMEOUT", default_value_t = 300, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = SERVER)]
+    pub step_timeout: u32,
+    /// How log lines look.
+    #[arg(long, env = "CLUSTER_LOG_FORMAT", default_value = "text", help_heading = SERVER)]
+    pub log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, trace, or a filter such as `coordinator=debug`.
+    #[arg(long, env = "CLUSTER_LOG_LEVEL", default_value = "warn", help_heading = SERVER)]
+    pub log_level: String,
+    /// TOML file whose keys are these flags; flags and environment come first.
+    #[arg(long, env = "CLUSTER_CONFIG", value_name = "FILE", help_heading = SERVER)]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Print what flags, environment, file and defaults come to, as such a file, and exit.
+    #[arg(long, help_heading = SERVER)]
+    #[serde(skip)]
+    pub print_config: bool,
+}
+
+const MODEL: &str = "Model";
+const DEVICES: &str = "Devices and memory";
+const SCHEDULING: &str = "Scheduling";
+const SERVER: &str = "Server";
+
+impl Up {
+    /// The model as given, by flag or by place.
+    pub fn model(&self) -> Option<&str> {
+        self.model_positional.as_deref().or(self.model.as_deref())
+    }
+}
