@@ -261,7 +261,7 @@ numbers made by `scripts/fixtures.py`; none come from a published model.
     scripts/python_env.sh                                      # once: target/venv
     target/venv/bin/python scripts/fixtures.py                 # make all of them again
     target/venv/bin/python scripts/fixtures.py --only qwen3    # one of them
-    target/venv/bin/python scripts/fixtures.py --check         # recompute and compare, write nothing
+    target/venv/bin/python scripts/fixtures.py --check         # compare, write nothing
 
 Each folder holds `config.json`, `generation_config.json`, `model.safetensors` (or two files and
 `model.safetensors.index.json`) and `reference.safetensors`:
@@ -276,8 +276,8 @@ References are computed in f32 with eager attention from the files as stored, so
 weights enter already rounded; the metadata of `reference.safetensors` states the seed, the
 smallest lead of a greedy token over the next one (in standard deviations of that step's logits;
 at least {margin} everywhere) and the version of `transformers`. Every greedy token is {special}
-or above, so no continuation meets an end token. The script refuses a fixture whose named feature does not move the
-logits when it is switched off.
+or above, so no continuation meets an end token. The script refuses a fixture whose named feature
+does not move the logits when it is switched off.
 
 The prompt is the clearest of {batch} random ones, so another processor or release of torch may
 choose another one when a fixture is made again; `--check` holds on any.
