@@ -1,8 +1,12 @@
 //! What machines, devices, ranks and partitions there are; every control message and the link
 //! that carries it; how shard processes are started.
 //!
-//! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`wire`].
+//! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`model_shape`],
+//! [`wire`].
 
 pub mod ids;
+pub mod model_config;
+pub mod model_files;
 pub mod model_shape;
+mod rope_config;
 pub mod wire;

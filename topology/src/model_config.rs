@@ -1,0 +1,426 @@
+//! Reads `config.json` into a [`ModelShape`].
+//!
+//! Both dialects: `rope_theta` with `rope_scaling` and `torch_dtype`, and the newer
+//! `rope_parameters` and `dtype`. Defaults are those of `transformers` for each family. What this
+//! decoder cannot compute is refused here, with a sentence, and never approximated.
+//!
+//! Invariant: a shape that comes out has all dimensions within limits, so that products of any
+//! two of them fit a `u64` and the arithmetic after it cannot overflow.
+
+use crate::model_shape::{Dtype, ModelShape};
+use crate::rope_config;
+use serde_json::{Map, Value};
+
+/// Why `config.json` does not describe a model this build can serve. Each is a sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShapeError {
+    /// Not a JSON object.
+    #[error("config.json is not a JSON object: {0}")]
+    Json(String),
+    /// `architectures` is absent or empty.
+    #[error("config.json names no architecture; `architectures` must be one of {known}", known = known())]
+    NoArchitecture,
+    /// `architectures[0]` is not one of ours.
+    #[error("config.json names the architecture {0}; supported are {known}", known = known())]
+    UnknownArchitecture(String),
+    /// A required key is absent.
+    #[error("config.json lacks `{0}`")]
+    Missing(&'static str),
+    /// A key has a value that cannot be.
+    #[error("`{field}` in config.json is {found}; it must be {expected}")]
+    Invalid {
+        /// The key.
+        field: &'static str,
+        /// Its value, shortened.
+        found: String,
+        /// What would be right.
+        expected: String,
+    },
+    /// The model needs something this build does not compute.
+    #[error("{what} is not supported; {instead}")]
+    Unsupported {
+        /// What the configuration asks for.
+        what: String,
+        /// What would be served.
+        instead: String,
+    },
+}
+
+/// The families, which differ in defaults and in a few switches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+}
+
+const FAMILIES: [(&str, Family); 4] = [
+    ("LlamaForCausalLM", Family::Llama),
+    ("MistralForCausalLM", Family::Mistral),
+    ("Qwen2ForCausalLM", Family::Qwen2),
+    ("Qwen3ForCausalLM", Family::Qwen3),
+];
+
+/// Largest dimensions: several times those of any published model, small enough that no product
+/// of two overflows. A configuration beyond them is a mistake.
+const MAX_WIDTH: u32 = 1 << 20;
+const MAX_LAYERS: u32 = 1 << 12;
+const MAX_HEADS: u32 = 1 << 14;
+const MAX_HEAD_DIM: u32 = 1 << 12;
+const MAX_VOCAB: u32 = 1 << 24;
+const MAX_POSITIONS: u32 = 1 << 30;
+
+impl ModelShape {
+    /// Reads the contents of a `config.json`.
+    ///
+    /// # Errors
+    /// [`ShapeError`], whose `Display` is a sentence for the operator. Never panics, whatever the
+    /// bytes are.
+    pub fn from_config(json: &[u8]) -> Result<Self, ShapeError> {
+        let value = serde_json::from_slice(json).map_err(|e| ShapeError::Json(e.to_string()))?;
+        let Value::Object(map) = value else {
+            return Err(ShapeError::Json(
+                "it holds another kind of value".to_owned(),
+            ));
+        };
+        let config = Fields(&map);
+        let (architecture, family) = family(&map)?;
+        refuse_unsupported(&config)?;
+
+        let hidden_size = config.dimension("hidden_size", MAX_WIDTH)?;
+        let num_layers = config.dimension("num_hidden_layers", MAX_LAYERS)?;
+        let num_heads = config.dimension("num_attention_heads", MAX_HEADS)?;
+        let num_kv_heads = kv_heads(&config, family, num_heads)?;
+        let head_dim = head_dim(&config, family, hidden_size, num_heads)?;
+        let max_position_embeddings = config.dimension("max_position_embeddings", MAX_POSITIONS)?;
+        let attention_bias = config.flag("attention_bias")?;
+        let has_attention_bias = matches!(family, Family::Llama | Family::Qwen3) && attention_bias;
+        Ok(Self {
+            architecture: architecture.to_owned(),
+            hidden_size,
+            intermediate_size: config.dimension("intermediate_size", MAX_WIDTH)?,
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            vocab_size: config.dimension("vocab_size", MAX_VOCAB)?,
+            max_position_embeddings,
+            rms_norm_eps: rms_norm_eps(&config)?,
+            rope: rope_config::rope(&config, max_position_embeddings)?,
+            qkv_bias: family == Family::Qwen2 || has_attention_bias,
+            output_bias: has_attention_bias,
+            mlp_bias: family == Family::Llama && config.flag("mlp_bias")?,
+            qk_norm: family == Family::Qwen3,
+            tie_word_embeddings: config.flag("tie_word_embeddings")?,
+            sliding_window: sliding_window(&config, family, num_layers)?,
+            dtype: dtype(&config)?,
+            eos_token_ids: token_ids(&config, "eos_token_id")?,
+            bos_token_id: token_ids(&config, "bos_token_id")?.first().copied(),
+        })
+    }
+}
+
+fn known() -> String {
+    let [first @ .., last] = FAMILIES.map(|(name, _)| name);
+    format!("{} and {last}", first.join(", "))
+}
+
+fn family(config: &Map<String, Value>) -> Result<(&str, Family), ShapeError> {
+    let named = config.get("architectures").and_then(|list| list.get(0));
+    let name = named.and_then(Value::as_str);
+    let name = name.ok_or(ShapeError::NoArchitecture)?;
+    let family = FAMILIES.iter().find(|(known, _)| *known == name);
+    let family = family
+        .ok_or_else(|| ShapeError::UnknownArchitecture(shorten(name.escape_debug().to_string())))?;
+    Ok((name, family.1))
+}
+
+/// Refuses what would silently give other numbers than the model's makers meant.
+fn refuse_unsupported(config: &Fields<'_>) -> Result<(), ShapeError> {
+    if let Some(quantization) = config.get("quantization_config") {
+        let method = quantization.get("quant_method").and_then(Value::as_str);
+        return Err(unsupported(
+            format!(
+                "quantization_config ({})",
+                shorten(method.unwrap_or("no method").to_owned())
+            ),
+            "weights must be float32, bfloat16 or float16, so use the unquantized checkpoint",
+        ));
+    }
+    for field in ["num_local_experts", "num_experts", "n_routed_experts"] {
+        if config
+            .get(field)
+            .and_then(Value::as_u64)
+            .is_some_and(|experts| experts > 0)
+        {
+            let what = format!("a mixture of experts (`{field}`)");
+            return Err(unsupported(what, "only dense feed-forward layers are"));
+        }
+    }
+    let activation = config.get("hidden_act");
+    let activation = activation
+        .map_or(Some("silu"), Value::as_str)
+        .unwrap_or("of another type");
+    if !matches!(activation, "silu" | "swish") {
+        let what = format!("hidden_act `{}`", shorten(activation.to_owned()));
+        return Err(unsupported(what, "only `silu` is"));
+    }
+    if config.get("rope_interleaved").and_then(Value::as_bool) == Some(true) {
+        return Err(unsupported(
+            "rope_interleaved".to_owned(),
+            "only rotary embeddings that pair the two halves of a head are",
+        ));
+    }
+    Ok(())
+}
+
+fn kv_heads(config: &Fields<'_>, family: Family, num_heads: u32) -> Result<u32, ShapeError> {
+    const FIELD: &str = "num_key_value_heads";
+    let given = config.map().get(FIELD);
+    // The other families' configurations have a default that no published model has: the key
+    // must be there. `null` means one for each query head everywhere.
+    let all = given.is_some_and(Value::is_null) || (given.is_none() && family == Family::Llama);
+    if all {
+        return Ok(num_heads);
+    }
+    let kv_heads = config.dimension(FIELD, MAX_HEADS)?;
+    if num_heads.is_multiple_of(kv_heads) {
+        Ok(kv_heads)
+    } else {
+        let expected = format!("a divisor of the {num_heads} query heads");
+        Err(invalid(FIELD, &kv_heads.into(), expected))
+    }
+}
+
+fn head_dim(
+    config: &Fields<'_>,
+    family: Family,
+    hidden_size: u32,
+    num_heads: u32,
+) -> Result<u32, ShapeError> {
+    /// What `transformers` takes where a Qwen3 configuration does not say.
+    const QWEN3_HEAD_DIM: u32 = 128;
+    let head_dim = if config.get("head_dim").is_some() {
+        config.dimension("head_dim", MAX_HEAD_DIM)?
+    } else if family == Family::Qwen3 {
+        QWEN3_HEAD_DIM
+    } else if hidden_size.is_multiple_of(num_heads) && hidden_size / num_heads <= MAX_HEAD_DIM {
+        hidden_size / num_heads
+    } else {
+        let expected = format!(
+            "a multiple of the {num_heads} heads, at most {MAX_HEAD_DIM} for each, or come with a \
+             `head_dim`"
+        );
+        return Err(invalid("hidden_size", &hidden_size.into(), expected));
+    };
+    if head_dim.is_multiple_of(2) {
+        Ok(head_dim)
+    } else {
+        let what = format!("a head size of {head_dim}");
+        Err(unsupported(what, "rotary embeddings need an even one"))
+    }
+}
+
+fn rms_norm_eps(config: &Fields<'_>) -> Result<f32, ShapeError> {
+    const FIELD: &str = "rms_norm_eps";
+    let eps = config.number(FIELD)?.unwrap_or(1e-6);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the next line checks what is left of it"
+    )]
+    let rounded = eps as f32;
+    if rounded > 0.0 && rounded < 1.0 {
+        Ok(rounded)
+    } else {
+        Err(invalid(FIELD, &eps.into(), "between 0 and 1".to_owned()))
+    }
+}
+
+/// For each layer: how many last positions a token sees.
+fn sliding_window(
+    config: &Fields<'_>,
+    family: Family,
+    num_layers: u32,
+) -> Result<Vec<Option<u32>>, ShapeError> {
+    const FIELD: &str = "sliding_window";
+    /// What `transformers` takes where the key is absent; `null` is no window.
+    const DEFAULT_WINDOW: u32 = 4096;
+    /// The same for Qwen's `max_window_layers`.
+    const DEFAULT_FULL_LAYERS: u32 = 28;
+    let window = || match config.map().get(FIELD) {
+        None => Ok(Some(DEFAULT_WINDOW)),
+        Some(Value::Null) => Ok(None),
+        Some(_) => config.dimension(FIELD, u32::MAX).map(Some),
+    };
+    let layers = num_layers as usize;
+    match family {
+        Family::Llama => Ok(vec![None; layers]),
+        Family::Mistral => {
+            let window = window()?;
+            let kinds = layer_types(config, layers)?;
+            // The published implementations disagree about such files, so none of them is right.
+            if window.is_some() && kinds.is_some_and(|kinds| kinds.contains(&false)) {
+                return Err(unsupported(
+                    "a Mistral model with `layer_types` beside `sliding_window`".to_owned(),
+                    "Mistral models with the same window in all layers are",
+                ));
+            }
+            Ok(vec![window; layers])
+        }
+        Family::Qwen2 | Family::Qwen3 => {
+            let on = config.flag("use_sliding_window")?;
+            let window = if on { window()? } else { None };
+            let full = config
+                .count("max_window_layers")?
+                .unwrap_or(DEFAULT_FULL_LAYERS);
+            let kinds = layer_types(config, layers)?.unwrap_or_else(|| {
+                (0..num_layers)
+                    .map(|layer| window.is_some() && layer >= full)
+                    .collect()
+            });
+            if window.is_none() && kinds.contains(&true) {
+                let expected = "true, and `sliding_window` given, where `layer_types` has \
+                                sliding_attention";
+                return Err(invalid(
+                    "use_sliding_window",
+                    &on.into(),
+                    expected.to_owned(),
+                ));
+            }
+            Ok(kinds
+                .into_iter()
+                .map(|sliding| window.filter(|_| sliding))
+                .collect())
+        }
+    }
+}
+
+/// `layer_types` as "is it a sliding one", or `None` if absent.
+fn layer_types(config: &Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>, ShapeError> {
+    const FIELD: &str = "layer_types";
+    let Some(value) = config.get(FIELD) else {
+        return Ok(None);
+    };
+    let kinds = value.as_array().filter(|kinds| kinds.len() == layers);
+    let kinds = kinds.ok_or_else(|| {
+        invalid(
+            FIELD,
+            value,
+            format!("a list of {layers} entries, one for each layer"),
+        )
+    })?;
+    let sliding = kinds.iter().map(|kind| match kind.as_str() {
+        Some("full_attention") => Ok(false),
+        Some("sliding_attention") => Ok(true),
+        _ => Err(unsupported(
+            format!("the layer type {}", shorten(kind.to_string())),
+            "full_attention and sliding_attention are",
+        )),
+    });
+    sliding.collect::<Result<_, _>>().map(Some)
+}
+
+fn dtype(config: &Fields<'_>) -> Result<Dtype, ShapeError> {
+    let Some(value) = config.get("dtype").or_else(|| config.get("torch_dtype")) else {
+        return Ok(Dtype::Float32);
+    };
+    let name = value.as_str().unwrap_or_default();
+    let name = name.strip_prefix("torch.").unwrap_or(name);
+    let known = [Dtype::Float32, Dtype::Bfloat16, Dtype::Float16];
+    known
+        .into_iter()
+        .find(|dtype| dtype.name() == name)
+        .ok_or_else(|| {
+            let what = format!("the weight type {}", shorten(value.to_string()));
+            unsupported(what, "float32, bfloat16 and float16 are")
+        })
+}
+
+/// A token id, a list of them, or nothing.
+fn token_ids(config: &Fields<'_>, field: &'static str) -> Result<Vec<u32>, ShapeError> {
+    let id = |value: &Value| {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| invalid(field, value, "a token id or a list of them".to_owned()))
+    };
+    match config.get(field) {
+        None => Ok(Vec::new()),
+        Some(Value::Array(list)) => list.iter().map(id).collect(),
+        Some(value) => Ok(vec![id(value)?]),
+    }
+}
+
+/// A JSON object with typed access. `null` reads as absent.
+#[derive(Clone, Copy)]
+pub(crate) struct Fields<'a>(pub(crate) &'a Map<String, Value>);
+
+impl<'a> Fields<'a> {
+    pub(crate) fn map(&self) -> &'a Map<String, Value> {
+        self.0
+    }
+
+    pub(crate) fn get(&self, field: &str) -> Option<&'a Value> {
+        self.0.get(field).filter(|value| !value.is_null())
+    }
+
+    /// A whole number.
+    fn count(&self, field: &'static str) -> Result<Option<u32>, ShapeError> {
+        let Some(value) = self.get(field) else {
+            return Ok(None);
+        };
+        let count = value.as_u64().and_then(|count| u32::try_from(count).ok());
+        count
+            .map(Some)
+            .ok_or_else(|| invalid(field, value, "a whole number".to_owned()))
+    }
+
+    /// A required whole number, `1..=max`.
+    fn dimension(&self, field: &'static str, max: u32) -> Result<u32, ShapeError> {
+        let value = self.get(field).ok_or(ShapeError::Missing(field))?;
+        let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+        let number = number.filter(|number| (1..=max).contains(number));
+        number.ok_or_else(|| invalid(field, value, format!("a whole number from 1 to {max}")))
+    }
+
+    fn flag(&self, field: &'static str) -> Result<bool, ShapeError> {
+        let Some(value) = self.get(field) else {
+            return Ok(false);
+        };
+        value
+            .as_bool()
+            .ok_or_else(|| invalid(field, value, "true or false".to_owned()))
+    }
+
+    pub(crate) fn number(&self, field: &'static str) -> Result<Option<f64>, ShapeError> {
+        let Some(value) = self.get(field) else {
+            return Ok(None);
+        };
+        let number = value.as_f64().filter(|number| number.is_finite());
+        number
+            .map(Some)
+            .ok_or_else(|| invalid(field, value, "a number".to_owned()))
+    }
+}
+
+pub(crate) fn invalid(field: &'static str, found: &Value, expected: String) -> ShapeError {
+    let found = shorten(found.to_string());
+    ShapeError::Invalid {
+        field,
+        found,
+        expected,
+    }
+}
+
+pub(crate) fn unsupported(what: String, instead: &str) -> ShapeError {
+    let instead = instead.to_owned();
+    ShapeError::Unsupported { what, instead }
+}
+
+/// A hostile value must not fill the terminal.
+pub(crate) fn shorten(text: String) -> String {
+    const MAX_CHARS: usize = 60;
+    if text.chars().nth(MAX_CHARS).is_none() {
+        return text;
+    }
+    text.chars().take(MAX_CHARS).chain(['…']).collect()
+}
