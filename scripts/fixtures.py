@@ -221,7 +221,9 @@ def make_case(case, folder):
     prompt = find_prompt(model, case.seed, case.config["vocab_size"])
     reference, margin = make_reference(model, prompt)
     assert margin > MARGIN, f"{case.name}: margin {margin:.3f} without a cache"
-    metadata = {"seed": str(case.seed), "margin": f"{margin:.4f}", "transformers": "5.23.0"}
+    made = {"seed": case.seed, "margin": round(margin, 4), "transformers": "5.23.0"}
+    # One entry, because several are written in an order that changes from run to run.
+    metadata = {"made": json.dumps(made)}
     save_file(reference, folder / "reference.safetensors", metadata=metadata)
     return describe(case, folder, reference, margin)
 
@@ -273,7 +275,7 @@ Each folder holds `config.json`, `generation_config.json`, `model.safetensors` (
 | `greedy_ids` | i64 `[24]` | greedy continuation of the prompt |
 
 References are computed in f32 with eager attention from the files as stored, so f16 and bf16
-weights enter already rounded; the metadata of `reference.safetensors` states the seed, the
+weights enter already rounded; `made` in the metadata of the reference states the seed, the
 smallest lead of a greedy token over the next one (in standard deviations of that step's logits;
 at least {margin} everywhere) and the version of `transformers`. Every greedy token is {special}
 or above, so no continuation meets an end token. The script refuses a fixture whose named feature
