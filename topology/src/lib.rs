@@ -8,5 +8,11 @@ pub mod ids;
 pub mod model_config;
 pub mod model_files;
 pub mod model_shape;
+pub mod partition;
 mod rope_config;
+mod tensors;
 pub mod wire;
+
+#[cfg(test)]
+#[path = "../tests/common/random.rs"]
+mod random;
