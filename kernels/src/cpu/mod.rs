@@ -1,0 +1,248 @@
+//! The CPU backend: host memory, the operations of `ops` on it, and the threads that run them.
+//!
+//! Everything is done when a call returns. No operation allocates, except that sampling returns its results.
+//! Invariant: results do not depend on the number of threads or on what else is in the batch.
+
+mod batch;
+pub(crate) mod element;
+pub(crate) mod exp;
+pub(crate) mod kv_cache;
+mod memory;
+pub(crate) mod simd;
+mod tensor;
+pub(crate) mod threads;
+mod weight;
+
+pub use batch::CpuBatch;
+pub use kv_cache::CpuKvCache;
+pub use tensor::CpuTensor;
+pub use weight::CpuWeight;
+
+use crate::backend::{Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout};
+use crate::batch::Batch;
+use crate::ops;
+use crate::sampling::{SampleRequest, SampleResult};
+use simd::Isa;
+use threads::Threads;
+
+/// A share of the machine's cores as a device.
+#[derive(Debug)]
+pub struct CpuBackend {
+    pub(crate) threads: Threads,
+    pub(crate) isa: Isa,
+}
+
+impl CpuBackend {
+    /// A backend that computes with `threads` threads.
+    ///
+    /// Where `cores` are given, thread i is pinned to `cores[i % cores.len()]`, and the calling thread, which should be
+    /// the one that will use the backend, is confined to `cores`. With one thread the work runs on
+    /// whichever thread calls. An error where there are no threads, or no such core.
+    pub fn new(threads: usize, cores: Option<&[usize]>) -> Result<Self, DeviceError> {
+        Ok(Self {
+            threads: Threads::start(threads, cores)?,
+            isa: Isa::detect(),
+        })
+    }
+
+    /// Refuses what does not fit into the memory that is free now.
+    fn reserve(&self, what: &str, needed: Option<u64>) -> Result<(), DeviceError> {
+        let (_, free) = self.memory();
+        match needed {
+            Some(needed) if needed <= free => Ok(()),
+            _ => Err(DeviceError::OutOfMemory {
+                device: self.name(),
+                what: what.to_owned(),
+                needed: needed.unwrap_or(u64::MAX),
+                free,
+            }),
+        }
+    }
+}
+
+/// Product of sizes as a number of bytes; `None` when it is beyond any memory.
+fn bytes(factors: &[usize]) -> Option<u64> {
+    factors
+        .iter()
+        .try_fold(1_u64, |product, &factor| product.checked_mul(factor as u64))
+        .filter(|&bytes| isize::try_from(bytes).is_ok())
+}
+
+impl Backend for CpuBackend {
+    type Tensor = CpuTensor;
+    type Weight = CpuWeight;
+    type KvCache = CpuKvCache;
+    type DeviceBatch = CpuBatch;
+
+    fn name(&self) -> String {
+        let count = self.threads.count();
+        let plural = if count == 1 { "" } else { "s" };
+        format!("cpu ({count} thread{plural}, {})", self.isa.name())
+    }
+
+    fn memory(&self) -> (u64, u64) {
+        memory::total_and_free()
+    }
+
+    fn allocate(&self, rows: usize, width: usize) -> Result<CpuTensor, DeviceError> {
+        let what = format!("an activation matrix [{rows}, {width}]");
+        self.reserve(&what, bytes(&[rows, width, size_of::<f32>()]))?;
+        Ok(CpuTensor::zeroed(rows, width))
+    }
+
+    fn load(&self, parts: &[HostMatrix], store: Element) -> Result<CpuWeight, DeviceError> {
+        CpuWeight::load(parts, store)
+    }
+
+    fn kv_cache(&self, layout: KvLayout) -> Result<CpuKvCache, DeviceError> {
+        let KvLayout {
+            layers,
+            blocks,
+            block_size,
+            local_kv_heads,
+            head_dim,
+            element,
+        } = layout;
+        let what = format!("{blocks} KV blocks");
+        let factors = [
+            2,
+            layers,
+            blocks,
+            block_size,
+            local_kv_heads,
+            head_dim,
+            element.bytes(),
+        ];
+        self.reserve(&what, bytes(&factors))?;
+        Ok(CpuKvCache::zeroed(layout))
+    }
+
+    fn batch(
+        &self,
+        max_tokens: usize,
+        max_rows: usize,
+        max_blocks: usize,
+    ) -> Result<CpuBatch, DeviceError> {
+        // Five arrays of tokens, three of rows, one of blocks.
+        let elements = [(5, max_tokens), (3, max_rows), (1, max_blocks)];
+        let needed = elements
+            .into_iter()
+            .try_fold(0_u64, |sum, (arrays, length)| {
+                sum.checked_add(bytes(&[arrays, length, size_of::<u32>()])?)
+            });
+        self.reserve("the index arrays of a step", needed)?;
+        Ok(CpuBatch::with_capacity(max_tokens, max_rows, max_blocks))
+    }
+
+    fn upload(&self, host: &Batch, device: &mut CpuBatch) -> Result<(), DeviceError> {
+        device.upload(host)
+    }
+
+    fn set_rows(&self, tensor: &mut CpuTensor, rows: usize) {
+        tensor.set_rows(rows);
+    }
+
+    fn embed(&self, batch: &CpuBatch, table: &CpuWeight, first_token: u32, out: &mut CpuTensor) {
+        ops::embed::embed(self, batch, table, first_token, out);
+    }
+
+    fn rms_norm(&self, x: &CpuTensor, weight: &CpuWeight, eps: f32, out: &mut CpuTensor) {
+        ops::rms_norm::rms_norm(self, x, weight, eps, out);
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: &CpuTensor,
+        residual: &mut CpuTensor,
+        weight: &CpuWeight,
+        eps: f32,
+        out: &mut CpuTensor,
+    ) {
+        ops::rms_norm::add_rms_norm(self, x, residual, (weight, eps), out);
+    }
+
+    fn head_norm(
+        &self,
+        qkv: &mut CpuTensor,
+        heads: Heads,
+        weights: (&CpuWeight, &CpuWeight),
+        eps: f32,
+    ) {
+        ops::head_norm::head_norm(self, qkv, heads, weights, eps);
+    }
+
+    fn linear(
+        &self,
+        x: &CpuTensor,
+        weight: &CpuWeight,
+        bias: Option<&CpuWeight>,
+        out: &mut CpuTensor,
+    ) {
+        ops::linear::linear(self, x, weight, bias, out);
+    }
+
+    fn rope(&self, batch: &CpuBatch, table: &CpuTensor, heads: Heads, qkv: &mut CpuTensor) {
+        ops::rope::rope(self, batch, table, heads, qkv);
+    }
+
+    fn write_kv(
+        &self,
+        batch: &CpuBatch,
+        layer: usize,
+        qkv: &CpuTensor,
+        heads: Heads,
+        cache: &mut CpuKvCache,
+    ) {
+        ops::write_kv::write_kv(batch, layer, qkv, heads, cache);
+    }
+
+    fn attend(
+        &self,
+        batch: &CpuBatch,
+        attention: &Attention,
+        qkv: &CpuTensor,
+        cache: &CpuKvCache,
+        out: &mut CpuTensor,
+    ) {
+        ops::paged_attention::attend(self, batch, attention, (qkv, cache), out);
+    }
+
+    fn silu_mul(&self, gate_up: &CpuTensor, out: &mut CpuTensor) {
+        ops::silu_mul::silu_mul(self, gate_up, out);
+    }
+
+    fn gather_logit_rows(&self, batch: &CpuBatch, x: &CpuTensor, out: &mut CpuTensor) {
+        ops::gather::gather(self, batch, x, out);
+    }
+
+    fn write(&self, values: &[f32], tensor: &mut CpuTensor) -> Result<(), DeviceError> {
+        let (width, capacity) = (tensor.width(), tensor.capacity());
+        if width == 0 || !values.len().is_multiple_of(width) || values.len() / width > capacity {
+            return Err(DeviceError::Failed {
+                device: self.name(),
+                reason: format!(
+                    "{} values for a tensor of [{capacity}, {width}]",
+                    values.len()
+                ),
+            });
+        }
+        tensor.set_rows(values.len() / width);
+        tensor.values_mut().copy_from_slice(values);
+        Ok(())
+    }
+
+    fn read(&self, tensor: &CpuTensor, values: &mut Vec<f32>) -> Result<(), DeviceError> {
+        values.clear();
+        values.extend_from_slice(tensor.values());
+        Ok(())
+    }
+
+    fn sample(
+        &self,
+        logits: &mut CpuTensor,
+        vocab: usize,
+        requests: &[SampleRequest],
+    ) -> Result<Vec<SampleResult>, DeviceError> {
+        ops::sample::sample(self, logits, vocab, requests)
+    }
+}

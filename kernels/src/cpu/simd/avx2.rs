@@ -1,0 +1,105 @@
+//! Sixteen lanes in two 256-bit registers.
+//!
+//! Unsafe code here rests on one fact: an [`Avx2`] exists only where the CPU has the instructions.
+#![expect(
+    unsafe_code,
+    reason = "intrinsics need a CPU that has them; the type is the proof"
+)]
+
+use super::{Kernel, LANES, Simd};
+use half::{bf16, f16};
+use std::arch::x86_64::{
+    __m128i, __m256, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps,
+    _mm256_set1_ps, _mm256_slli_epi32,
+};
+
+/// Proof of AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// Asks the CPU.
+    pub(super) fn detect() -> Option<Self> {
+        let present = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        present.then_some(Self(()))
+    }
+
+    /// Runs `kernel` compiled for these instructions.
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn compiled<K: Kernel>(kernel: K, simd: Avx2) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` proves that the CPU has all of the features enabled above.
+        unsafe { compiled(kernel, self) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen_bf16(values: &[bf16; LANES]) -> [__m256; 2] {
+    let halves: [__m128i; 2] = bytemuck::cast(*values);
+    let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves[0]));
+    let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves[1]));
+    [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn widen_f16(values: &[f16; LANES]) -> [__m256; 2] {
+    let halves: [__m128i; 2] = bytemuck::cast(*values);
+    [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn fused(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+    [
+        _mm256_fmadd_ps(a[0], b[0], c[0]),
+        _mm256_fmadd_ps(a[1], b[1], c[1]),
+    ]
+}
+
+impl Simd for Avx2 {
+    type Vector = [__m256; 2];
+
+    // 8 registers of accumulators, 4 of weights, 2 of inputs: 14 of 16.
+    const TILE: (usize, usize) = (2, 2);
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [__m256; 2] {
+        // SAFETY: `self` proves that the CPU has AVX2.
+        [unsafe { _mm256_set1_ps(value) }; 2]
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> [__m256; 2] {
+        bytemuck::cast(*values)
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, values: &[bf16; LANES]) -> [__m256; 2] {
+        // SAFETY: `self` proves that the CPU has AVX2.
+        unsafe { widen_bf16(values) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, values: &[f16; LANES]) -> [__m256; 2] {
+        // SAFETY: `self` proves that the CPU has AVX2 and F16C.
+        unsafe { widen_f16(values) }
+    }
+
+    #[inline(always)]
+    fn to_array(self, vector: [__m256; 2]) -> [f32; LANES] {
+        bytemuck::cast(vector)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves that the CPU has FMA.
+        unsafe { fused(a, b, c) }
+    }
+}

@@ -1,0 +1,101 @@
+//! Sixteen lanes in one 512-bit register.
+//!
+//! Unsafe code here rests on one fact: an [`Avx512`] exists only where the CPU has the instructions.
+#![expect(
+    unsafe_code,
+    reason = "intrinsics need a CPU that has them; the type is the proof"
+)]
+
+use super::{Kernel, LANES, Simd};
+use half::{bf16, f16};
+use std::arch::x86_64::{
+    __m256i, __m512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+};
+
+/// Proof of AVX-512 F, BW and VL, AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// Asks the CPU.
+    pub(super) fn detect() -> Option<Self> {
+        let present = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        present.then_some(Self(()))
+    }
+
+    /// Runs `kernel` compiled for these instructions.
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+        fn compiled<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` proves that the CPU has all of the features enabled above.
+        unsafe { compiled(kernel, self) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn widen_bf16(values: &[bf16; LANES]) -> __m512 {
+    let bits: __m256i = bytemuck::cast(*values);
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widen_f16(values: &[f16; LANES]) -> __m512 {
+    _mm512_cvtph_ps(bytemuck::cast(*values))
+}
+
+impl Simd for Avx512 {
+    type Vector = __m512;
+
+    // 24 accumulators, 4 vectors of weights and 1 of inputs: 29 of 32 registers.
+    const TILE: (usize, usize) = (6, 4);
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512, and the reference covers 16 f32.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, values: &[bf16; LANES]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512.
+        unsafe { widen_bf16(values) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, values: &[f16; LANES]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512.
+        unsafe { widen_f16(values) }
+    }
+
+    #[inline(always)]
+    fn to_array(self, vector: __m512) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: `self` proves that the CPU has AVX-512, and the array covers 16 f32.
+        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), vector) };
+        lanes
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+}

@@ -1,0 +1,134 @@
+//! Vectors of sixteen f32, and the choice of the instruction set that holds them.
+//!
+//! An operation is written once, as a [`Kernel`] generic over [`Simd`]; [`Isa::run`] calls the copy
+//! of it compiled for the instruction set found at start. What is not here: any operation, and any
+//! vector width but sixteen.
+//!
+//! Invariant: an element's arithmetic is a fixed sequence. All instruction sets hold sixteen lanes
+//! and sum them by the same tree, so machines that have a fused multiply-add agree bit for bit; the
+//! portable version differs from them only where it must round the product.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+mod tile;
+
+pub(crate) use tile::{dot, tile};
+
+use half::{bf16, f16};
+use portable::Portable;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen-lane arithmetic of one instruction set.
+///
+/// A value is the proof that the CPU has the instructions.
+pub(crate) trait Simd: Copy + Send + Sync {
+    /// Sixteen f32.
+    type Vector: Copy;
+
+    /// Rows and columns of output that [`tile`] can keep in registers at once.
+    const TILE: (usize, usize);
+
+    /// The same value in all lanes.
+    fn splat(self, value: f32) -> Self::Vector;
+
+    /// Reads f32.
+    fn load(self, values: &[f32; LANES]) -> Self::Vector;
+
+    /// Reads and widens bfloat16.
+    fn load_bf16(self, values: &[bf16; LANES]) -> Self::Vector;
+
+    /// Reads and widens half.
+    fn load_f16(self, values: &[f16; LANES]) -> Self::Vector;
+
+    /// Lanes in memory order.
+    fn to_array(self, vector: Self::Vector) -> [f32; LANES];
+
+    /// `a * b + c`, rounded once where the CPU can.
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+
+    /// Sum of the lanes by a fixed tree.
+    #[inline(always)]
+    fn sum(self, vector: Self::Vector) -> f32 {
+        let mut lanes = self.to_array(vector);
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// Work that is compiled once for each instruction set.
+///
+/// `run` and all it calls up to the arithmetic must be `#[inline(always)]`: only what ends up inside
+/// the function that enables the instructions is compiled with them.
+pub(crate) trait Kernel {
+    /// What comes out.
+    type Output;
+
+    /// Does the work.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// The instruction set in use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Isa {
+    /// 512-bit vectors.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+    /// 256-bit vectors with fused multiply-add.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    /// What the target guarantees.
+    Portable(Portable),
+}
+
+impl Isa {
+    /// The best one that this CPU has.
+    pub(crate) fn detect() -> Self {
+        Self::available()[0]
+    }
+
+    /// All that this CPU has, best first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut found = Vec::with_capacity(3);
+        #[cfg(target_arch = "x86_64")]
+        {
+            found.extend(avx512::Avx512::detect().map(Self::Avx512));
+            found.extend(avx2::Avx2::detect().map(Self::Avx2));
+        }
+        found.push(Self::Portable(Portable));
+        found
+    }
+
+    /// Its name for people.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "AVX2",
+            Self::Portable(_) => "portable",
+        }
+    }
+
+    /// Runs the copy of `kernel` made for this instruction set.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => simd.run(kernel),
+            Self::Portable(simd) => kernel.run(simd),
+        }
+    }
+}

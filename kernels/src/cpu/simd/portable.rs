@@ -1,0 +1,55 @@
+//! Sixteen lanes as an array, for the compiler to vectorise with what the target guarantees.
+//!
+//! No intrinsics, no unsafe code. Compiles everywhere; on aarch64 it becomes NEON.
+
+use super::{LANES, Simd};
+use crate::cpu::element::Stored;
+use half::{bf16, f16};
+
+/// Arrays of f32.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type Vector = [f32; LANES];
+
+    // Sixteen lanes take four of the (at least sixteen) 128-bit registers.
+    const TILE: (usize, usize) = (1, 2);
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::Vector {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> Self::Vector {
+        *values
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, values: &[bf16; LANES]) -> Self::Vector {
+        values.map(Stored::widen)
+    }
+
+    #[inline(always)]
+    fn load_f16(self, values: &[f16; LANES]) -> Self::Vector {
+        values.map(Stored::widen)
+    }
+
+    #[inline(always)]
+    fn to_array(self, vector: Self::Vector) -> [f32; LANES] {
+        vector
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
+        std::array::from_fn(|i| {
+            // Without the instruction a fused multiply-add is a library call for each lane.
+            if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+                a[i].mul_add(b[i], c[i])
+            } else {
+                a[i] * b[i] + c[i]
+            }
+        })
+    }
+}

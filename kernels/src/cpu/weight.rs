@@ -1,0 +1,188 @@
+//! A weight matrix: views of stored bytes, stacked by rows.
+//!
+//! Weights usually stay where they are, in a memory map of the checkpoint. Copies are made only of
+//! what cannot be read in place: another element type is wanted, the bytes are not aligned to
+//! their elements, or a vector comes in several pieces.
+
+use super::element::{Stored, by_element};
+use crate::backend::{DeviceError, Element, HostMatrix};
+use bytes::Bytes;
+
+/// A matrix `[rows, cols]`, or a vector.
+#[derive(Debug)]
+pub struct CpuWeight {
+    /// Stacked by rows; all of `element`.
+    parts: Vec<HostMatrix>,
+    element: Element,
+    rows: usize,
+    cols: usize,
+}
+
+impl CpuWeight {
+    /// Stacks `parts`. Vectors `[1, n]` of different lengths make one vector `[1, sum]`.
+    pub(crate) fn load(parts: &[HostMatrix], store: Element) -> Result<Self, DeviceError> {
+        let failed = |reason: String| DeviceError::Failed {
+            device: "cpu".into(),
+            reason,
+        };
+        let first = parts
+            .first()
+            .ok_or_else(|| failed("a weight without parts".into()))?;
+        for part in parts {
+            check(part).map_err(failed)?;
+        }
+        let vectors = parts.iter().all(|p| p.rows == 1) || parts.iter().all(|p| p.cols == 1);
+        let (rows, cols) = if parts.iter().all(|p| p.cols == first.cols) {
+            (parts.iter().map(|p| p.rows).sum(), first.cols)
+        } else if vectors {
+            (1, parts.iter().map(|p| p.cols).sum())
+        } else {
+            let widths: Vec<_> = parts.iter().map(|p| p.cols).collect();
+            return Err(failed(format!("a weight of parts with {widths:?} columns")));
+        };
+
+        let scattered = parts.len() > 1 || first.row_stride != first.cols;
+        let parts = if vectors && scattered {
+            vec![by_element!(store, E => gathered::<E>(parts))]
+        } else {
+            let as_stored = |p: &HostMatrix| {
+                let in_place = p.element == store
+                    && by_element!(store, E => bytemuck::try_cast_slice::<u8, E>(&p.data).is_ok());
+                if in_place {
+                    p.clone()
+                } else {
+                    by_element!(store, E => gathered::<E>(std::slice::from_ref(p)))
+                }
+            };
+            parts.iter().map(as_stored).collect()
+        };
+        Ok(Self {
+            parts,
+            element: store,
+            rows,
+            cols,
+        })
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Stored as.
+    pub fn element(&self) -> Element {
+        self.element
+    }
+
+    /// One row. `[cols]`
+    #[inline]
+    pub(crate) fn row<E: Stored>(&self, row: usize) -> &[E] {
+        let mut row = row;
+        let mut parts = self.parts.iter();
+        let part = loop {
+            let part = parts.next().expect("the row is below `rows`");
+            match row.checked_sub(part.rows) {
+                Some(rest) => row = rest,
+                None => break part,
+            }
+        };
+        &elements::<E>(part)[row * part.row_stride..][..part.cols]
+    }
+
+    /// All elements of a vector. `[rows * cols]`
+    ///
+    /// # Panics
+    /// If it is not stored as `E`, or is a matrix with gaps.
+    #[inline]
+    pub(crate) fn vector<E: Stored>(&self) -> &[E] {
+        let [part] = self.parts.as_slice() else {
+            panic!("a matrix in the place of a vector")
+        };
+        assert!(
+            part.rows == 1 || part.row_stride == part.cols,
+            "a matrix in the place of a vector"
+        );
+        &elements::<E>(part)[..part.rows * part.cols]
+    }
+}
+
+/// The elements of a part that is known to be aligned.
+#[inline]
+fn elements<E: Stored>(part: &HostMatrix) -> &[E] {
+    assert!(
+        part.element == E::ELEMENT,
+        "{:?} read as {:?}",
+        part.element,
+        E::ELEMENT
+    );
+    bytemuck::cast_slice(&part.data)
+}
+
+/// Whether the bytes are what the shape says.
+fn check(part: &HostMatrix) -> Result<(), String> {
+    let HostMatrix {
+        data,
+        element,
+        rows,
+        cols,
+        row_stride,
+    } = part;
+    let needed = rows
+        .checked_sub(1)
+        .and_then(|rows| rows.checked_mul(*row_stride))
+        .and_then(|start| start.checked_add(*cols))
+        .and_then(|elements| elements.checked_mul(element.bytes()))
+        .filter(|_| *cols > 0 && row_stride >= cols);
+    if needed == Some(data.len()) {
+        return Ok(());
+    }
+    Err(format!(
+        "a weight [{rows}, {cols}] of {element:?} with row stride {row_stride} in {} bytes",
+        data.len()
+    ))
+}
+
+/// A copy of `parts`, one after the other without gaps, stored as `E`.
+fn gathered<E: Stored>(parts: &[HostMatrix]) -> HostMatrix {
+    let cols = parts[0].cols;
+    let total = parts.iter().map(|p| p.rows * p.cols).sum();
+    let mut all = Vec::<E>::with_capacity(total);
+    for part in parts {
+        by_element!(part.element, From => {
+            let width = size_of::<From>();
+            for row in 0..part.rows {
+                let start = row * part.row_stride * width;
+                let bytes = &part.data[start..start + part.cols * width];
+                let values = bytes.chunks_exact(width).map(bytemuck::pod_read_unaligned::<From>);
+                // Equal types keep their bits: widening is exact.
+                all.extend(values.map(|value| E::narrow(value.widen())));
+            }
+        });
+    }
+    let (rows, cols) = if total % cols == 0 {
+        (total / cols, cols)
+    } else {
+        (1, total)
+    };
+    HostMatrix {
+        data: Bytes::from_owner(Elements(all)),
+        element: E::ELEMENT,
+        rows,
+        cols,
+        row_stride: cols,
+    }
+}
+
+/// Elements as the owner of their bytes; unlike `Vec<u8>`, aligned.
+struct Elements<E>(Vec<E>);
+
+impl<E: Stored> AsRef<[u8]> for Elements<E> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}

@@ -1,0 +1,153 @@
+//! `out = x · weightᵀ (+ bias)`.
+//!
+//! `x: [rows, in]`, `weight: [out, in]`, `bias: [out]`, `out: [rows, out]`, f32 sums whatever the weight is
+//! stored as. One row of `x` is limited by how fast weights can be read; many rows by arithmetic, and
+//! then a tile of weight rows is widened once for several rows of `x`.
+
+use crate::cpu::element::{Stored, by_element};
+use crate::cpu::simd::{Kernel, Simd, tile};
+use crate::cpu::threads::Panel;
+use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
+
+/// Bytes of `x` that are gone through for each tile of weights; they should stay in a core's second-level cache.
+const X_BLOCK_BYTES: usize = 512 << 10;
+
+/// Columns that panels begin at multiples of: a cache line of `out`.
+const PANEL_ALIGN: usize = 16;
+
+/// The fast path.
+pub(crate) fn linear(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    weight: &CpuWeight,
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    let width = weight.rows();
+    assert_eq!(
+        x.width(),
+        weight.cols(),
+        "x is as wide as the weight's rows"
+    );
+    assert_eq!(
+        (out.rows(), out.width()),
+        (x.rows(), width),
+        "out is [rows, out]"
+    );
+    let cost = x.rows() * x.width();
+    by_element!(weight.element(), E => {
+        cpu.threads.panels(out.values_mut(), width, (PANEL_ALIGN, cost), |mut panel| {
+            let x = Rows { values: x.values(), width: x.width() };
+            cpu.isa.run(Product::<E> { x, weight, panel: &mut panel, stored: std::marker::PhantomData });
+            if let Some(bias) = bias {
+                add_bias(bias, &mut panel);
+            }
+        });
+    });
+}
+
+/// Adds the panel's part of `bias` to each row.
+fn add_bias(bias: &CpuWeight, panel: &mut Panel<'_>) {
+    by_element!(bias.element(), E => {
+        let bias = &bias.vector::<E>()[panel.columns()];
+        for row in 0..panel.rows() {
+            for (value, bias) in panel.row(row).iter_mut().zip(bias) {
+                *value += bias.widen();
+            }
+        }
+    });
+}
+
+/// Rows of one length.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    values: &'a [f32],
+    width: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn row(self, row: usize) -> &'a [f32] {
+        &self.values[row * self.width..][..self.width]
+    }
+}
+
+/// One panel of `out`.
+struct Product<'a, 'p, E> {
+    x: Rows<'a>,
+    weight: &'a CpuWeight,
+    panel: &'a mut Panel<'p>,
+    stored: std::marker::PhantomData<E>,
+}
+
+impl<E: Stored> Kernel for Product<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let (tile_rows, tile_columns) = S::TILE;
+        let fitting = X_BLOCK_BYTES / (self.x.width * size_of::<f32>());
+        let block = (fitting / tile_rows * tile_rows).max(tile_rows);
+        let columns = self.panel.columns();
+        for start in (0..self.panel.rows()).step_by(block) {
+            let rows = start..(start + block).min(self.panel.rows());
+            let mut column = columns.start;
+            while column + 4 <= columns.end && tile_columns >= 4 {
+                self.columns::<S, 4>(simd, rows.clone(), column);
+                column += 4;
+            }
+            while column + 2 <= columns.end {
+                self.columns::<S, 2>(simd, rows.clone(), column);
+                column += 2;
+            }
+            if column < columns.end {
+                self.columns::<S, 1>(simd, rows, column);
+            }
+        }
+    }
+}
+
+impl<E: Stored> Product<'_, '_, E> {
+    /// `N` columns of `out`, in the largest tiles of rows that are left.
+    #[inline(always)]
+    fn columns<S: Simd, const N: usize>(
+        &mut self,
+        simd: S,
+        rows: std::ops::Range<usize>,
+        column: usize,
+    ) {
+        let mut w: [&[E]; N] = [&[]; N];
+        for (j, w) in w.iter_mut().enumerate() {
+            *w = self.weight.row::<E>(column + j);
+        }
+        let mut row = rows.start;
+        while row < rows.end {
+            row += match (rows.end - row).min(S::TILE.0) {
+                6.. => self.tile::<S, 6, N>(simd, row, column, w),
+                4.. => self.tile::<S, 4, N>(simd, row, column, w),
+                2.. => self.tile::<S, 2, N>(simd, row, column, w),
+                _ => self.tile::<S, 1, N>(simd, row, column, w),
+            };
+        }
+    }
+
+    /// `M` rows and `N` columns of `out`; says how many rows that were.
+    #[inline(always)]
+    fn tile<S: Simd, const M: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        column: usize,
+        w: [&[E]; N],
+    ) -> usize {
+        let mut x: [&[f32]; M] = [&[]; M];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = self.x.row(row + i);
+        }
+        let first = column - self.panel.columns().start;
+        for (i, sums) in tile(simd, x, w).iter().enumerate() {
+            self.panel.row(row + i)[first..first + N].copy_from_slice(sums);
+        }
+        M
+    }
+}

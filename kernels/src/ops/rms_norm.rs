@@ -1,0 +1,82 @@
+//! `out = x / rms(x) * weight` by row, `rms(x) = sqrt(mean(x^2) + eps)`.
+//!
+//! `x, out: [rows, width]`, `weight: [width]`. The variant for a residual stream first adds:
+//! `residual += x`, then `out = rms_norm(residual)`.
+
+use crate::cpu::element::{Stored, by_element};
+use crate::cpu::simd::{Kernel, Simd, dot};
+use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
+
+/// One vector, in place.
+pub(crate) struct Normalise<'a, E> {
+    pub(crate) x: &'a mut [f32],
+    pub(crate) weight: &'a [E],
+    pub(crate) eps: f32,
+}
+
+impl<E: Stored> Kernel for Normalise<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mean = dot(simd, self.x, self.x) / self.x.len() as f32;
+        let factor = 1.0 / (mean + self.eps).sqrt();
+        for (value, weight) in self.x.iter_mut().zip(self.weight) {
+            *value = *value * factor * weight.widen();
+        }
+    }
+}
+
+/// The fast path.
+pub(crate) fn rms_norm(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    weight: &CpuWeight,
+    eps: f32,
+    out: &mut CpuTensor,
+) {
+    let width = x.width();
+    assert_eq!(
+        (out.rows(), out.width()),
+        (x.rows(), width),
+        "out has the shape of x"
+    );
+    by_element!(weight.element(), E => {
+        let weight = weight.vector::<E>();
+        assert_eq!(weight.len(), width, "one weight for each column");
+        cpu.threads.rows(out.values_mut(), width, 2 * width, |i, row| {
+            row.copy_from_slice(x.row(i));
+            cpu.isa.run(Normalise { x: row, weight, eps });
+        });
+    });
+}
+
+/// The fast path with the addition.
+pub(crate) fn add_rms_norm(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    residual: &mut CpuTensor,
+    (weight, eps): (&CpuWeight, f32),
+    out: &mut CpuTensor,
+) {
+    let width = x.width();
+    let shape = (x.rows(), width);
+    assert_eq!((out.rows(), out.width()), shape, "out has the shape of x");
+    assert_eq!(
+        (residual.rows(), residual.width()),
+        shape,
+        "the residual has the shape of x"
+    );
+    by_element!(weight.element(), E => {
+        let weight = weight.vector::<E>();
+        assert_eq!(weight.len(), width, "one weight for each column");
+        let pairs = (residual.values_mut(), out.values_mut());
+        cpu.threads.row_pairs(pairs, width, 3 * width, |i, residual, out| {
+            for ((residual, out), x) in residual.iter_mut().zip(&mut *out).zip(x.row(i)) {
+                *residual += x;
+                *out = *residual;
+            }
+            cpu.isa.run(Normalise { x: out, weight, eps });
+        });
+    });
+}
