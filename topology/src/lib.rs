@@ -4,6 +4,7 @@
 //! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`model_shape`],
 //! [`wire`].
 
+pub mod checkpoint;
 pub mod ids;
 pub mod model_config;
 pub mod model_files;
@@ -16,3 +17,5 @@ pub mod wire;
 #[cfg(test)]
 #[path = "../tests/common/random.rs"]
 mod random;
+#[cfg(test)]
+mod testing;

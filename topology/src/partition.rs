@@ -232,40 +232,9 @@ fn start(whole: u32, rank: u32, world_size: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model_shape::{Dtype, Rope, RopeScaling};
     use crate::random::{Random, seed};
+    use crate::testing::random_shape;
     use std::collections::BTreeSet;
-
-    fn random_shape(random: &mut Random) -> ModelShape {
-        let small = |random: &mut Random, most| u32::try_from(1 + random.below(most)).unwrap();
-        let num_kv_heads = small(random, 8);
-        let num_layers = small(random, 3);
-        ModelShape {
-            architecture: "LlamaForCausalLM".to_owned(),
-            hidden_size: small(random, 64),
-            intermediate_size: small(random, 200),
-            num_layers,
-            num_heads: num_kv_heads * small(random, 8),
-            num_kv_heads,
-            head_dim: 2 * small(random, 16),
-            vocab_size: small(random, 300),
-            max_position_embeddings: 64,
-            rms_norm_eps: 1e-5,
-            rope: Rope {
-                theta: 1e4,
-                scaling: RopeScaling::None,
-            },
-            qkv_bias: random.below(2) == 1,
-            output_bias: random.below(2) == 1,
-            mlp_bias: random.below(2) == 1,
-            qk_norm: random.below(2) == 1,
-            tie_word_embeddings: random.below(2) == 1,
-            sliding_window: vec![None; num_layers as usize],
-            dtype: Dtype::Float32,
-            eos_token_ids: vec![],
-            bos_token_id: None,
-        }
-    }
 
     /// How often each element of a tensor is held, over all ranks.
     fn holders(spec: &TensorSpec, partitions: &[Partition]) -> BTreeSet<u32> {
