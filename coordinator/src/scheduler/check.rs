@@ -1,0 +1,146 @@
+//! Recomputes the scheduler's whole accounting and compares.
+//!
+//! The letters are those of the project's list of invariants: K for blocks, S for sequences. What
+//! takes two moments to see (K5 on content, K8, K11, S1, S2, S4, S5, S8) is for the model test.
+//!
+//! It costs O(blocks + tokens); tests call it after every operation.
+
+use super::Scheduler;
+use super::sequence::Sequence;
+use std::collections::BTreeMap;
+
+impl Scheduler {
+    /// Whether all that is kept is what it would be if computed anew.
+    ///
+    /// # Errors
+    /// The invariant that does not hold, in words.
+    pub fn check(&self) -> Result<(), String> {
+        self.pool
+            .check(self.running.iter().map(|s| s.table.as_slice()))?;
+        self.waiting.check()?;
+        self.check_places()?;
+        self.check_limits()?;
+        for sequence in self.waiting.iter() {
+            check_waiting(sequence)?;
+        }
+        for sequence in &self.running {
+            self.check_running(sequence)?;
+        }
+        Ok(())
+    }
+
+    /// S1, S2: each live sequence is in exactly one place, and found there.
+    fn check_places(&self) -> Result<(), String> {
+        let places = self.waiting.iter().chain(&self.running);
+        let live = places.filter(|s| !s.cancelled);
+        let mut found = BTreeMap::new();
+        for sequence in live {
+            if found.insert(sequence.request.id, sequence.rank()).is_some() {
+                return Err(format!("S2: {:?} is twice", sequence.request.id));
+            }
+        }
+        if found != self.ranks {
+            return Err("S1: the sequences found are not those that were not ended".into());
+        }
+        if !self.running.is_sorted_by_key(Sequence::rank) {
+            return Err("S4: running sequences are out of order".into());
+        }
+        Ok(())
+    }
+
+    /// S3, S6, S7.
+    fn check_limits(&self) -> Result<(), String> {
+        let config = &self.config;
+        let scheduled: usize = self.running.iter().map(|s| s.scheduled).sum();
+        if self.running.len() > config.max_num_seqs as usize
+            || scheduled > config.max_num_batched_tokens as usize
+        {
+            return Err(format!(
+                "S3: {} sequences run with {scheduled} tokens",
+                self.running.len()
+            ));
+        }
+        if self.waiting.num_fresh() > config.max_num_queued_reqs
+            || self.waiting.num_fresh_tokens() > config.max_num_queued_tokens
+        {
+            return Err("S7: more is queued than may be".into());
+        }
+        let longest = config.max_sequence_tokens();
+        let mut all = self.waiting.iter().chain(&self.running);
+        if all.any(|s| s.request.prompt.len() + s.request.max_tokens as usize > longest) {
+            return Err("S6: a sequence cannot fit alone".into());
+        }
+        Ok(())
+    }
+
+    /// K4, K5, K7, K12, and the state of a running sequence.
+    fn check_running(&self, sequence: &Sequence) -> Result<(), String> {
+        let id = sequence.request.id;
+        let block_size = self.config.block_size as usize;
+        let needed = self.pool.blocks_for(sequence.len());
+        let held = sequence.table.len();
+        // The token chosen last gets its block when the next step is planned.
+        let one_behind = !self.step_under_way
+            && sequence.gap() == 1
+            && held + 1 == needed
+            && sequence.computed == held * block_size;
+        if held != needed && !one_behind {
+            return Err(format!("K4: {id:?} needs {needed} blocks and holds {held}"));
+        }
+        if self.step_under_way != (sequence.scheduled > 0)
+            || sequence.computed + sequence.scheduled > sequence.len()
+            || (sequence.gap() == 0)
+            || (sequence.cancelled && !self.step_under_way)
+        {
+            return Err(format!(
+                "S2: {id:?} is at {} + {} of {} tokens, a step is under way: {}",
+                sequence.computed,
+                sequence.scheduled,
+                sequence.len(),
+                self.step_under_way
+            ));
+        }
+        for block in &sequence.table[sequence.computed / block_size..] {
+            if self.pool.num_holders(*block) != 1 {
+                return Err(format!(
+                    "K5: {id:?} will write to block {block}, which is shared"
+                ));
+            }
+        }
+        check_scores(sequence, sequence.computed)?;
+        self.pool
+            .check_content(
+                sequence.request.cache_salt,
+                sequence.tokens(),
+                &sequence.table,
+            )
+            .map_err(|error| format!("{error} ({id:?})"))
+    }
+}
+
+/// A waiting sequence has its tokens and nothing else.
+fn check_waiting(sequence: &Sequence) -> Result<(), String> {
+    if sequence.computed + sequence.scheduled + sequence.table.len() > 0
+        || sequence.cancelled
+        || (!sequence.started && !sequence.generated.is_empty())
+    {
+        return Err(format!(
+            "S2: {:?} waits and is computed",
+            sequence.request.id
+        ));
+    }
+    check_scores(sequence, 0)
+}
+
+/// Scores of prompt tokens are as many as were computed.
+fn check_scores(sequence: &Sequence, computed: usize) -> Result<(), String> {
+    let expected = computed.min(sequence.request.prompt.len() - 1);
+    match &sequence.scores {
+        Some(scores) if scores.len() != expected => Err(format!(
+            "S2: {:?} has {} scores of {expected}",
+            sequence.request.id,
+            scores.len()
+        )),
+        _ => Ok(()),
+    }
+}

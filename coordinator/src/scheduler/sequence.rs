@@ -1,0 +1,187 @@
+//! One sequence as the scheduler sees it: what was asked, how far it is, which blocks it holds.
+//!
+//! There is no "prefill" and no "decode" state. A sequence has tokens, some of them computed; a
+//! step closes part of the gap, and when the gap is closed the next token is chosen. It makes no
+//! decision about others.
+//!
+//! Invariant: `computed + scheduled <= len()`, and `generated` only ever grows.
+
+use super::request::{FinishReason, Request};
+use topology::ids::BlockId;
+use topology::wire::TokenScore;
+
+/// Order of service: priority class, then arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    pub priority: i32,
+    pub arrival: u64,
+}
+
+/// The tokens of a sequence, prompt and generated, as one.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tokens<'a> {
+    pub prompt: &'a [u32],
+    pub generated: &'a [u32],
+}
+
+/// A sequence that has not ended.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub request: Request,
+    pub arrival: u64,
+    pub generated: Vec<u32>,
+    /// Tokens whose keys and values are in the blocks.
+    pub computed: usize,
+    /// Tokens that the step under way computes; 0 between steps.
+    pub scheduled: usize,
+    /// Blocks held, in order of position.
+    pub table: Vec<BlockId>,
+    /// Scores of prompt tokens so far; `None` when none are wanted or all are reported.
+    pub scores: Option<Vec<TokenScore>>,
+    /// Computation was planned at least once.
+    pub started: bool,
+    /// Cancelled during the step under way: ends when the step does.
+    pub cancelled: bool,
+}
+
+impl Tokens<'_> {
+    pub(super) fn len(&self) -> usize {
+        self.prompt.len() + self.generated.len()
+    }
+}
+
+impl<'a> Tokens<'a> {
+    /// The tokens at these positions; fewer if the sequence ends before.
+    pub(super) fn range(
+        self,
+        range: std::ops::Range<usize>,
+    ) -> impl Iterator<Item = u32> + use<'a> {
+        let border = self.prompt.len();
+        let part = |tokens: &'a [u32], start: usize, end: usize| {
+            &tokens[start.min(tokens.len())..end.min(tokens.len())]
+        };
+        let prompt = part(self.prompt, range.start, range.end);
+        let generated = part(
+            self.generated,
+            range.start.saturating_sub(border),
+            range.end.saturating_sub(border),
+        );
+        prompt.iter().chain(generated).copied()
+    }
+}
+
+impl Sequence {
+    pub(super) fn new(request: Request, arrival: u64) -> Self {
+        Self {
+            arrival,
+            generated: Vec::new(),
+            computed: 0,
+            scheduled: 0,
+            table: Vec::new(),
+            scores: request.prompt_logprobs.map(|_| Vec::new()),
+            started: false,
+            cancelled: false,
+            request,
+        }
+    }
+
+    pub(super) fn rank(&self) -> Rank {
+        Rank {
+            priority: self.request.priority,
+            arrival: self.arrival,
+        }
+    }
+
+    pub(super) fn tokens(&self) -> Tokens<'_> {
+        Tokens {
+            prompt: &self.request.prompt,
+            generated: &self.generated,
+        }
+    }
+
+    /// Tokens that are known.
+    pub(super) fn len(&self) -> usize {
+        self.request.prompt.len() + self.generated.len()
+    }
+
+    /// Tokens that are known and not computed.
+    pub(super) fn gap(&self) -> usize {
+        self.len() - self.computed
+    }
+
+    /// Whether what remains is more than the token chosen last.
+    pub(super) fn in_prefill(&self) -> bool {
+        self.gap() > 1 || self.generated.is_empty()
+    }
+
+    /// Whether the step under way ends with a new token.
+    pub(super) fn samples(&self) -> bool {
+        self.scheduled > 0
+            && self.computed + self.scheduled == self.len()
+            && self.request.max_tokens > 0
+    }
+
+    /// Prompt positions (not tokens) that the step under way scores: position `p` predicts the
+    /// token at `p + 1`.
+    pub(super) fn scored_positions(&self) -> std::ops::Range<usize> {
+        match self.scores {
+            Some(_) => {
+                let last = self.request.prompt.len() - 1;
+                let end = self.computed + self.scheduled;
+                self.computed.min(last)..end.min(last)
+            }
+            None => 0..0,
+        }
+    }
+
+    /// Whether cached blocks may stand for computing: not while prompt tokens are to be scored, as
+    /// their logits are needed.
+    pub(super) fn may_hit(&self) -> bool {
+        self.scores.is_none()
+    }
+
+    /// Whether, with the tokens it has now, it is at its end.
+    pub(super) fn end(&self) -> Option<FinishReason> {
+        let stopped = self.generated.last().is_some_and(|last| {
+            self.generated.len() > self.request.min_tokens as usize
+                && self.request.stop_token_ids.contains(last)
+        });
+        if stopped {
+            Some(FinishReason::Stop)
+        } else if self.generated.len() >= self.request.max_tokens as usize {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    /// Its blocks are gone: everything is to be computed again. Tokens stay.
+    pub(super) fn forget_computation(&mut self) {
+        self.computed = 0;
+        self.scheduled = 0;
+        self.table.clear();
+        if let Some(scores) = &mut self.scores {
+            scores.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_crosses_from_prompt_to_generated() {
+        let tokens = Tokens {
+            prompt: &[1, 2, 3],
+            generated: &[4, 5],
+        };
+        for start in 0..7 {
+            for end in start..8 {
+                let whole = [1, 2, 3, 4, 5];
+                let expected = &whole[start.min(5)..end.min(5)];
+                assert_eq!(tokens.range(start..end).collect::<Vec<_>>(), expected);
+            }
+        }
+    }
+}
