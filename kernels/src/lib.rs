@@ -14,3 +14,5 @@ pub mod batch;
 pub mod cpu;
 mod ops;
 pub mod sampling;
+#[cfg(test)]
+mod testing;

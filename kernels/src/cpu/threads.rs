@@ -23,6 +23,8 @@ const PIECES_PER_THREAD: usize = 4;
 pub(crate) struct Threads {
     pool: Option<ThreadPool>,
     count: usize,
+    /// Work below this is done by the caller. Tests set it to zero, to divide small matrices too.
+    pub(crate) inline_cost: usize,
 }
 
 impl Threads {
@@ -42,36 +44,15 @@ impl Threads {
             }
             pin(cores).map_err(failed)?;
         }
-        if count == 1 {
-            return Ok(Self { pool: None, count });
-        }
-        let refused = Arc::new(Mutex::new(None));
-        let mut builder = ThreadPoolBuilder::new()
-            .num_threads(count)
-            .thread_name(|i| format!("cpu-{i}"));
-        if let Some(cores) = cores {
-            let (cores, refused) = (cores.to_vec(), Arc::clone(&refused));
-            builder = builder.start_handler(move |i| {
-                if let Err(reason) = pin(&[cores[i % cores.len()]]) {
-                    refused
-                        .lock()
-                        .expect("no holder panics")
-                        .get_or_insert(reason);
-                }
-            });
-        }
-        let pool = builder
-            .build()
-            .map_err(|e| failed(format!("starting {count} threads: {e}")))?;
-        // Every thread has run its start handler once it has answered.
-        pool.broadcast(|_| ());
-        match refused.lock().expect("no holder panics").take() {
-            Some(reason) => Err(failed(reason)),
-            None => Ok(Self {
-                pool: Some(pool),
-                count,
-            }),
-        }
+        let pool = (count > 1)
+            .then(|| start_pool(count, cores))
+            .transpose()
+            .map_err(failed)?;
+        Ok(Self {
+            pool,
+            count,
+            inline_cost: INLINE_COST,
+        })
     }
 
     /// How many threads work.
@@ -181,8 +162,36 @@ impl Threads {
 
     /// The pool, if `items` of `cost` each are worth waking it.
     fn pool(&self, items: usize, cost: usize) -> Option<&ThreadPool> {
-        let worth = items > 1 && items.saturating_mul(cost) >= INLINE_COST;
+        let worth = items > 1 && items.saturating_mul(cost) >= self.inline_cost;
         self.pool.as_ref().filter(|_| worth)
+    }
+}
+
+/// Starts `count` named threads and waits until each is pinned.
+fn start_pool(count: usize, cores: Option<&[usize]>) -> Result<ThreadPool, String> {
+    let refused = Arc::new(Mutex::new(None));
+    let mut builder = ThreadPoolBuilder::new()
+        .num_threads(count)
+        .thread_name(|i| format!("cpu-{i}"));
+    if let Some(cores) = cores {
+        let (cores, refused) = (cores.to_vec(), Arc::clone(&refused));
+        builder = builder.start_handler(move |i| {
+            if let Err(reason) = pin(&[cores[i % cores.len()]]) {
+                refused
+                    .lock()
+                    .expect("no holder panics")
+                    .get_or_insert(reason);
+            }
+        });
+    }
+    let pool = builder
+        .build()
+        .map_err(|e| format!("starting {count} threads: {e}"))?;
+    // Every thread has run its start handler once it has answered.
+    pool.broadcast(|_| ());
+    match refused.lock().expect("no holder panics").take() {
+        Some(reason) => Err(reason),
+        None => Ok(pool),
     }
 }
 
@@ -251,6 +260,73 @@ impl Panel<'_> {
         // taken from; no other panel has these columns, and `&mut self` keeps this one's rows apart.
         unsafe {
             std::slice::from_raw_parts_mut(first, self.columns.len())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_count_or_core_that_cannot_be_is_an_error() {
+        assert!(Threads::start(0, None).is_err());
+        assert!(Threads::start(1, Some(&[])).is_err());
+        // In a thread of its own, which may be confined without harm to other tests.
+        let far = std::thread::spawn(|| Threads::start(2, Some(&[CpuSet::MAX_CPU])).map(|_| ()));
+        let error = far.join().unwrap().unwrap_err().to_string();
+        assert!(error.contains("there is no core"), "{error}");
+    }
+
+    #[test]
+    fn threads_are_pinned_and_named() {
+        let core = std::thread::spawn(|| {
+            let mine = rustix::thread::sched_getaffinity(None).unwrap();
+            let core = (0..CpuSet::MAX_CPU)
+                .find(|&core| mine.is_set(core))
+                .unwrap();
+            let threads = Threads::start(2, Some(&[core])).unwrap();
+            let seen = threads.pool.unwrap().broadcast(|context| {
+                let set = rustix::thread::sched_getaffinity(None).unwrap();
+                let name = std::thread::current().name().unwrap().to_owned();
+                (
+                    set.count(),
+                    set.is_set(core),
+                    name == format!("cpu-{}", context.index()),
+                )
+            });
+            assert_eq!(seen, [(1, true, true); 2]);
+            rustix::thread::sched_getaffinity(None).unwrap().count()
+        });
+        assert_eq!(core.join().unwrap(), 1);
+    }
+
+    #[test]
+    fn every_element_is_visited_once() {
+        for count in [1, 3] {
+            let mut threads = Threads::start(count, None).unwrap();
+            threads.inline_cost = 0;
+            for (rows, width) in [(1, 1), (1, 40), (7, 16), (5, 100), (64, 3)] {
+                let mut values = vec![0.0; rows * width];
+                threads.rows(&mut values, width, 1, |i, row| {
+                    row.iter_mut().for_each(|value| *value += (i + 1) as f32);
+                });
+                threads.panels(&mut values, width, (16, 1), |mut panel| {
+                    assert_eq!(panel.columns().start % 16, 0);
+                    for row in 0..panel.rows() {
+                        panel.row(row).iter_mut().for_each(|value| *value += 1.0);
+                    }
+                });
+                let mut other = vec![0.0; rows * width];
+                threads.row_pairs((&mut values, &mut other), width, 1, |_, a, b| {
+                    b.copy_from_slice(a);
+                });
+                let expected: Vec<f32> = (0..rows)
+                    .flat_map(|i| vec![(i + 2) as f32; width])
+                    .collect();
+                assert_eq!((&values, &other), (&expected, &expected));
+                assert!(threads.map(rows, 1, |i| i).into_iter().eq(0..rows));
+            }
         }
     }
 }

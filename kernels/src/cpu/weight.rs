@@ -186,3 +186,79 @@ impl<E: Stored> AsRef<[u8]> for Elements<E> {
         bytemuck::cast_slice(&self.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{ELEMENTS, Rng, host_matrix, rounded};
+
+    #[test]
+    fn bytes_that_can_be_read_in_place_are_not_copied() {
+        let element = Element::Bf16;
+        let data = Bytes::from_owner(Elements(vec![half::bf16::ONE; 40]));
+        let at = data.as_ptr();
+        let part = HostMatrix {
+            data,
+            element,
+            rows: 4,
+            cols: 7,
+            row_stride: 11,
+        };
+        let weight = CpuWeight::load(&[part], element).unwrap();
+        assert_eq!(weight.row::<half::bf16>(0).as_ptr().cast(), at);
+        assert_eq!(weight.row::<half::bf16>(3), [half::bf16::ONE; 7]);
+    }
+
+    #[test]
+    fn rows_are_the_stored_values_whatever_the_alignment_and_type() {
+        let mut rng = Rng::new(10);
+        for stored in ELEMENTS {
+            for store in ELEMENTS {
+                let (rows, cols) = (rng.within(2..9), rng.within(2..40));
+                let values = rng.values(rows * cols);
+                let parts = [
+                    host_matrix(&mut rng, &values, cols, stored),
+                    host_matrix(&mut rng, &values, cols, stored),
+                ];
+                let weight = CpuWeight::load(&parts, store).unwrap();
+                assert_eq!((weight.rows(), weight.cols()), (2 * rows, cols));
+                let expected = rounded(&rounded(&values, stored), store);
+                for row in 0..2 * rows {
+                    let expected = &expected[row % rows * cols..][..cols];
+                    by_element!(store, E => {
+                        let row: Vec<f32> =
+                            weight.row::<E>(row).iter().map(|value| value.widen()).collect();
+                        assert_eq!(row, expected);
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_not_the_shape_are_refused() {
+        let data = Bytes::from(vec![0; 20]);
+        let part = |rows, cols, row_stride| HostMatrix {
+            data: data.clone(),
+            element: Element::F32,
+            rows,
+            cols,
+            row_stride,
+        };
+        for (rows, cols, stride) in [
+            (5, 1, 2),
+            (1, 6, 6),
+            (2, 3, 2),
+            (0, 5, 5),
+            (1, 0, 5),
+            (usize::MAX, 5, usize::MAX),
+        ] {
+            let refused = CpuWeight::load(&[part(rows, cols, stride)], Element::F32);
+            assert!(refused.is_err(), "[{rows}, {cols}] by {stride}");
+        }
+        assert!(CpuWeight::load(&[], Element::F32).is_err());
+        assert!(CpuWeight::load(&[part(1, 5, 5), part(2, 2, 3)], Element::F32).is_err());
+        assert!(CpuWeight::load(&[part(1, 5, 5), part(2, 2, 3)], Element::Bf16).is_err());
+        assert!(CpuWeight::load(&[part(1, 5, 9)], Element::F32).is_ok());
+    }
+}

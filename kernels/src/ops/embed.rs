@@ -35,3 +35,45 @@ pub(crate) fn embed(
         });
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::Backend;
+    use crate::testing::{ELEMENTS, Rng, backends, tensor, tokens, upload, weight};
+
+    fn reference(token_ids: &[u32], table: &[f32], width: usize, first: u32) -> Vec<f32> {
+        let vocab = table.len() / width;
+        let value = |token: u32, column: usize| {
+            let inside = token >= first && ((token - first) as usize) < vocab;
+            if inside {
+                table[(token - first) as usize * width + column]
+            } else {
+                0.0
+            }
+        };
+        let elements = token_ids
+            .iter()
+            .flat_map(|&token| (0..width).map(move |c| (token, c)));
+        elements
+            .map(|(token, column)| value(token, column))
+            .collect()
+    }
+
+    #[test]
+    fn is_the_reference() {
+        let mut rng = Rng::new(1);
+        for cpu in backends() {
+            for element in ELEMENTS {
+                let (vocab, width, count) =
+                    (rng.within(1..20), rng.within(1..40), rng.within(1..30));
+                let first = rng.within(0..10);
+                let ids: Vec<u32> = (0..count).map(|_| rng.within(0..40) as u32).collect();
+                let (table, values) = weight(&mut rng, &cpu, (vocab, width), element);
+                let batch = upload(&cpu, &tokens(ids.clone(), vec![0; count]));
+                let mut out = tensor(&cpu, &rng.values(count * width), width);
+                cpu.embed(&batch, &table, first as u32, &mut out);
+                assert_eq!(out.values(), reference(&ids, &values, width, first as u32));
+            }
+        }
+    }
+}

@@ -17,3 +17,31 @@ pub(crate) fn gather(cpu: &CpuBackend, batch: &CpuBatch, x: &CpuTensor, out: &mu
         row.copy_from_slice(x.row(wanted[i] as usize));
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::Backend;
+    use crate::testing::{Rng, backends, tensor, tokens, upload};
+
+    #[test]
+    fn copies_the_rows_named() {
+        let mut rng = Rng::new(2);
+        for cpu in backends() {
+            let (count, width) = (rng.within(1..30), rng.within(1..40));
+            let mut batch = tokens(vec![0; count], vec![0; count]);
+            batch.logit_tokens = (0..count as u32)
+                .filter(|_| rng.within(0..2) == 1)
+                .collect();
+            let wanted = batch.logit_tokens.clone();
+            let x = tensor(&cpu, &rng.values(count * width), width);
+            let mut out = cpu.allocate(count, width).unwrap();
+            cpu.set_rows(&mut out, wanted.len());
+            cpu.gather_logit_rows(&upload(&cpu, &batch), &x, &mut out);
+            let expected: Vec<f32> = wanted
+                .iter()
+                .flat_map(|&t| x.row(t as usize).to_vec())
+                .collect();
+            assert_eq!(out.values(), expected);
+        }
+    }
+}

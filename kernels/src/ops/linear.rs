@@ -151,3 +151,117 @@ impl<E: Stored> Product<'_, '_, E> {
         M
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::{Backend, Element};
+    use crate::cpu::CpuBackend;
+    use crate::testing::{
+        ELEMENTS, Rng, assert_close, backends, bits, host_matrix, rounded, tensor, weight,
+    };
+
+    fn reference(x: &[f32], weight: &[f32], inputs: usize, bias: Option<&[f32]>) -> Vec<f32> {
+        let mut out = Vec::new();
+        for x in x.chunks_exact(inputs) {
+            for (column, w) in weight.chunks_exact(inputs).enumerate() {
+                let mut sum = 0.0;
+                for (x, w) in x.iter().zip(w) {
+                    sum += x * w;
+                }
+                out.push(sum + bias.map_or(0.0, |bias| bias[column]));
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn is_the_reference_and_a_row_alone_gives_the_same_bits() {
+        let mut rng = Rng::new(7);
+        for cpu in backends() {
+            for case in 0..30 {
+                let element = rng.pick(&ELEMENTS);
+                let (rows, inputs) = (rng.within(1..24), rng.within(1..300));
+                let outputs = rng.within(1..70);
+                println!("{} case {case}: {rows} x {inputs} x {outputs}", cpu.name());
+                let (w, w_values) = weight(&mut rng, &cpu, (outputs, inputs), element);
+                let (bias, bias_values) = weight(&mut rng, &cpu, (1, outputs), element);
+                let biased = rng.pick(&[false, true]);
+                let bias = biased.then_some(&bias);
+                let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
+                let mut out = cpu.allocate(rows, outputs).unwrap();
+                cpu.linear(&x, &w, bias, &mut out);
+                let bias_values = biased.then_some(&*bias_values);
+                let expected = reference(x.values(), &w_values, inputs, bias_values);
+                assert_close(out.values(), &expected, 1e-5 * inputs as f32, 1e-5);
+                for row in 0..rows {
+                    let one = tensor(&cpu, x.row(row), inputs);
+                    let mut alone = cpu.allocate(1, outputs).unwrap();
+                    cpu.linear(&one, &w, bias, &mut alone);
+                    assert_eq!(bits(alone.values()), bits(out.row(row)));
+                }
+            }
+        }
+    }
+
+    /// More rows than stay in the cache at once, so that the blocks of rows are met too.
+    #[test]
+    fn blocks_of_rows_and_instruction_sets_with_fused_products_agree_bit_for_bit() {
+        let (rows, inputs, outputs) = (50, 9000, 37);
+        let mut all: Vec<(String, Vec<u32>)> = Vec::new();
+        for cpu in backends() {
+            let mut rng = Rng::new(8);
+            let (w, _) = weight(&mut rng, &cpu, (outputs, inputs), Element::Bf16);
+            let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
+            let mut out = cpu.allocate(rows, outputs).unwrap();
+            cpu.linear(&x, &w, None, &mut out);
+            for row in [0, 13, 49] {
+                let mut alone = cpu.allocate(1, outputs).unwrap();
+                cpu.linear(&tensor(&cpu, x.row(row), inputs), &w, None, &mut alone);
+                assert_eq!(bits(alone.values()), bits(out.row(row)));
+            }
+            all.push((cpu.name(), bits(out.values())));
+        }
+        let fused: Vec<_> = all
+            .iter()
+            .filter(|(name, _)| !name.contains("portable"))
+            .collect();
+        for (name, bits) in &fused {
+            assert!(*bits == fused[0].1, "{name} differs from {}", fused[0].0);
+        }
+    }
+
+    /// Query, key and value projections become one: matrices and biases of several parts.
+    #[test]
+    fn stacked_parts_are_one_matrix() {
+        let mut rng = Rng::new(9);
+        let cpu = CpuBackend::new(1, None).unwrap();
+        for stored in ELEMENTS {
+            for store in ELEMENTS {
+                let (inputs, sizes) = (rng.within(1..90), [5, 3, 3]);
+                let mut values = Vec::new();
+                let mut bias_values = Vec::new();
+                let mut parts = Vec::new();
+                let mut biases = Vec::new();
+                for size in sizes {
+                    let part = rng.values(size * inputs);
+                    parts.push(host_matrix(&mut rng, &part, inputs, stored));
+                    values.extend(rounded(&rounded(&part, stored), store));
+                    let bias = rng.values(size);
+                    biases.push(host_matrix(&mut rng, &bias, size, stored));
+                    bias_values.extend(rounded(&rounded(&bias, stored), store));
+                }
+                let w = cpu.load(&parts, store).unwrap();
+                let bias = cpu.load(&biases, store).unwrap();
+                assert_eq!(
+                    (w.rows(), w.cols(), bias.rows(), bias.cols()),
+                    (11, inputs, 1, 11)
+                );
+                let x = tensor(&cpu, &rng.values(2 * inputs), inputs);
+                let mut out = cpu.allocate(2, 11).unwrap();
+                cpu.linear(&x, &w, Some(&bias), &mut out);
+                let expected = reference(x.values(), &values, inputs, Some(&bias_values));
+                assert_close(out.values(), &expected, 1e-4, 1e-5);
+            }
+        }
+    }
+}

@@ -80,3 +80,59 @@ pub(crate) fn add_rms_norm(
         });
     });
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use crate::backend::Backend;
+    use crate::testing::{ELEMENTS, Rng, assert_close, backends, bits, tensor, weight};
+
+    /// `[rows, width]` from `x: [rows, width]`.
+    pub(crate) fn reference(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+        let mut out = Vec::new();
+        for row in x.chunks_exact(weight.len()) {
+            let squares: f32 = row.iter().map(|x| x * x).sum();
+            let rms = (squares / row.len() as f32 + eps).sqrt();
+            out.extend(row.iter().zip(weight).map(|(x, w)| x / rms * w));
+        }
+        out
+    }
+
+    #[test]
+    fn is_the_reference_and_a_row_alone_gives_the_same_bits() {
+        let mut rng = Rng::new(3);
+        for cpu in backends() {
+            for element in ELEMENTS {
+                let (rows, width) = (rng.within(1..20), rng.within(1..200));
+                let (w, w_values) = weight(&mut rng, &cpu, (1, width), element);
+                let x = tensor(&cpu, &rng.values(rows * width), width);
+                let added = tensor(&cpu, &rng.values(rows * width), width);
+                let sums: Vec<f32> = x
+                    .values()
+                    .iter()
+                    .zip(added.values())
+                    .map(|(a, b)| a + b)
+                    .collect();
+                let mut out = cpu.allocate(rows, width).unwrap();
+                cpu.rms_norm(&x, &w, 1e-5, &mut out);
+                assert_close(
+                    out.values(),
+                    &reference(x.values(), &w_values, 1e-5),
+                    1e-6,
+                    1e-5,
+                );
+
+                let mut residual = tensor(&cpu, x.values(), width);
+                cpu.add_rms_norm(&added, &mut residual, &w, 1e-5, &mut out);
+                assert_eq!(bits(residual.values()), bits(&sums));
+                assert_close(out.values(), &reference(&sums, &w_values, 1e-5), 1e-6, 1e-5);
+
+                for row in 0..rows {
+                    let mut alone = cpu.allocate(1, width).unwrap();
+                    let one = tensor(&cpu, residual.row(row), width);
+                    cpu.rms_norm(&one, &w, 1e-5, &mut alone);
+                    assert_eq!(bits(alone.values()), bits(out.row(row)));
+                }
+            }
+        }
+    }
+}

@@ -40,3 +40,62 @@ pub(crate) fn rope(
             }
         });
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::{Backend, Heads};
+    use crate::testing::{Rng, assert_close, backends, bits, tensor, tokens, upload};
+
+    /// Rotates one row by the angles `position * theta^(-2i / head_dim)`.
+    fn reference(row: &[f32], position: u32, heads: Heads) -> Vec<f32> {
+        let (dim, half) = (heads.head_dim, heads.head_dim / 2);
+        let mut out = row.to_vec();
+        for head in 0..heads.local_heads + heads.local_kv_heads {
+            for i in 0..half {
+                let (sin, cos) = angle(position, i, dim).sin_cos();
+                let (a, b) = (row[head * dim + i], row[head * dim + half + i]);
+                out[head * dim + i] = a * cos - b * sin;
+                out[head * dim + half + i] = b * cos + a * sin;
+            }
+        }
+        out
+    }
+
+    fn angle(position: u32, i: usize, dim: usize) -> f32 {
+        position as f32 * 10_000_f32.powf(-2.0 * i as f32 / dim as f32)
+    }
+
+    #[test]
+    fn is_the_reference_and_a_row_alone_gives_the_same_bits() {
+        let mut rng = Rng::new(5);
+        for cpu in backends() {
+            let heads = Heads {
+                local_heads: rng.within(1..5),
+                local_kv_heads: rng.within(1..4),
+                head_dim: 2 * rng.within(1..40),
+            };
+            let (dim, width, rows) = (heads.head_dim, heads.qkv_width(), rng.within(1..20));
+            let table: Vec<f32> = (0..50)
+                .flat_map(|p| {
+                    let angles = move |i| angle(p, i, dim);
+                    let cos = (0..dim / 2).map(move |i| angles(i).cos());
+                    cos.chain((0..dim / 2).map(move |i| angles(i).sin()))
+                })
+                .collect();
+            let table = tensor(&cpu, &table, dim);
+            let before = rng.values(rows * width);
+            let positions: Vec<u32> = (0..rows).map(|_| rng.within(0..50) as u32).collect();
+            let mut qkv = tensor(&cpu, &before, width);
+            let batch = tokens(vec![0; rows], positions.clone());
+            cpu.rope(&upload(&cpu, &batch), &table, heads, &mut qkv);
+            for (row, before) in before.chunks_exact(width).enumerate() {
+                let expected = reference(before, positions[row], heads);
+                assert_close(qkv.row(row), &expected, 1e-6, 1e-6);
+                let mut alone = tensor(&cpu, before, width);
+                let batch = upload(&cpu, &tokens(vec![0], vec![positions[row]]));
+                cpu.rope(&batch, &table, heads, &mut alone);
+                assert_eq!(bits(alone.values()), bits(qkv.row(row)));
+            }
+        }
+    }
+}
