@@ -5,12 +5,16 @@
 //! [`wire`].
 
 pub mod checkpoint;
+pub mod fit;
+pub mod host;
 pub mod ids;
 pub mod model_config;
 pub mod model_files;
 pub mod model_shape;
 pub mod partition;
+pub mod placement;
 mod rope_config;
+pub mod spec;
 mod tensors;
 pub mod wire;
 

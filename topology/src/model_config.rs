@@ -86,13 +86,13 @@ impl ModelShape {
         };
         let config = Fields(&map);
         let (architecture, family) = family(&map)?;
-        refuse_unsupported(&config)?;
+        refuse_unsupported(config)?;
 
         let hidden_size = config.dimension("hidden_size", MAX_WIDTH)?;
         let num_layers = config.dimension("num_hidden_layers", MAX_LAYERS)?;
         let num_heads = config.dimension("num_attention_heads", MAX_HEADS)?;
-        let num_kv_heads = kv_heads(&config, family, num_heads)?;
-        let head_dim = head_dim(&config, family, hidden_size, num_heads)?;
+        let num_kv_heads = kv_heads(config, family, num_heads)?;
+        let head_dim = head_dim(config, family, hidden_size, num_heads)?;
         let max_position_embeddings = config.dimension("max_position_embeddings", MAX_POSITIONS)?;
         let attention_bias = config.flag("attention_bias")?;
         let has_attention_bias = matches!(family, Family::Llama | Family::Qwen3) && attention_bias;
@@ -106,17 +106,17 @@ impl ModelShape {
             head_dim,
             vocab_size: config.dimension("vocab_size", MAX_VOCAB)?,
             max_position_embeddings,
-            rms_norm_eps: rms_norm_eps(&config)?,
-            rope: rope_config::rope(&config, max_position_embeddings)?,
+            rms_norm_eps: rms_norm_eps(config)?,
+            rope: rope_config::rope(config, max_position_embeddings)?,
             qkv_bias: family == Family::Qwen2 || has_attention_bias,
             output_bias: has_attention_bias,
             mlp_bias: family == Family::Llama && config.flag("mlp_bias")?,
             qk_norm: family == Family::Qwen3,
             tie_word_embeddings: config.flag("tie_word_embeddings")?,
-            sliding_window: sliding_window(&config, family, num_layers)?,
-            dtype: dtype(&config)?,
-            eos_token_ids: token_ids(&config, "eos_token_id")?,
-            bos_token_id: token_ids(&config, "bos_token_id")?.first().copied(),
+            sliding_window: sliding_window(config, family, num_layers)?,
+            dtype: dtype(config)?,
+            eos_token_ids: token_ids(config, "eos_token_id")?,
+            bos_token_id: token_ids(config, "bos_token_id")?.first().copied(),
         })
     }
 }
@@ -137,7 +137,7 @@ fn family(config: &Map<String, Value>) -> Result<(&str, Family), ShapeError> {
 }
 
 /// Refuses what would silently give other numbers than the model's makers meant.
-fn refuse_unsupported(config: &Fields<'_>) -> Result<(), ShapeError> {
+fn refuse_unsupported(config: Fields<'_>) -> Result<(), ShapeError> {
     if let Some(quantization) = config.get("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str);
         return Err(unsupported(
@@ -175,7 +175,7 @@ fn refuse_unsupported(config: &Fields<'_>) -> Result<(), ShapeError> {
     Ok(())
 }
 
-fn kv_heads(config: &Fields<'_>, family: Family, num_heads: u32) -> Result<u32, ShapeError> {
+fn kv_heads(config: Fields<'_>, family: Family, num_heads: u32) -> Result<u32, ShapeError> {
     const FIELD: &str = "num_key_value_heads";
     let given = config.map().get(FIELD);
     // The other families' configurations have a default that no published model has: the key
@@ -194,7 +194,7 @@ fn kv_heads(config: &Fields<'_>, family: Family, num_heads: u32) -> Result<u32, 
 }
 
 fn head_dim(
-    config: &Fields<'_>,
+    config: Fields<'_>,
     family: Family,
     hidden_size: u32,
     num_heads: u32,
@@ -222,7 +222,7 @@ fn head_dim(
     }
 }
 
-fn rms_norm_eps(config: &Fields<'_>) -> Result<f32, ShapeError> {
+fn rms_norm_eps(config: Fields<'_>) -> Result<f32, ShapeError> {
     const FIELD: &str = "rms_norm_eps";
     let eps = config.number(FIELD)?.unwrap_or(1e-6);
     #[expect(
@@ -239,7 +239,7 @@ fn rms_norm_eps(config: &Fields<'_>) -> Result<f32, ShapeError> {
 
 /// For each layer: how many last positions a token sees.
 fn sliding_window(
-    config: &Fields<'_>,
+    config: Fields<'_>,
     family: Family,
     num_layers: u32,
 ) -> Result<Vec<Option<u32>>, ShapeError> {
@@ -297,7 +297,7 @@ fn sliding_window(
 }
 
 /// `layer_types` as "is it a sliding one", or `None` if absent.
-fn layer_types(config: &Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>, ShapeError> {
+fn layer_types(config: Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>, ShapeError> {
     const FIELD: &str = "layer_types";
     let Some(value) = config.get(FIELD) else {
         return Ok(None);
@@ -321,7 +321,7 @@ fn layer_types(config: &Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>, 
     sliding.collect::<Result<_, _>>().map(Some)
 }
 
-fn dtype(config: &Fields<'_>) -> Result<Dtype, ShapeError> {
+fn dtype(config: Fields<'_>) -> Result<Dtype, ShapeError> {
     let Some(value) = config.get("dtype").or_else(|| config.get("torch_dtype")) else {
         return Ok(Dtype::Float32);
     };
@@ -338,7 +338,7 @@ fn dtype(config: &Fields<'_>) -> Result<Dtype, ShapeError> {
 }
 
 /// A token id, a list of them, or nothing.
-fn token_ids(config: &Fields<'_>, field: &'static str) -> Result<Vec<u32>, ShapeError> {
+fn token_ids(config: Fields<'_>, field: &'static str) -> Result<Vec<u32>, ShapeError> {
     let id = |value: &Value| {
         let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
         id.ok_or_else(|| invalid(field, value, "a token id or a list of them".to_owned()))
@@ -355,16 +355,16 @@ fn token_ids(config: &Fields<'_>, field: &'static str) -> Result<Vec<u32>, Shape
 pub(crate) struct Fields<'a>(pub(crate) &'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
-    pub(crate) fn map(&self) -> &'a Map<String, Value> {
+    pub(crate) fn map(self) -> &'a Map<String, Value> {
         self.0
     }
 
-    pub(crate) fn get(&self, field: &str) -> Option<&'a Value> {
+    pub(crate) fn get(self, field: &str) -> Option<&'a Value> {
         self.0.get(field).filter(|value| !value.is_null())
     }
 
     /// A whole number.
-    fn count(&self, field: &'static str) -> Result<Option<u32>, ShapeError> {
+    fn count(self, field: &'static str) -> Result<Option<u32>, ShapeError> {
         let Some(value) = self.get(field) else {
             return Ok(None);
         };
@@ -375,14 +375,14 @@ impl<'a> Fields<'a> {
     }
 
     /// A required whole number, `1..=max`.
-    fn dimension(&self, field: &'static str, max: u32) -> Result<u32, ShapeError> {
+    fn dimension(self, field: &'static str, max: u32) -> Result<u32, ShapeError> {
         let value = self.get(field).ok_or(ShapeError::Missing(field))?;
         let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
         let number = number.filter(|number| (1..=max).contains(number));
         number.ok_or_else(|| invalid(field, value, format!("a whole number from 1 to {max}")))
     }
 
-    fn flag(&self, field: &'static str) -> Result<bool, ShapeError> {
+    fn flag(self, field: &'static str) -> Result<bool, ShapeError> {
         let Some(value) = self.get(field) else {
             return Ok(false);
         };
@@ -391,7 +391,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| invalid(field, value, "true or false".to_owned()))
     }
 
-    pub(crate) fn number(&self, field: &'static str) -> Result<Option<f64>, ShapeError> {
+    pub(crate) fn number(self, field: &'static str) -> Result<Option<f64>, ShapeError> {
         let Some(value) = self.get(field) else {
             return Ok(None);
         };

@@ -6,6 +6,10 @@ use serde::Serialize;
 
 /// A decoder-only transformer, read from data.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "five independent switches of the published configurations"
+)]
 pub struct ModelShape {
     /// `architectures[0]`, for messages.
     pub architecture: String,

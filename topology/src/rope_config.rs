@@ -12,12 +12,12 @@ use serde_json::{Map, Value};
 const DEFAULT_THETA: f64 = 10_000.0;
 
 /// `max_positions` is the default of `original_max_position_embeddings`.
-pub(crate) fn rope(config: &Fields<'_>, max_positions: u32) -> Result<Rope, ShapeError> {
+pub(crate) fn rope(config: Fields<'_>, max_positions: u32) -> Result<Rope, ShapeError> {
     let empty = Map::new();
     let inner = Fields(parameters(config)?.unwrap_or(&empty));
-    refuse_unsupported(config, &inner)?;
+    refuse_unsupported(config, inner)?;
     // Inside beats outside.
-    let theta = match positive(&inner, "rope_theta")? {
+    let theta = match positive(inner, "rope_theta")? {
         Some(theta) => theta,
         None => positive(config, "rope_theta")?.unwrap_or(DEFAULT_THETA),
     };
@@ -28,12 +28,12 @@ pub(crate) fn rope(config: &Fields<'_>, max_positions: u32) -> Result<Rope, Shap
             "greater than 1".to_owned(),
         ));
     }
-    let scaling = scaling(config, &inner, max_positions)?;
+    let scaling = scaling(config, inner, max_positions)?;
     Ok(Rope { theta, scaling })
 }
 
 /// `rope_scaling` if it says anything, else `rope_parameters`.
-fn parameters<'a>(config: &Fields<'a>) -> Result<Option<&'a Map<String, Value>>, ShapeError> {
+fn parameters(config: Fields<'_>) -> Result<Option<&Map<String, Value>>, ShapeError> {
     for field in ["rope_scaling", "rope_parameters"] {
         match config.get(field) {
             None => {}
@@ -45,10 +45,10 @@ fn parameters<'a>(config: &Fields<'a>) -> Result<Option<&'a Map<String, Value>>,
     Ok(None)
 }
 
-fn refuse_unsupported(config: &Fields<'_>, inner: &Fields<'_>) -> Result<(), ShapeError> {
+fn refuse_unsupported(config: Fields<'_>, inner: Fields<'_>) -> Result<(), ShapeError> {
     for fields in [config, inner] {
         let partial = fields.number("partial_rotary_factor")?;
-        if partial.is_some_and(|factor| factor < 1.0 || factor > 1.0) {
+        if partial.is_some_and(|factor| (factor - 1.0).abs() > 0.0) {
             return Err(unsupported(
                 "a partial_rotary_factor other than 1".to_owned(),
                 "only rotary embeddings over whole heads are",
@@ -65,8 +65,8 @@ fn refuse_unsupported(config: &Fields<'_>, inner: &Fields<'_>) -> Result<(), Sha
 }
 
 fn scaling(
-    config: &Fields<'_>,
-    inner: &Fields<'_>,
+    config: Fields<'_>,
+    inner: Fields<'_>,
     max_positions: u32,
 ) -> Result<RopeScaling, ShapeError> {
     let kind = inner.get("rope_type").or_else(|| inner.get("type"));
@@ -97,8 +97,8 @@ fn scaling(
 }
 
 fn original_positions(
-    config: &Fields<'_>,
-    inner: &Fields<'_>,
+    config: Fields<'_>,
+    inner: Fields<'_>,
     max_positions: u32,
 ) -> Result<f64, ShapeError> {
     const FIELD: &str = "original_max_position_embeddings";
@@ -109,7 +109,7 @@ fn original_positions(
     }
 }
 
-fn llama3(inner: &Fields<'_>, original_max_position: f64) -> Result<RopeScaling, ShapeError> {
+fn llama3(inner: Fields<'_>, original_max_position: f64) -> Result<RopeScaling, ShapeError> {
     let low_freq_factor = required(inner, "low_freq_factor")?;
     let high_freq_factor = required(inner, "high_freq_factor")?;
     if high_freq_factor <= low_freq_factor {
@@ -129,7 +129,7 @@ fn llama3(inner: &Fields<'_>, original_max_position: f64) -> Result<RopeScaling,
 }
 
 fn yarn(
-    inner: &Fields<'_>,
+    inner: Fields<'_>,
     original_max_position: f64,
     max_positions: u32,
 ) -> Result<RopeScaling, ShapeError> {
@@ -170,7 +170,7 @@ fn yarn(
 }
 
 /// The factor on cos and sin: as given, else the ratio of the two scales, else by the stretch.
-fn yarn_attention_factor(inner: &Fields<'_>, factor: f64) -> Result<f64, ShapeError> {
+fn yarn_attention_factor(inner: Fields<'_>, factor: f64) -> Result<f64, ShapeError> {
     if let Some(given) = positive(inner, "attention_factor")? {
         return Ok(given);
     }
@@ -196,11 +196,11 @@ fn yarn_attention_factor(inner: &Fields<'_>, factor: f64) -> Result<f64, ShapeEr
     }
 }
 
-fn required(fields: &Fields<'_>, field: &'static str) -> Result<f64, ShapeError> {
+fn required(fields: Fields<'_>, field: &'static str) -> Result<f64, ShapeError> {
     positive(fields, field)?.ok_or(ShapeError::Missing(field))
 }
 
-fn positive(fields: &Fields<'_>, field: &'static str) -> Result<Option<f64>, ShapeError> {
+fn positive(fields: Fields<'_>, field: &'static str) -> Result<Option<f64>, ShapeError> {
     /// Beyond this no positions are told apart in 64-bit floats.
     const MAX: f64 = 1e15;
     let number = fields.number(field)?;
@@ -220,7 +220,7 @@ mod tests {
     use serde_json::json;
 
     fn read(config: &Value) -> Result<Rope, ShapeError> {
-        rope(&Fields(config.as_object().unwrap()), 4096)
+        rope(Fields(config.as_object().unwrap()), 4096)
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Tables of contents of good and of hostile checkpoints.
 
+#[cfg(test)]
 #[path = "common/random.rs"]
 mod random;
 
@@ -45,7 +46,10 @@ fn raw_file(header: &Value, data: usize) -> Vec<u8> {
     bytes
 }
 
-fn needed(shape: &ModelShape) -> Vec<(String, &'static str, u64, Vec<u64>)> {
+/// Name, type, bytes of one element, shape.
+type Tensor = (String, &'static str, u64, Vec<u64>);
+
+fn needed(shape: &ModelShape) -> Vec<Tensor> {
     let specs = tensors(shape).into_iter();
     specs
         .map(|spec| (spec.name.clone(), "BF16", 2, spec.stored_shape()))
@@ -218,7 +222,7 @@ fn hostile_headers_are_refused() {
 #[test]
 fn what_the_model_needs_is_checked() {
     let shape = shape(&tiny());
-    let check = |change: &dyn Fn(&mut Vec<(String, &'static str, u64, Vec<u64>)>)| {
+    let check = |change: &dyn Fn(&mut Vec<Tensor>)| {
         let mut all = needed(&shape);
         change(&mut all);
         let checkpoint = open(&file(&all)).expect("a good file");
@@ -300,7 +304,7 @@ fn the_fixtures_are_complete() {
 #[test]
 fn mutations_never_panic() {
     const DTYPES: [&str; 3] = ["BF16", "F32", "I64"];
-    let mut random = Random::new(random::seed(0xC0FFEE));
+    let mut random = Random::new(random::seed(0x00C0_FFEE));
     let (_keep, files) = directory(&[]);
     let ModelFiles::Directory(path) = &files else {
         panic!("a directory")

@@ -3,6 +3,7 @@
 //! The configurations are written here by hand in the form that models of each family are
 //! published in; those of the shard's fixtures are read as well.
 
+#[cfg(test)]
 #[path = "common/random.rs"]
 mod random;
 
@@ -216,8 +217,19 @@ fn windows_follow_each_familys_rule() {
     );
 }
 
+/// Each change to a good configuration is refused with all of its words.
+fn assert_refused(cases: &[(Value, Vec<&str>)]) {
+    for (changes, words) in cases {
+        let refused = read(&with(&llama(), changes));
+        let refused = refused.expect_err(&changes.to_string()).to_string();
+        for word in words {
+            assert!(refused.contains(word), "{changes}: {refused}");
+        }
+    }
+}
+
 #[test]
-fn a_refusal_says_what_and_what_instead() {
+fn an_unsupported_model_is_refused_with_what_is_supported() {
     let cases = [
         (
             json!({"architectures": ["MixtralForCausalLM"]}),
@@ -245,6 +257,13 @@ fn a_refusal_says_what_and_what_instead() {
         ),
         (json!({"head_dim": 7}), vec!["head size of 7", "even"]),
         (json!({"head_dim": 0}), vec!["head_dim", "from 1"]),
+    ];
+    assert_refused(&cases);
+}
+
+#[test]
+fn a_value_that_cannot_be_is_named() {
+    let cases = [
         (
             json!({"hidden_size": 4100}),
             vec!["hidden_size", "32 heads"],
@@ -276,14 +295,7 @@ fn a_refusal_says_what_and_what_instead() {
         ),
         (json!({"eos_token_id": ["</s>"]}), vec!["eos_token_id"]),
     ];
-    for (changes, words) in cases {
-        let refused = read(&with(&llama(), &changes))
-            .expect_err(&changes.to_string())
-            .to_string();
-        for word in words {
-            assert!(refused.contains(word), "{changes}: {refused}");
-        }
-    }
+    assert_refused(&cases);
     for json in [
         "",
         "[]",

@@ -91,23 +91,24 @@ impl Preamble {
             });
         }
         if peer[12..] != self.build {
-            let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect();
+            let mut theirs = [0; 16];
+            theirs.copy_from_slice(&peer[12..]);
             return Err(WireError::Build {
-                ours: hex(&self.build),
-                theirs: hex(&peer[12..]),
+                ours: hex(self.build),
+                theirs: hex(theirs),
             });
         }
         Ok(())
     }
 }
 
-/// What names a build: the version and, where the build knows it, the source revision.
-fn build_text() -> String {
-    format!(
-        "{} {}",
-        env!("CARGO_PKG_VERSION"),
-        option_env!("CLUSTER_BUILD").unwrap_or("local")
-    )
+fn hex(build: [u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(build))
+}
+
+/// What names this build: the version and, in a release build from a repository, its revision.
+pub fn build_text() -> &'static str {
+    concat!(env!("CARGO_PKG_VERSION"), " ", env!("CLUSTER_BUILD"))
 }
 
 /// The body of a frame (without its length).

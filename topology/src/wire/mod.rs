@@ -27,7 +27,7 @@ pub mod plan;
 use crate::ids::{Epoch, Rank, Step};
 use bincode::{Decode, Encode};
 
-pub use codec::{Preamble, WireError, decode, encode};
+pub use codec::{Preamble, WireError, build_text, decode, encode};
 pub use plan::{
     LogitBias, PlanDigest, PlanRow, RowOutput, Sampling, ScoredToken, StepPlan, TokenScore,
 };

@@ -1,0 +1,431 @@
+//! Memory to KV blocks: what a model takes on each rank, and what is left for sequences.
+//!
+//! Pure arithmetic over numbers of bytes. Used twice with the same code: before loading with
+//! [`RankNeeds::estimate`], so that what cannot fit is refused at once, and after loading with what the
+//! shards report. It does not measure memory; [`crate::host`] and the shards do.
+//!
+//! Invariant: a report that comes out holds at least one sequence of the longest length, so that every
+//! admitted request can run alone; the number of blocks is the same on every rank.
+
+use crate::ids::Rank;
+use crate::model_shape::{Dtype, ModelShape};
+use crate::partition::{Partition, tensors};
+use crate::wire::Loaded;
+
+mod report;
+
+pub use report::{Bytes, FitError, FitReport};
+
+/// The sizes that a server is started with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Tokens per KV block, at least 1.
+    pub block_size: u32,
+    /// Longest sequence in tokens.
+    pub max_model_len: u32,
+    /// Most tokens in one step.
+    pub max_num_batched_tokens: u32,
+    /// Most sequences in one step.
+    pub max_num_seqs: u32,
+}
+
+impl Sizes {
+    /// Blocks that one sequence of the longest length takes.
+    pub fn blocks_per_sequence(&self) -> u64 {
+        u64::from(self.max_model_len.div_ceil(self.block_size.max(1)).max(1))
+    }
+}
+
+/// What one rank takes, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RankNeeds {
+    /// The rank.
+    pub rank: Rank,
+    /// Its part of the weights.
+    pub weight_bytes: u64,
+    /// Activations of the largest step.
+    pub workspace_bytes: u64,
+    /// One KV block.
+    pub block_bytes: u64,
+}
+
+impl RankNeeds {
+    /// Before loading. Weights and blocks are exact for weights of `dtype` and keys and values of
+    /// `kv_dtype`; the workspace is an estimate, a few per cent of them.
+    pub fn estimate(
+        shape: &ModelShape,
+        partition: &Partition,
+        (dtype, kv_dtype): (Dtype, Dtype),
+        sizes: &Sizes,
+    ) -> Self {
+        let specs = tensors(shape);
+        let elements = specs
+            .iter()
+            .map(|spec| partition.part(spec).elements())
+            .sum::<u64>();
+        let kv_width = u64::from(partition.local_kv_heads()) * u64::from(shape.head_dim);
+        // Keys and values, for each token of a block in each layer.
+        let block_elements = kv_width
+            .saturating_mul(2 * u64::from(shape.num_layers))
+            .saturating_mul(sizes.block_size.into());
+        Self {
+            rank: partition.rank,
+            weight_bytes: elements.saturating_mul(dtype.bytes() as u64),
+            workspace_bytes: workspace(shape, partition, sizes),
+            block_bytes: block_elements.saturating_mul(kv_dtype.bytes() as u64),
+        }
+    }
+
+    /// After loading, as the shard says.
+    pub fn reported(rank: Rank, loaded: &Loaded) -> Self {
+        Self {
+            rank,
+            weight_bytes: loaded.weight_bytes,
+            workspace_bytes: loaded.workspace_bytes,
+            block_bytes: loaded.block_bytes,
+        }
+    }
+
+    fn fixed(&self) -> u64 {
+        self.weight_bytes.saturating_add(self.workspace_bytes)
+    }
+}
+
+/// 32-bit activations of the widest layer, logits of all rows, and the rotary tables.
+fn workspace(shape: &ModelShape, partition: &Partition, sizes: &Sizes) -> u64 {
+    const FLOAT_BYTES: u64 = 4;
+    let heads = u64::from(partition.local_heads() * 2 + partition.local_kv_heads() * 2);
+    let per_token = 3 * u64::from(shape.hidden_size)
+        + heads * u64::from(shape.head_dim)
+        + 2 * u64::from(partition.local_intermediate());
+    let per_row = u64::from(partition.vocab_width) * u64::from(partition.world_size + 1);
+    let floats = per_token
+        .saturating_mul(sizes.max_num_batched_tokens.into())
+        .saturating_add(per_row.saturating_mul(sizes.max_num_seqs.into()))
+        .saturating_add(u64::from(shape.head_dim) * u64::from(sizes.max_model_len));
+    floats.saturating_mul(FLOAT_BYTES)
+}
+
+/// Memory that may be used, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// All ranks take from the memory of one host: CPU shards.
+    Shared {
+        /// Free before loading.
+        free_bytes: u64,
+    },
+    /// Each rank has a device of its own: GPUs.
+    PerRank {
+        /// Usable before loading, in rank order.
+        free_bytes: Vec<u64>,
+    },
+}
+
+/// A group of ranks that take from the same memory.
+struct Pool<'a> {
+    place: String,
+    free: u64,
+    ranks: &'a [RankNeeds],
+    shared: bool,
+}
+
+/// How many KV blocks fit.
+///
+/// `kv_bytes` is `--kv-cache-memory-bytes`, for each rank. Without it, ranks that share a host take
+/// enough for `max_num_seqs` sequences of the longest length, but at most half of what weights and
+/// workspace leave; ranks with a device of their own take all that is left.
+///
+/// # Errors
+/// [`FitError`] if not even one sequence of the longest length fits.
+pub fn fit(
+    needs: &[RankNeeds],
+    memory: &Memory,
+    kv_bytes: Option<u64>,
+    sizes: &Sizes,
+) -> Result<FitReport, FitError> {
+    let pools = pools(needs, memory);
+    let blocks = pools.iter().map(|pool| pool.blocks(kv_bytes, sizes));
+    let blocks = blocks.collect::<Result<Vec<_>, _>>()?;
+    // The table is global: the poorest rank decides.
+    let blocks = blocks.into_iter().min().unwrap_or(0);
+    let num_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+    let left = pools
+        .iter()
+        .map(|pool| pool.left().saturating_sub(pool.kv(num_blocks.into())));
+    let left_bytes = match memory {
+        Memory::Shared { .. } => Memory::Shared {
+            free_bytes: left.sum(),
+        },
+        Memory::PerRank { .. } => Memory::PerRank {
+            free_bytes: left.collect(),
+        },
+    };
+    Ok(FitReport {
+        num_blocks,
+        ranks: needs.to_vec(),
+        left_bytes,
+        sizes: *sizes,
+    })
+}
+
+fn pools<'a>(needs: &'a [RankNeeds], memory: &Memory) -> Vec<Pool<'a>> {
+    match memory {
+        Memory::Shared { free_bytes } => vec![Pool {
+            place: "this host".to_owned(),
+            free: *free_bytes,
+            ranks: needs,
+            shared: true,
+        }],
+        Memory::PerRank { free_bytes } => {
+            let ranks = needs.chunks(1).zip(free_bytes);
+            let pool = |(ranks, free): (&'a [RankNeeds], &u64)| Pool {
+                place: format!("the device of rank {}", ranks[0].rank),
+                free: *free,
+                ranks,
+                shared: false,
+            };
+            ranks.map(pool).collect()
+        }
+    }
+}
+
+impl Pool<'_> {
+    fn total(&self, part: impl Fn(&RankNeeds) -> u64) -> u64 {
+        self.ranks.iter().map(part).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes after weights and workspace.
+    fn left(&self) -> u64 {
+        self.free.saturating_sub(self.total(RankNeeds::fixed))
+    }
+
+    /// Bytes of so many blocks on all ranks of this pool.
+    fn kv(&self, blocks: u64) -> u64 {
+        self.total(|rank| rank.block_bytes).saturating_mul(blocks)
+    }
+
+    fn blocks(&self, kv_bytes: Option<u64>, sizes: &Sizes) -> Result<u64, FitError> {
+        let fixed = self.total(RankNeeds::fixed);
+        if fixed >= self.free {
+            let advice = if self.shared {
+                "use a smaller model, --dtype bfloat16, or a host with more memory"
+            } else {
+                "use more ranks (--tensor-parallel-size), or a smaller model"
+            };
+            return Err(FitError::Weights {
+                place: self.place.clone(),
+                free: Bytes(self.free),
+                weights: Bytes(self.total(|rank| rank.weight_bytes)),
+                workspace: Bytes(self.total(|rank| rank.workspace_bytes)),
+                advice,
+            });
+        }
+        let left = self.left();
+        let wanted = sizes
+            .blocks_per_sequence()
+            .saturating_mul(sizes.max_num_seqs.max(1).into());
+        let per_block = self.kv(1).max(1);
+        let blocks = match kv_bytes {
+            Some(asked) => {
+                let all = asked.saturating_mul(self.ranks.len() as u64);
+                if all > left {
+                    let (place, asked, left) = (self.place.clone(), Bytes(asked), Bytes(left));
+                    return Err(FitError::Asked { place, asked, left });
+                }
+                // The rank with the largest blocks decides.
+                let largest = self.ranks.iter().map(|rank| rank.block_bytes).max();
+                asked / largest.unwrap_or(1).max(1)
+            }
+            None if self.shared => (left / 2 / per_block).min(wanted),
+            None => left / per_block,
+        };
+        if blocks >= sizes.blocks_per_sequence() {
+            Ok(blocks)
+        } else {
+            Err(self.no_sequence(blocks, kv_bytes, sizes))
+        }
+    }
+
+    fn no_sequence(&self, blocks: u64, kv_bytes: Option<u64>, sizes: &Sizes) -> FitError {
+        let arithmetic = match kv_bytes {
+            Some(asked) => format!("--kv-cache-memory-bytes {} on each rank", Bytes(asked)),
+            None => format!(
+                "{}{} free, less weights {} and workspace {}",
+                if self.shared { "half of " } else { "" },
+                Bytes(self.free),
+                Bytes(self.total(|rank| rank.weight_bytes)),
+                Bytes(self.total(|rank| rank.workspace_bytes)),
+            ),
+        };
+        let tokens = blocks.saturating_mul(sizes.block_size.into());
+        let shorter = if tokens == 0 {
+            String::new()
+        } else {
+            format!("lower --max-model-len to {tokens} or less, or ")
+        };
+        let more = if self.shared || kv_bytes.is_some() {
+            "raise --kv-cache-memory-bytes"
+        } else {
+            "use more ranks (--tensor-parallel-size)"
+        };
+        FitError::Sequence {
+            place: self.place.clone(),
+            max_model_len: sizes.max_model_len,
+            needed: Bytes(self.kv(sizes.blocks_per_sequence())),
+            available: Bytes(self.kv(blocks)),
+            arithmetic,
+            advice: format!("{shorter}{more}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Random, seed};
+    use crate::testing::random_shape;
+
+    const SIZES: Sizes = Sizes {
+        block_size: 16,
+        max_model_len: 100,
+        max_num_batched_tokens: 64,
+        max_num_seqs: 4,
+    };
+
+    fn needs(ranks: u32) -> Vec<RankNeeds> {
+        let needs = |rank| RankNeeds {
+            rank: Rank(rank),
+            weight_bytes: 10_000,
+            workspace_bytes: 1000,
+            block_bytes: 100,
+        };
+        (0..ranks).map(needs).collect()
+    }
+
+    #[test]
+    fn a_shared_host_gives_what_is_wanted_but_at_most_half() {
+        let blocks = |free_bytes| {
+            let memory = Memory::Shared { free_bytes };
+            fit(&needs(2), &memory, None, &SIZES).map(|report| report.num_blocks)
+        };
+        // One sequence is 7 blocks; four of them on two ranks are 28 * 200 bytes.
+        assert_eq!(blocks(1 << 20), Ok(28));
+        assert_eq!(blocks(22_000 + 2 * 20 * 200), Ok(20));
+        assert_eq!(blocks(22_000 + 2 * 7 * 200), Ok(7));
+        let refused = blocks(22_000 + 2 * 7 * 200 - 1).unwrap_err().to_string();
+        for word in [
+            "100 tokens",
+            "this host",
+            "half of",
+            "96 or less",
+            "--kv-cache-memory-bytes",
+        ] {
+            assert!(refused.contains(word), "{word}: {refused}");
+        }
+        let refused = blocks(22_000).unwrap_err().to_string();
+        assert!(refused.contains("weights take 19.5 KiB"), "{refused}");
+    }
+
+    #[test]
+    fn own_devices_give_all_and_the_poorest_decides() {
+        let memory = Memory::PerRank {
+            free_bytes: vec![20_000, 13_000],
+        };
+        let report = fit(&needs(2), &memory, None, &SIZES).unwrap();
+        assert_eq!(report.num_blocks, 20);
+        assert_eq!(
+            report.left_bytes,
+            Memory::PerRank {
+                free_bytes: vec![7000, 0]
+            }
+        );
+        let poor = Memory::PerRank {
+            free_bytes: vec![20_000, 11_050],
+        };
+        let refused = fit(&needs(2), &poor, None, &SIZES).unwrap_err().to_string();
+        assert!(
+            refused.contains("rank 1") && refused.contains("more ranks"),
+            "{refused}"
+        );
+        assert!(
+            !refused.contains("--max-model-len"),
+            "no length would fit: {refused}"
+        );
+    }
+
+    #[test]
+    fn what_is_asked_for_is_taken_or_refused() {
+        let memory = Memory::Shared { free_bytes: 30_000 };
+        let asked = |bytes| fit(&needs(2), &memory, Some(bytes), &SIZES);
+        assert_eq!(asked(4000).unwrap().num_blocks, 40);
+        let refused = asked(4001).unwrap_err().to_string();
+        assert!(
+            refused.contains("on each rank") && refused.contains("7.8 KiB"),
+            "{refused}"
+        );
+        let refused = asked(600).unwrap_err().to_string();
+        assert!(refused.contains("600 B on each rank"), "{refused}");
+    }
+
+    #[test]
+    fn a_report_never_takes_more_than_there_is() {
+        let mut random = Random::new(seed(12));
+        let mut fitted = 0;
+        for _ in 0..3000 {
+            let shape = random_shape(&mut random);
+            let world_size = *random.pick(&[1, 2, 4]);
+            let Ok(partitions) = Partition::all(&shape, world_size) else {
+                continue;
+            };
+            let dtypes = (Dtype::Bfloat16, Dtype::Float32);
+            let estimate = |partition| RankNeeds::estimate(&shape, partition, dtypes, &SIZES);
+            let needs: Vec<_> = partitions.iter().map(estimate).collect();
+            let free_bytes = random.next() % (1 << 22);
+            let memory = Memory::Shared { free_bytes };
+            let kv_bytes = (random.below(2) == 0).then(|| random.next() % (1 << 20));
+            let Ok(report) = fit(&needs, &memory, kv_bytes, &SIZES) else {
+                continue;
+            };
+            fitted += 1;
+            let blocks = u64::from(report.num_blocks);
+            let taken: u64 = needs
+                .iter()
+                .map(|rank| rank.fixed() + blocks * rank.block_bytes)
+                .sum();
+            let Memory::Shared { free_bytes: left } = report.left_bytes else {
+                panic!()
+            };
+            assert_eq!(taken + left, free_bytes);
+            assert!(blocks >= SIZES.blocks_per_sequence());
+        }
+        assert!(fitted > 300, "{fitted} fitted");
+    }
+
+    #[test]
+    fn the_parts_of_weights_add_up() {
+        let mut random = Random::new(seed(13));
+        for _ in 0..200 {
+            let mut shape = random_shape(&mut random);
+            // Without norms and biases nothing is replicated but the norms.
+            (shape.num_heads, shape.num_kv_heads, shape.intermediate_size) = (8, 4, 40);
+            let dtypes = (Dtype::Bfloat16, Dtype::Bfloat16);
+            let bytes = |world_size| {
+                let partitions = Partition::all(&shape, world_size).unwrap();
+                let needs = partitions
+                    .iter()
+                    .map(|p| RankNeeds::estimate(&shape, p, dtypes, &SIZES));
+                needs.fold((0, 0), |sum, n| {
+                    (sum.0 + n.weight_bytes, sum.1 + n.block_bytes)
+                })
+            };
+            let whole = bytes(1);
+            let replicated: u64 = tensors(&shape)
+                .iter()
+                .filter(|spec| spec.split == crate::partition::Split::Replicated)
+                .map(|spec| 2 * u64::from(spec.rows))
+                .sum();
+            assert_eq!(bytes(4), (whole.0 + 3 * replicated, whole.1));
+            assert_eq!(bytes(8).1, 2 * whole.1, "each KV head is held twice");
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! Which device each rank of a host computes on.
+//!
+//! From what the operator wrote and what the host has, one [`Device`] for each rank. Pure: the host
+//! is an argument. Whether a GPU exists and this build can use it is known to the shard only.
+//!
+//! Invariant: ranks are placed in the order devices were named; every rank has at least one thread.
+
+use crate::host::HostCores;
+use crate::ids::Rank;
+use crate::partition::MAX_WORLD_SIZE;
+use crate::spec::{CpuSpec, GpuSpec};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Ranks where the operator says nothing and there are cores for them: enough to be a cluster.
+const DEFAULT_CPU_RANKS: u32 = 2;
+
+/// What the operator wrote.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceRequest {
+    /// `--gpus`
+    pub gpus: Option<GpuSpec>,
+    /// `--cpus`
+    pub cpus: Option<CpuSpec>,
+    /// `--tensor-parallel-size`
+    pub tensor_parallel_size: Option<u32>,
+}
+
+/// What one rank computes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// A share of the CPU cores.
+    Cpu {
+        /// Threads to compute with, at least 1.
+        threads: u32,
+        /// Cores to pin them to; empty leaves it to the operating system.
+        cores: Vec<u32>,
+    },
+    /// A GPU.
+    Gpu {
+        /// Its number on this host.
+        index: u32,
+    },
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gpu { index } => write!(f, "GPU {index}"),
+            Self::Cpu { threads: 1, cores } if cores.is_empty() => f.write_str("CPU, 1 thread"),
+            Self::Cpu { threads, cores } if cores.is_empty() => write!(f, "CPU, {threads} threads"),
+            Self::Cpu { cores, .. } => {
+                let cores: Vec<_> = cores.iter().map(u32::to_string).collect();
+                let noun = if cores.len() == 1 { "core" } else { "cores" };
+                write!(f, "CPU {noun} {}", cores.join(","))
+            }
+        }
+    }
+}
+
+/// A device for each rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// In rank order; never empty.
+    pub devices: Vec<Device>,
+    /// Sentences for the operator about what will be slow but works.
+    pub warnings: Vec<String>,
+}
+
+impl Placement {
+    /// Number of ranks.
+    pub fn world_size(&self) -> u32 {
+        u32::try_from(self.devices.len()).unwrap_or(MAX_WORLD_SIZE)
+    }
+
+    /// The ranks with their devices.
+    pub fn ranks(&self) -> impl Iterator<Item = (Rank, &Device)> {
+        (0..).map(Rank).zip(&self.devices)
+    }
+}
+
+/// Why devices cannot be given to ranks. A sentence that says what to change.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlacementError {
+    /// Both kinds of devices.
+    #[error("--gpus and --cpus cannot be given together; a cluster computes on one kind of device")]
+    BothKinds,
+    /// No or too many ranks.
+    #[error("--tensor-parallel-size is {0}; it must be from 1 to {MAX_WORLD_SIZE}")]
+    WorldSize(u32),
+    /// The number of GPUs is not the number of ranks.
+    #[error(
+        "--gpus names {gpus} GPUs but --tensor-parallel-size is {ranks}; each rank takes one GPU, \
+         so leave --tensor-parallel-size out or name {ranks}"
+    )]
+    GpuCount {
+        /// GPUs named.
+        gpus: usize,
+        /// Ranks asked for.
+        ranks: u32,
+    },
+    /// Fewer named cores than ranks.
+    #[error(
+        "--cpus names {cores} cores for {ranks} ranks; name at least one for each, or lower \
+         --tensor-parallel-size"
+    )]
+    TooFewCores {
+        /// Cores named.
+        cores: usize,
+        /// Ranks asked for.
+        ranks: u32,
+    },
+    /// A named core is not there.
+    #[error("core {core} of --cpus is not available to this process; there are {available}")]
+    NoSuchCore {
+        /// The core.
+        core: u32,
+        /// Those that are, as ranges.
+        available: String,
+    },
+}
+
+/// Gives every rank its device.
+///
+/// GPUs: one rank on each. CPU: the cores are divided among the ranks, the first ranks taking what
+/// does not divide; without `--tensor-parallel-size` there are two ranks, or one on a single core.
+///
+/// # Errors
+/// [`PlacementError`] if the request contradicts itself or names cores that are not there.
+pub fn place(request: &DeviceRequest, host: &HostCores) -> Result<Placement, PlacementError> {
+    let ranks = request.tensor_parallel_size;
+    if let Some(ranks) = ranks.filter(|ranks| !(1..=MAX_WORLD_SIZE).contains(ranks)) {
+        return Err(PlacementError::WorldSize(ranks));
+    }
+    match (&request.gpus, &request.cpus) {
+        (Some(_), Some(_)) => Err(PlacementError::BothKinds),
+        (Some(GpuSpec(gpus)), None) => place_gpus(gpus, ranks),
+        (None, Some(CpuSpec::Cores(cores))) => place_cores(cores, ranks, host),
+        (None, Some(CpuSpec::Count(count))) => Ok(place_threads(*count, ranks, host)),
+        (None, None) => Ok(place_threads(host.parallelism, ranks, host)),
+    }
+}
+
+fn place_gpus(gpus: &[u32], ranks: Option<u32>) -> Result<Placement, PlacementError> {
+    if let Some(ranks) = ranks.filter(|ranks| *ranks as usize != gpus.len()) {
+        let gpus = gpus.len();
+        return Err(PlacementError::GpuCount { gpus, ranks });
+    }
+    Ok(Placement {
+        devices: gpus
+            .iter()
+            .map(|index| Device::Gpu { index: *index })
+            .collect(),
+        warnings: Vec::new(),
+    })
+}
+
+fn place_cores(
+    cores: &[u32],
+    ranks: Option<u32>,
+    host: &HostCores,
+) -> Result<Placement, PlacementError> {
+    if let Some(core) = cores.iter().find(|core| !host.allowed.contains(core)) {
+        return Err(PlacementError::NoSuchCore {
+            core: *core,
+            available: ranges(&host.allowed),
+        });
+    }
+    let count = u32::try_from(cores.len()).unwrap_or(u32::MAX);
+    let ranks = ranks.unwrap_or(DEFAULT_CPU_RANKS.min(count));
+    if count < ranks {
+        let cores = cores.len();
+        return Err(PlacementError::TooFewCores { cores, ranks });
+    }
+    let mut rest = cores;
+    let devices = shares(count, ranks).map(|threads| {
+        let (own, others) = rest.split_at(threads as usize);
+        rest = others;
+        Device::Cpu {
+            threads,
+            cores: own.to_vec(),
+        }
+    });
+    Ok(Placement {
+        devices: devices.collect(),
+        warnings: Vec::new(),
+    })
+}
+
+fn place_threads(count: u32, ranks: Option<u32>, host: &HostCores) -> Placement {
+    let mut warnings = Vec::new();
+    let ranks = ranks.unwrap_or(DEFAULT_CPU_RANKS.min(count));
+    let available = host.parallelism;
+    if count > available {
+        warnings.push(format!(
+            "--cpus {count} is more than the {available} cores of this machine: ranks will wait for \
+             each other"
+        ));
+    } else if ranks > available {
+        warnings.push(format!(
+            "{ranks} ranks share {available} cores: ranks will wait for each other"
+        ));
+    }
+    // Not pinned: two clusters on one host would otherwise crowd the same cores.
+    let cpu = |threads: u32| Device::Cpu {
+        threads: threads.max(1),
+        cores: Vec::new(),
+    };
+    Placement {
+        devices: shares(count, ranks).map(cpu).collect(),
+        warnings,
+    }
+}
+
+/// `count` in `ranks` parts that differ by at most one, the larger ones first.
+fn shares(count: u32, ranks: u32) -> impl Iterator<Item = u32> {
+    (0..ranks).map(move |rank| count / ranks + u32::from(rank < count % ranks))
+}
+
+/// `[0, 1, 2, 5]` as `0-2,5`.
+fn ranges(cores: &[u32]) -> String {
+    let mut parts: Vec<(u32, u32)> = Vec::new();
+    for core in cores {
+        match parts.last_mut() {
+            Some((_, last)) if *last + 1 == *core => *last = *core,
+            _ => parts.push((*core, *core)),
+        }
+    }
+    let part = |(first, last): (u32, u32)| {
+        if first == last {
+            first.to_string()
+        } else {
+            format!("{first}-{last}")
+        }
+    };
+    parts.into_iter().map(part).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Random, seed};
+
+    fn host(cores: u32) -> HostCores {
+        HostCores {
+            allowed: (0..cores).collect(),
+            parallelism: cores,
+        }
+    }
+
+    fn request(cpus: Option<&str>, ranks: Option<u32>) -> DeviceRequest {
+        DeviceRequest {
+            gpus: None,
+            cpus: cpus.map(|cpus| cpus.parse().unwrap()),
+            tensor_parallel_size: ranks,
+        }
+    }
+
+    fn threads(placement: &Placement) -> Vec<u32> {
+        let threads = |device: &Device| match device {
+            Device::Cpu { threads, .. } => *threads,
+            Device::Gpu { .. } => panic!("a GPU"),
+        };
+        placement.devices.iter().map(threads).collect()
+    }
+
+    #[test]
+    fn cores_are_divided_among_ranks() {
+        let threads = |cpus, ranks, cores| {
+            let placement = place(&request(cpus, ranks), &host(cores)).unwrap();
+            (threads(&placement), placement.warnings.len())
+        };
+        assert_eq!(threads(None, None, 8), (vec![4, 4], 0));
+        assert_eq!(threads(None, None, 1), (vec![1], 0));
+        assert_eq!(threads(Some("2"), Some(1), 2), (vec![2], 0));
+        assert_eq!(
+            threads(Some("4"), Some(4), 2),
+            (vec![1, 1, 1, 1], 1),
+            "a warning, no error"
+        );
+        assert_eq!(threads(Some("7"), Some(3), 8), (vec![3, 2, 2], 0));
+        assert_eq!(threads(None, Some(4), 2), (vec![1, 1, 1, 1], 1));
+        assert_eq!(threads(Some("2"), Some(4), 8), (vec![1, 1, 1, 1], 0));
+        assert_eq!(threads(Some("1"), None, 8), (vec![1], 0));
+    }
+
+    #[test]
+    fn named_cores_are_pinned_in_order() {
+        let placement = place(&request(Some("3,0-1"), None), &host(4)).unwrap();
+        let shown: Vec<_> = placement
+            .ranks()
+            .map(|(rank, device)| format!("{rank}: {device}"))
+            .collect();
+        assert_eq!(shown, ["0: CPU cores 3,0", "1: CPU core 1"]);
+        let refused = place(&request(Some("1-4"), None), &host(4))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("core 4") && refused.contains("0-3"),
+            "{refused}"
+        );
+        let refused = place(&request(Some("0,1"), Some(3)), &host(4))
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("2 cores for 3 ranks"), "{refused}");
+        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2,5,7-8");
+    }
+
+    #[test]
+    fn each_gpu_is_a_rank() {
+        let mut request = DeviceRequest {
+            gpus: Some("2,0".parse().unwrap()),
+            ..DeviceRequest::default()
+        };
+        let placement = place(&request, &host(2)).unwrap();
+        assert_eq!(
+            placement.devices,
+            [Device::Gpu { index: 2 }, Device::Gpu { index: 0 }]
+        );
+        request.tensor_parallel_size = Some(4);
+        assert!(
+            place(&request, &host(2))
+                .unwrap_err()
+                .to_string()
+                .contains("2 GPUs")
+        );
+        request.tensor_parallel_size = None;
+        request.cpus = Some(CpuSpec::Count(1));
+        assert_eq!(place(&request, &host(2)), Err(PlacementError::BothKinds));
+        for ranks in [0, MAX_WORLD_SIZE + 1] {
+            let request = DeviceRequest {
+                tensor_parallel_size: Some(ranks),
+                ..DeviceRequest::default()
+            };
+            assert_eq!(
+                place(&request, &host(2)),
+                Err(PlacementError::WorldSize(ranks))
+            );
+        }
+    }
+
+    #[test]
+    fn every_rank_has_a_thread_and_none_is_lost() {
+        let mut random = Random::new(seed(11));
+        for _ in 0..2000 {
+            let number = |random: &mut Random| u32::try_from(1 + random.below(20)).unwrap();
+            let (count, ranks) = (number(&mut random), number(&mut random));
+            let cpus = CpuSpec::Count(count);
+            let request = DeviceRequest {
+                gpus: None,
+                cpus: Some(cpus),
+                tensor_parallel_size: Some(ranks),
+            };
+            let placement = place(&request, &host(*random.pick(&[1, 2, 64]))).unwrap();
+            let threads = threads(&placement);
+            assert_eq!(placement.world_size(), ranks);
+            assert!(threads.iter().all(|threads| *threads >= 1));
+            assert_eq!(threads.iter().sum::<u32>(), count.max(ranks));
+        }
+    }
+}
