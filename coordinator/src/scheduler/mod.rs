@@ -20,6 +20,8 @@ mod queue;
 pub mod request;
 mod sequence;
 mod stats;
+#[cfg(test)]
+mod tests;
 
 pub use config::{BadConfig, SchedulerConfig};
 pub use plan::BadAnswer;

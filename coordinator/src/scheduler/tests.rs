@@ -1,0 +1,184 @@
+//! Decisions that have to be seen in one plain case each; everything else is in
+//! `tests/scheduler_model`.
+
+use super::request::{EventKind, Request, SamplingParams, SequenceId};
+use super::{Scheduler, SchedulerConfig};
+use topology::wire::{RowOutput, ScoredToken, StepPlan, TokenScore};
+
+fn config() -> SchedulerConfig {
+    SchedulerConfig {
+        num_blocks: 64,
+        block_size: 4,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+        max_model_len: 256,
+        vocab_size: 1000,
+        max_num_queued_reqs: usize::MAX,
+        max_num_queued_tokens: usize::MAX,
+        long_prefill_token_threshold: 0,
+        enable_prefix_caching: true,
+    }
+}
+
+/// A request whose prompt begins with its first token, so that others share it only on purpose.
+fn request(id: u64, first: u32, prompt: u32, max_tokens: u32) -> Request {
+    Request {
+        id: SequenceId(id),
+        prompt: (first..first + prompt).collect(),
+        sampling: SamplingParams::default(),
+        max_tokens,
+        min_tokens: 0,
+        stop_token_ids: Vec::new(),
+        priority: 0,
+        cache_salt: 0,
+        prompt_logprobs: None,
+    }
+}
+
+/// Answers a plan with token 999 wherever one is asked for.
+fn answer(plan: &StepPlan) -> Vec<RowOutput> {
+    let rows = plan.rows.iter();
+    rows.map(|row| RowOutput {
+        sampled: row.sampling.as_ref().map(|_| ScoredToken {
+            token: 999,
+            score: None,
+        }),
+        targets: vec![TokenScore::default(); row.targets.len()],
+    })
+    .collect()
+}
+
+/// Plans and computes one step; tokens per row.
+fn step(scheduler: &mut Scheduler) -> Vec<usize> {
+    let plan = scheduler.schedule().unwrap();
+    scheduler.apply(&answer(&plan)).unwrap();
+    scheduler.check().unwrap();
+    plan.rows.iter().map(|row| row.tokens.len()).collect()
+}
+
+fn run_to_end(scheduler: &mut Scheduler) {
+    while scheduler.has_work() {
+        step(scheduler);
+    }
+}
+
+#[test]
+fn a_long_prompt_does_not_stop_those_that_generate() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        max_num_batched_tokens: 16,
+        ..config()
+    })
+    .unwrap();
+    scheduler
+        .add(vec![request(0, 0, 4, 50), request(1, 100, 4, 50)])
+        .unwrap();
+    assert_eq!(step(&mut scheduler), [4, 4]);
+    scheduler.add(vec![request(2, 200, 100, 5)]).unwrap();
+    for _ in 0..7 {
+        assert_eq!(step(&mut scheduler), [1, 1, 14]);
+    }
+    assert_eq!(step(&mut scheduler), [1, 1, 2]);
+    let stats = scheduler.stats();
+    assert_eq!(
+        (stats.last_prefill_tokens, stats.last_decode_tokens),
+        (2, 2)
+    );
+}
+
+#[test]
+fn choices_over_one_prompt_compute_it_once() {
+    let mut scheduler = Scheduler::new(config()).unwrap();
+    let choices = (0..4).map(|id| request(id, 0, 101, 3)).collect();
+    scheduler.add(choices).unwrap();
+    // 101 tokens are 25 full blocks and one token, in steps of 64.
+    assert_eq!(step(&mut scheduler), [64]);
+    assert_eq!(step(&mut scheduler), [37]);
+    assert_eq!(step(&mut scheduler), [1, 1, 1, 1]);
+    let counters = scheduler.stats().counters;
+    assert_eq!(counters.prefix_cache_hits, 3 * 100);
+    assert_eq!(scheduler.stats().blocks_used, 25 + 4);
+}
+
+#[test]
+fn a_salt_hides_what_others_computed() {
+    let mut scheduler = Scheduler::new(config()).unwrap();
+    for (id, salt, expected) in [(0, 1, 0), (1, 2, 0), (2, 1, 12), (3, 2, 12)] {
+        let mut request = request(id, 0, 16, 1);
+        request.cache_salt = salt;
+        scheduler.add(vec![request]).unwrap();
+        run_to_end(&mut scheduler);
+        let started = &scheduler.take_events()[0].kind;
+        let cached_tokens = expected;
+        assert_eq!(*started, EventKind::Started { cached_tokens });
+    }
+}
+
+#[test]
+fn blocks_are_taken_from_the_lowest_class_and_the_latest() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        num_blocks: 12,
+        ..config()
+    })
+    .unwrap();
+    for (id, priority) in [(0, 1), (1, 0), (2, 1)] {
+        let first = 100 * u32::try_from(id).unwrap();
+        let mut request = request(id, first, 4, 20);
+        request.priority = priority;
+        scheduler.add(vec![request]).unwrap();
+    }
+    let mut order = Vec::new();
+    while scheduler.has_work() {
+        step(&mut scheduler);
+        let events = scheduler.take_events();
+        let ended = events
+            .iter()
+            .filter(|e| matches!(e.kind, EventKind::Finished(_)));
+        order.extend(ended.map(|e| e.id.0));
+    }
+    assert!(scheduler.stats().counters.preemptions > 0);
+    assert_eq!(order, [1, 0, 2]);
+}
+
+/// S5: twice as many seats as blocks for them must not end in computing the same again and again.
+#[test]
+fn a_crowded_pool_does_not_thrash() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        num_blocks: 40,
+        max_num_seqs: 16,
+        enable_prefix_caching: false,
+        ..config()
+    })
+    .unwrap();
+    for id in 0..100 {
+        scheduler.add(vec![request(id, 0, 8, 32)]).unwrap();
+    }
+    run_to_end(&mut scheduler);
+    let counters = scheduler.stats().counters;
+    let needed = 100 * 8;
+    println!("{counters:?}");
+    assert!(counters.preemptions > 0, "the pool is not crowded");
+    assert!(
+        counters.prefill_tokens < 3 * needed,
+        "{} prompt tokens were computed as {}",
+        needed,
+        counters.prefill_tokens
+    );
+}
+
+#[test]
+fn scoring_a_prompt_ends_without_a_token() {
+    let mut scheduler = Scheduler::new(config()).unwrap();
+    for (id, prompt) in [(0, 9), (1, 1)] {
+        let mut request = request(id, 0, prompt, 0);
+        request.prompt_logprobs = Some(0);
+        scheduler.add(vec![request]).unwrap();
+        run_to_end(&mut scheduler);
+        let events = scheduler.take_events();
+        assert!(
+            matches!(&events[1].kind, EventKind::PromptScores(scores)
+                if scores.len() == prompt as usize - 1),
+            "{events:?}"
+        );
+        assert_eq!(events.len(), 3, "{events:?}");
+    }
+}
