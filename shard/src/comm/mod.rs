@@ -4,6 +4,9 @@
 //! have entered it, or when [`Abort::abort`] is called from another thread; then it returns
 //! [`CommError::Aborted`] and the buffers hold anything. Recovery belongs to the coordinator.
 
+mod segment;
+pub mod shm;
+
 use kernels::backend::Backend;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,8 +49,37 @@ impl Abort {
     }
 }
 
+/// A rank's place in a group that is being formed.
+#[derive(Clone, Copy, Debug)]
+pub struct Seat<'a> {
+    /// What [`Comm::new_id`] answered on rank 0.
+    pub id: &'a [u8],
+    /// This rank, `0..world_size`.
+    pub rank: u32,
+    /// Ranks of the group.
+    pub world_size: u32,
+    /// How long to wait for the others.
+    pub limit: Duration,
+    /// Ends the wait, and every collective later.
+    pub abort: &'a Abort,
+}
+
 /// Collectives over one backend's tensors. All ranks call the same operations in the same order.
-pub trait Comm<B: Backend>: Send {
+pub trait Comm<B: Backend>: Send + Sized + 'static {
+    /// Makes the identity of a new group, on rank 0: at most `MAX_COMM_ID_BYTES` opaque bytes.
+    /// No tensor of the group will have more than `max_elements` elements on one rank.
+    fn new_id(world_size: u32, max_elements: usize) -> Result<Vec<u8>, CommError>;
+
+    /// Frees what [`Self::new_id`] made when nobody is going to join. Harmless otherwise.
+    fn discard_id(id: &[u8]);
+
+    /// Takes a seat and waits until all ranks have theirs.
+    fn join(backend: &B, seat: &Seat<'_>) -> Result<Self, CommError>;
+
+    /// Names the plan that the following collectives serve. Where it costs nothing, ranks that hold
+    /// different plans get [`CommError::Failed`] from their first collective.
+    fn begin_step(&mut self, digest: [u8; 16]);
+
     /// `x = sum over ranks of x`, summed in rank order so that all ranks hold the same bits.
     fn all_reduce_sum(&mut self, backend: &B, x: &mut B::Tensor) -> Result<(), CommError>;
 

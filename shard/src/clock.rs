@@ -1,0 +1,20 @@
+//! The one place of this crate that reads the clock.
+//!
+//! Time is measured here for deadlines and for the timings a step reports; no decision about what
+//! to compute depends on it.
+
+use std::time::Instant;
+
+/// Now, on the monotonic clock.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shard's edge: deadlines of waits and the timings it reports"
+)]
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}
+
+/// Whole microseconds since `start`.
+pub(crate) fn micros_since(start: Instant) -> u64 {
+    u64::try_from(now().duration_since(start).as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,428 @@
+//! One rank's part of the engine: loads its weights, holds its KV blocks, computes steps.
+//!
+//! Synchronous; one thread owns it. It is told everything and remembers nothing about requests, so
+//! it can be thrown away at any moment. Weights and KV memory outlive epochs: after a fault only the
+//! communicator goes.
+//!
+//! Invariant: before its first collective a step has passed every check that could fail on one rank
+//! and not on another: epoch, number, digest, limits.
+
+use crate::batch::{Batcher, Limits, PlanError};
+use crate::clock;
+use crate::comm::{Comm, CommError};
+use crate::models::decoder::{Decoder, StepSize};
+use crate::sampler;
+use crate::weights::{self, DecoderWeights};
+use anyhow::{Context, Result, ensure};
+use kernels::backend::{Backend, DeviceError, Element, KvLayout};
+use kernels::batch::Batch;
+use kernels::sampling::{SampleRequest, SampleResult};
+use topology::checkpoint::Checkpoint;
+use topology::ids::{Epoch, Rank, Step};
+use topology::model_files::ModelFiles;
+use topology::model_shape::{Dtype, ModelShape};
+use topology::partition::Partition;
+use topology::wire::{Load, Loaded, Ran, StepPlan, StepTimings, WireError};
+
+/// Why a step gave no result.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// The plan belongs to an epoch that this rank is not in. It changes nothing.
+    #[error("a plan of epoch {plan} arrived in {}", match .current {
+        Some(epoch) => format!("epoch {epoch}"),
+        None => "no epoch".to_owned(),
+    })]
+    Stale {
+        /// The plan's.
+        plan: Epoch,
+        /// This rank's, while it has a communicator.
+        current: Option<Epoch>,
+    },
+    /// Plans arrived out of order.
+    #[error("step {found} arrived where step {expected} was due")]
+    Order {
+        /// The plan's number.
+        found: Step,
+        /// The number due.
+        expected: Step,
+    },
+    /// The plan cannot be computed.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The plan is beyond what fits a frame.
+    #[error(transparent)]
+    Digest(#[from] WireError),
+    /// A collective did not finish.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Steps came before the KV blocks.
+    #[error("a plan arrived before the KV blocks were allocated")]
+    NoBlocks,
+}
+
+/// Which rank this is and how its backend stores keys and values.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// This rank.
+    pub rank: Rank,
+    /// `None`: as the weights.
+    pub kv_element: Option<Element>,
+}
+
+/// One rank: a device, a model on it, and at times KV blocks and a communicator.
+#[derive(Debug)]
+pub struct Engine<B: Backend, C> {
+    backend: B,
+    decoder: Decoder<B>,
+    partition: Partition,
+    batch: B::DeviceBatch,
+    /// Block count and blocks are filled in by [`Self::allocate`].
+    limits: Limits,
+    layout: KvLayout,
+    hidden_size: usize,
+    loaded: Loaded,
+    pool: Option<Pool<B>>,
+    group: Option<Group<C>>,
+}
+
+#[derive(Debug)]
+struct Pool<B: Backend> {
+    cache: B::KvCache,
+    batcher: Batcher,
+}
+
+#[derive(Debug)]
+struct Group<C> {
+    epoch: Epoch,
+    next: Step,
+    comm: C,
+}
+
+impl<B: Backend, C: Comm<B>> Engine<B, C> {
+    /// Puts this rank's weights, and workspace for the largest step, on the device.
+    ///
+    /// `progress` gets the bytes in place and the bytes in all.
+    ///
+    /// # Errors
+    /// A sentence for the operator: the model's files are wrong, it cannot be split so, or does not fit.
+    pub fn load(
+        backend: B,
+        place: Place,
+        (files, load): (&ModelFiles, &Load),
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
+        let start = clock::now();
+        let shape = ModelShape::from_config(&files.read_json("config.json")?)?;
+        let checkpoint = Checkpoint::open(files)?;
+        checkpoint.check(&shape)?;
+        let partition = Partition::new(&shape, place.rank, load.tensor_parallel_size)?;
+        let dtype = resolve_dtype(&load.dtype, &shape)?;
+        let (limits, size) = limits(load, &shape)?;
+
+        let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, dtype)?;
+        let weight_bytes = weights.bytes();
+        let workspace_bytes = Decoder::<B>::workspace_bytes(&shape, &partition, size);
+        let fits = refuse_what_does_not_fit(&backend, weight_bytes, workspace_bytes);
+        fits.context("load the model")?;
+        progress(0, weight_bytes);
+        let weights = weights.load(&backend, &mut |done| progress(done, weight_bytes))?;
+        progress(weight_bytes, weight_bytes);
+
+        let kv_element = place.kv_element.unwrap_or(weights::element(dtype));
+        let blocks = (0, limits.block_size);
+        let layout = Decoder::<B>::kv_layout(&shape, &partition, blocks, kv_element);
+        let hidden_size = shape.hidden_size as usize;
+        let batch = backend.batch(limits.max_tokens, limits.max_rows, limits.max_blocks())?;
+        let decoder = Decoder::new(&backend, shape, &partition, weights, size)?;
+        let loaded = Loaded {
+            weight_bytes,
+            workspace_bytes,
+            block_bytes: layout.block_bytes() as u64,
+            free_bytes: backend.memory().1,
+            load_us: clock::micros_since(start),
+        };
+        Ok(Self {
+            backend,
+            decoder,
+            partition,
+            batch,
+            limits,
+            layout,
+            hidden_size,
+            loaded,
+            pool: None,
+            group: None,
+        })
+    }
+
+    /// What [`Self::load`] took and left.
+    pub fn loaded(&self) -> &Loaded {
+        &self.loaded
+    }
+
+    /// Takes memory for the KV blocks and returns its size in bytes.
+    ///
+    /// # Errors
+    /// If they do not fit, or there are none.
+    pub fn allocate(&mut self, num_blocks: u32) -> Result<u64> {
+        let blocks = num_blocks as usize;
+        ensure!(blocks > 0, "a pool of no KV blocks was asked for");
+        let slots = u64::from(num_blocks) * self.limits.block_size as u64;
+        ensure!(
+            u32::try_from(slots).is_ok(),
+            "{num_blocks} KV blocks are more than slots can count"
+        );
+        // The old pool goes first: both may not fit.
+        self.pool = None;
+        let layout = KvLayout {
+            blocks,
+            ..self.layout
+        };
+        let limits = Limits {
+            num_blocks: blocks,
+            ..self.limits
+        };
+        let cache = self.backend.kv_cache(layout)?;
+        self.pool = Some(Pool {
+            cache,
+            batcher: Batcher::new(limits),
+        });
+        Ok(layout.block_bytes() as u64 * u64::from(num_blocks))
+    }
+
+    /// Makes the identity of a communicator for this group, on rank 0.
+    ///
+    /// # Errors
+    /// [`CommError::Failed`].
+    pub fn new_comm_id(&self) -> Result<Vec<u8>, CommError> {
+        C::new_id(
+            self.partition.world_size,
+            self.limits.max_tokens * self.hidden_size,
+        )
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Number of ranks.
+    pub fn world_size(&self) -> u32 {
+        self.partition.world_size
+    }
+
+    /// Enters an epoch with its communicator; its first plan will be step 0.
+    pub fn enter(&mut self, epoch: Epoch, comm: C) {
+        self.group = Some(Group {
+            epoch,
+            next: Step(0),
+            comm,
+        });
+    }
+
+    /// Drops the communicator of `epoch` and of any before it. Weights and KV memory stay.
+    pub fn leave(&mut self, epoch: Epoch) {
+        self.group.take_if(|group| group.epoch <= epoch);
+    }
+
+    /// Computes one step.
+    ///
+    /// # Errors
+    /// [`StepError`]. After one of a collective or the device the epoch is over for this rank.
+    pub fn step(&mut self, plan: &StepPlan) -> Result<Ran, StepError> {
+        let start = clock::now();
+        let current = self.group.as_ref().map(|group| group.epoch);
+        let group = match &mut self.group {
+            Some(group) if group.epoch == plan.epoch => group,
+            _ => {
+                return Err(StepError::Stale {
+                    plan: plan.epoch,
+                    current,
+                });
+            }
+        };
+        if group.next != plan.step {
+            return Err(StepError::Order {
+                found: plan.step,
+                expected: group.next,
+            });
+        }
+        let pool = self.pool.as_mut().ok_or(StepError::NoBlocks)?;
+        let digest = plan.digest()?;
+        let host = pool.batcher.build(plan)?;
+        let requests = sampler::requests(plan);
+        group.next = plan.step.next();
+        group.comm.begin_step(digest);
+
+        let samples = self.partition.rank == Rank(0);
+        let mut run = Run {
+            backend: &self.backend,
+            comm: &mut group.comm,
+            decoder: &mut self.decoder,
+            batch: &mut self.batch,
+            vocab: samples.then_some(self.limits.vocab_size),
+            sample_us: 0,
+        };
+        let results = run.compute(host, &mut pool.cache, requests)?;
+        let sample_us = run.sample_us;
+        let outputs = if samples {
+            sampler::outputs(plan, results)
+        } else {
+            Vec::new()
+        };
+        let collective = group.comm.take_timings();
+        let timings = StepTimings {
+            step_us: clock::micros_since(start),
+            collective_us: collective.total_us,
+            wait_us: collective.wait_us,
+            sample_us,
+        };
+        Ok(Ran {
+            epoch: plan.epoch,
+            step: plan.step,
+            digest,
+            outputs,
+            timings,
+        })
+    }
+}
+
+/// What one step works with.
+struct Run<'a, B: Backend, C> {
+    backend: &'a B,
+    comm: &'a mut C,
+    decoder: &'a mut Decoder<B>,
+    batch: &'a mut B::DeviceBatch,
+    /// Tokens to choose among, on the rank that samples.
+    vocab: Option<usize>,
+    sample_us: u64,
+}
+
+impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
+    /// The forward pass, and the answers to `requests` where this rank samples.
+    fn compute(
+        &mut self,
+        host: &mut Batch,
+        cache: &mut B::KvCache,
+        mut requests: Vec<SampleRequest>,
+    ) -> Result<Vec<SampleResult>, StepError> {
+        // The head is applied to as many rows at a time as fit; the first piece of them goes with the
+        // batch, so that there is one upload in the usual case.
+        let wanted = std::mem::take(&mut host.logit_tokens);
+        let mut pieces = wanted.chunks(self.decoder.logit_rows());
+        let first = pieces.next().unwrap_or_default();
+        self.upload(host, first)?;
+        let tokens = (&*self.batch, host.num_tokens());
+        self.decoder
+            .forward(self.backend, self.comm, tokens, cache)?;
+
+        let mut results = Vec::with_capacity(requests.len());
+        if !first.is_empty() {
+            self.answer(first.len(), &mut requests, &mut results)?;
+        }
+        for piece in pieces {
+            self.upload(host, piece)?;
+            self.answer(piece.len(), &mut requests, &mut results)?;
+        }
+        // Give the batch its memory back.
+        host.logit_tokens = wanted;
+        Ok(results)
+    }
+
+    fn upload(&mut self, host: &mut Batch, logit_tokens: &[u32]) -> Result<(), DeviceError> {
+        host.logit_tokens.clear();
+        host.logit_tokens.extend_from_slice(logit_tokens);
+        self.backend.upload(host, self.batch)
+    }
+
+    /// Computes the next `rows` rows of logits and answers the requests about them, which are taken off
+    /// the front of `requests`; the rows of the rest are counted from there.
+    fn answer(
+        &mut self,
+        rows: usize,
+        requests: &mut Vec<SampleRequest>,
+        results: &mut Vec<SampleResult>,
+    ) -> Result<(), StepError> {
+        let logits = self
+            .decoder
+            .logits(self.backend, self.comm, (self.batch, rows))?;
+        let Some(vocab) = self.vocab else {
+            return Ok(());
+        };
+        let start = clock::now();
+        let later = requests.split_off(requests.partition_point(|request| request.row < rows));
+        results.extend(self.backend.sample(logits, vocab, requests)?);
+        *requests = later;
+        for request in requests {
+            request.row -= rows;
+        }
+        self.sample_us += clock::micros_since(start);
+        Ok(())
+    }
+}
+
+/// `auto` is the checkpoint's own type, as `vllm serve` has it.
+fn resolve_dtype(dtype: &str, shape: &ModelShape) -> Result<Dtype> {
+    let named = [Dtype::Float32, Dtype::Bfloat16, Dtype::Float16];
+    if dtype == "auto" {
+        return Ok(shape.dtype);
+    }
+    named
+        .into_iter()
+        .find(|d| d.name() == dtype)
+        .with_context(|| {
+            format!("--dtype is {dtype}; it must be auto, float32, bfloat16 or float16")
+        })
+}
+
+fn limits(load: &Load, shape: &ModelShape) -> Result<(Limits, StepSize)> {
+    ensure!(load.block_size > 0, "a KV block holds no token");
+    ensure!(
+        load.max_model_len > 0,
+        "the longest sequence holds no token"
+    );
+    ensure!(load.max_num_seqs > 0, "a step holds no row");
+    ensure!(load.max_num_batched_tokens > 0, "a step holds no token");
+    let size = StepSize {
+        max_tokens: load.max_num_batched_tokens as usize,
+        // A row has at least one token.
+        max_rows: load.max_num_seqs.min(load.max_num_batched_tokens) as usize,
+        max_positions: load.max_model_len as usize,
+    };
+    let limits = Limits {
+        max_tokens: size.max_tokens,
+        max_rows: size.max_rows,
+        max_positions: size.max_positions,
+        block_size: load.block_size as usize,
+        num_blocks: 0,
+        vocab_size: shape.vocab_size as usize,
+    };
+    Ok((limits, size))
+}
+
+/// Before anything is read: the whole at once, with the arithmetic.
+fn refuse_what_does_not_fit<B: Backend>(
+    backend: &B,
+    weight_bytes: u64,
+    workspace_bytes: u64,
+) -> Result<(), DeviceError> {
+    let (_, free) = backend.memory();
+    let needed = weight_bytes + workspace_bytes;
+    if needed <= free {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(DeviceError::OutOfMemory {
+        device: backend.name(),
+        what: format!(
+            "weights of {:.2} GiB and workspace of {:.2} GiB",
+            gib(weight_bytes),
+            gib(workspace_bytes)
+        ),
+        needed,
+        free,
+    })
+}

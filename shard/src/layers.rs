@@ -1,0 +1,55 @@
+//! The three ways a layer is cut over ranks, in Megatron's words.
+//!
+//! Column-parallel: each rank has some outputs, no communication. Row-parallel: each rank has some
+//! inputs, and the partial sums are added over ranks. Vocab-parallel: each rank has some tokens, of
+//! the embedding (summed, zero where the token is another rank's) and of the head (gathered).
+//!
+//! Invariant: after a row-parallel layer or the embedding all ranks hold the same bits.
+
+use crate::comm::{Comm, CommError};
+use crate::weights::Linear;
+use kernels::backend::Backend;
+
+/// `out = x · weightᵀ (+ bias)` for this rank's outputs. `[rows, in] → [rows, local out]`
+pub(crate) fn column_parallel<B: Backend>(
+    backend: &B,
+    linear: &Linear<B::Weight>,
+    x: &B::Tensor,
+    out: &mut B::Tensor,
+) {
+    backend.linear(x, &linear.weight, linear.bias.as_ref(), out);
+}
+
+/// `out = sum over ranks of x · weightᵀ (+ bias, on rank 0)`. `[rows, local in] → [rows, out]`
+pub(crate) fn row_parallel<B: Backend, C: Comm<B>>(
+    (backend, comm): (&B, &mut C),
+    linear: &Linear<B::Weight>,
+    x: &B::Tensor,
+    out: &mut B::Tensor,
+) -> Result<(), CommError> {
+    backend.linear(x, &linear.weight, linear.bias.as_ref(), out);
+    comm.all_reduce_sum(backend, out)
+}
+
+/// `out[t] = table[token t]`, whichever rank has it. `→ [tokens, hidden]`
+pub(crate) fn vocab_parallel_embedding<B: Backend, C: Comm<B>>(
+    (backend, comm): (&B, &mut C),
+    batch: &B::DeviceBatch,
+    (table, first_token): (&B::Weight, u32),
+    out: &mut B::Tensor,
+) -> Result<(), CommError> {
+    backend.embed(batch, table, first_token, out);
+    comm.all_reduce_sum(backend, out)
+}
+
+/// Logits of all tokens, padding at the end. `[rows, hidden] → part: [rows, vocab_width],
+/// out: [rows, world_size * vocab_width]`
+pub(crate) fn vocab_parallel_head<B: Backend, C: Comm<B>>(
+    (backend, comm): (&B, &mut C),
+    head: &B::Weight,
+    x: &B::Tensor,
+    (part, out): (&mut B::Tensor, &mut B::Tensor),
+) -> Result<(), CommError> {
+    backend.linear(x, head, None, part);
+    comm.all_gather(backend, part, out)
+}

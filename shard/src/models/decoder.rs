@@ -1,0 +1,332 @@
+//! The decoder: Llama, Mistral, Qwen2 and Qwen3 are this with other numbers.
+//!
+//! ```text
+//! x = embed(tokens)                                       all-reduce
+//! for each layer:
+//!     h = norm(x);  q, k, v = h · Wqkv;  (norm of q and k heads);  rotate;  write k, v
+//!     x += attend(q) · Wo                                 all-reduce
+//!     h = norm(x);  x += (silu(h · Wgate) * (h · Wup)) · Wdown      all-reduce
+//! logits = norm(x)[wanted] · Whead                        all-gather
+//! ```
+//!
+//! Allocates at start only. Knows no sequence and no request: the batch says what to compute.
+//!
+//! Invariant: all ranks make the same collectives in the same order, which the plan alone decides.
+
+use super::rope;
+use crate::comm::{Comm, CommError};
+use crate::layers::{column_parallel, row_parallel, vocab_parallel_embedding, vocab_parallel_head};
+use crate::weights::{DecoderWeights, LayerWeights};
+use kernels::backend::{Attention, Backend, DeviceError, Element, Heads, KvLayout};
+use topology::model_shape::ModelShape;
+use topology::partition::Partition;
+
+/// Logits of this many bytes per rank are enough for one piece; scoring a whole prompt takes several.
+const LOGITS_BYTES: usize = 64 << 20;
+/// Widest element a backend computes in: what the workspace is reported as.
+const ACTIVATION_BYTES: usize = 4;
+
+/// What the workspace is sized by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepSize {
+    /// Most tokens of a step.
+    pub max_tokens: usize,
+    /// Most rows of a step.
+    pub max_rows: usize,
+    /// Positions of the rotary table.
+    pub max_positions: usize,
+}
+
+/// Widths of the activations on one rank.
+#[derive(Clone, Copy, Debug)]
+struct Widths {
+    hidden: usize,
+    qkv: usize,
+    attention: usize,
+    intermediate: usize,
+    vocab: usize,
+    gathered_vocab: usize,
+    head_dim: usize,
+}
+
+/// One rank's decoder on a device.
+#[derive(Debug)]
+pub struct Decoder<B: Backend> {
+    weights: DecoderWeights<B::Weight>,
+    shape: ModelShape,
+    heads: Heads,
+    first_token: u32,
+    rope: B::Tensor,
+    space: Workspace<B>,
+    logit_rows: usize,
+}
+
+/// Activations of one step.
+#[derive(Debug)]
+struct Workspace<B: Backend> {
+    /// The residual stream. `[tokens, hidden]`
+    residual: B::Tensor,
+    /// What a sublayer gets. `[tokens, hidden]`
+    normed: B::Tensor,
+    /// What a sublayer gave, to be added to the residual. `[tokens, hidden]`
+    delta: B::Tensor,
+    qkv: B::Tensor,
+    attention: B::Tensor,
+    gate_up: B::Tensor,
+    activated: B::Tensor,
+    /// `[logit rows, hidden]`
+    last: B::Tensor,
+    /// `[logit rows, vocab_width]`
+    part: B::Tensor,
+    /// `[logit rows, world_size * vocab_width]`
+    logits: B::Tensor,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Takes the workspace for the largest step and computes the rotary table.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if it does not fit.
+    pub fn new(
+        backend: &B,
+        shape: ModelShape,
+        partition: &Partition,
+        weights: DecoderWeights<B::Weight>,
+        size: StepSize,
+    ) -> Result<Self, DeviceError> {
+        let widths = Widths::of(&shape, partition);
+        let logit_rows = widths.logit_rows(size);
+        let table = rope::table(&shape.rope, widths.head_dim, size.max_positions);
+        let mut rope = backend.allocate(size.max_positions, widths.head_dim)?;
+        backend.write(&table, &mut rope)?;
+        let tokens = |width| backend.allocate(size.max_tokens, width);
+        let logits = |width| backend.allocate(logit_rows, width);
+        let space = Workspace {
+            residual: tokens(widths.hidden)?,
+            normed: tokens(widths.hidden)?,
+            delta: tokens(widths.hidden)?,
+            qkv: tokens(widths.qkv)?,
+            attention: tokens(widths.attention)?,
+            gate_up: tokens(2 * widths.intermediate)?,
+            activated: tokens(widths.intermediate)?,
+            last: logits(widths.hidden)?,
+            part: logits(widths.vocab)?,
+            logits: logits(widths.gathered_vocab)?,
+        };
+        Ok(Self {
+            heads: heads(&shape, partition),
+            first_token: partition.vocab.start,
+            weights,
+            shape,
+            rope,
+            space,
+            logit_rows,
+        })
+    }
+
+    /// Bytes of workspace and rotary table that [`Self::new`] takes.
+    pub fn workspace_bytes(shape: &ModelShape, partition: &Partition, size: StepSize) -> u64 {
+        let w = Widths::of(shape, partition);
+        let per_token = 3 * w.hidden + w.qkv + w.attention + 3 * w.intermediate;
+        let per_logit_row = w.hidden + w.vocab + w.gathered_vocab;
+        let elements = size.max_tokens * per_token
+            + w.logit_rows(size) * per_logit_row
+            + size.max_positions * w.head_dim;
+        (elements * ACTIVATION_BYTES) as u64
+    }
+
+    /// The KV blocks this decoder needs on one rank.
+    pub fn kv_layout(
+        shape: &ModelShape,
+        partition: &Partition,
+        (blocks, block_size): (usize, usize),
+        element: Element,
+    ) -> KvLayout {
+        KvLayout {
+            layers: shape.num_layers as usize,
+            blocks,
+            block_size,
+            local_kv_heads: partition.local_kv_heads() as usize,
+            head_dim: shape.head_dim as usize,
+            element,
+        }
+    }
+
+    /// Most rows of [`Self::logits`] at a time.
+    pub fn logit_rows(&self) -> usize {
+        self.logit_rows
+    }
+
+    /// Computes the `tokens` of `batch` up to the norm before the head and writes their keys and values.
+    ///
+    /// # Errors
+    /// [`CommError`] if a collective did not finish; keys and values of this step are then undefined.
+    pub fn forward<C: Comm<B>>(
+        &mut self,
+        backend: &B,
+        comm: &mut C,
+        (batch, tokens): (&B::DeviceBatch, usize),
+        cache: &mut B::KvCache,
+    ) -> Result<(), CommError> {
+        let space = &mut self.space;
+        let per_token = [
+            &mut space.residual,
+            &mut space.normed,
+            &mut space.delta,
+            &mut space.qkv,
+            &mut space.attention,
+            &mut space.gate_up,
+            &mut space.activated,
+        ];
+        for tensor in per_token {
+            backend.set_rows(tensor, tokens);
+        }
+        let table = (&self.weights.embedding, self.first_token);
+        vocab_parallel_embedding((backend, &mut *comm), batch, table, &mut space.residual)?;
+        let eps = self.shape.rms_norm_eps;
+        let fixed = Fixed {
+            heads: self.heads,
+            eps,
+            rope: &self.rope,
+        };
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            if index == 0 {
+                backend.rms_norm(&space.residual, &layer.input_norm, eps, &mut space.normed);
+            } else {
+                let (delta, residual) = (&space.delta, &mut space.residual);
+                backend.add_rms_norm(delta, residual, &layer.input_norm, eps, &mut space.normed);
+            }
+            let attention = Attention {
+                layer: index,
+                local_heads: self.heads.local_heads,
+                scale: (self.shape.head_dim as f32).sqrt().recip(),
+                sliding_window: self.shape.sliding_window[index],
+            };
+            space.attend(
+                (backend, &mut *comm),
+                layer,
+                (&fixed, &attention),
+                batch,
+                cache,
+            )?;
+            space.feed_forward((backend, &mut *comm), layer, eps)?;
+        }
+        let (delta, residual) = (&space.delta, &mut space.residual);
+        let norm = &self.weights.final_norm;
+        backend.add_rms_norm(delta, residual, norm, eps, &mut space.normed);
+        Ok(())
+    }
+
+    /// Logits of the batch's `rows` wanted tokens, after [`Self::forward`] with a batch of the same tokens.
+    /// `[rows, world_size * vocab_width]`, of which the first `vocab_size` columns count.
+    ///
+    /// # Errors
+    /// [`CommError`] if the gather did not finish.
+    pub fn logits<C: Comm<B>>(
+        &mut self,
+        backend: &B,
+        comm: &mut C,
+        (batch, rows): (&B::DeviceBatch, usize),
+    ) -> Result<&mut B::Tensor, CommError> {
+        let space = &mut self.space;
+        for tensor in [&mut space.last, &mut space.part, &mut space.logits] {
+            backend.set_rows(tensor, rows);
+        }
+        backend.gather_logit_rows(batch, &space.normed, &mut space.last);
+        let head = self
+            .weights
+            .head
+            .as_ref()
+            .unwrap_or(&self.weights.embedding);
+        let out = (&mut space.part, &mut space.logits);
+        vocab_parallel_head((backend, comm), head, &space.last, out)?;
+        Ok(&mut space.logits)
+    }
+}
+
+/// What is the same for all layers.
+struct Fixed<'a, B: Backend> {
+    heads: Heads,
+    eps: f32,
+    rope: &'a B::Tensor,
+}
+
+impl<B: Backend> Workspace<B> {
+    /// `normed` → `delta`, through attention.
+    fn attend<C: Comm<B>>(
+        &mut self,
+        (backend, comm): (&B, &mut C),
+        layer: &LayerWeights<B::Weight>,
+        (fixed, attention): (&Fixed<'_, B>, &Attention),
+        batch: &B::DeviceBatch,
+        cache: &mut B::KvCache,
+    ) -> Result<(), CommError> {
+        let heads = fixed.heads;
+        column_parallel(backend, &layer.qkv, &self.normed, &mut self.qkv);
+        if let Some((query, key)) = &layer.qk_norm {
+            backend.head_norm(&mut self.qkv, heads, (query, key), fixed.eps);
+        }
+        backend.rope(batch, fixed.rope, heads, &mut self.qkv);
+        backend.write_kv(batch, attention.layer, &self.qkv, heads, cache);
+        backend.attend(batch, attention, &self.qkv, cache, &mut self.attention);
+        row_parallel(
+            (backend, comm),
+            &layer.output,
+            &self.attention,
+            &mut self.delta,
+        )
+    }
+
+    /// Adds `delta` to the residual, and computes the feed-forward layer's `delta`.
+    fn feed_forward<C: Comm<B>>(
+        &mut self,
+        (backend, comm): (&B, &mut C),
+        layer: &LayerWeights<B::Weight>,
+        eps: f32,
+    ) -> Result<(), CommError> {
+        let residual = &mut self.residual;
+        backend.add_rms_norm(
+            &self.delta,
+            residual,
+            &layer.post_norm,
+            eps,
+            &mut self.normed,
+        );
+        column_parallel(backend, &layer.gate_up, &self.normed, &mut self.gate_up);
+        backend.silu_mul(&self.gate_up, &mut self.activated);
+        row_parallel(
+            (backend, comm),
+            &layer.down,
+            &self.activated,
+            &mut self.delta,
+        )
+    }
+}
+
+impl Widths {
+    fn of(shape: &ModelShape, partition: &Partition) -> Self {
+        let heads = heads(shape, partition);
+        let vocab = partition.vocab_width as usize;
+        Self {
+            hidden: shape.hidden_size as usize,
+            qkv: heads.qkv_width(),
+            attention: heads.local_heads * heads.head_dim,
+            intermediate: partition.local_intermediate() as usize,
+            vocab,
+            gathered_vocab: vocab * partition.world_size as usize,
+            head_dim: heads.head_dim,
+        }
+    }
+
+    fn logit_rows(&self, size: StepSize) -> usize {
+        (LOGITS_BYTES / (self.gathered_vocab * ACTIVATION_BYTES)).clamp(1, size.max_rows)
+    }
+}
+
+fn heads(shape: &ModelShape, partition: &Partition) -> Heads {
+    Heads {
+        local_heads: partition.local_heads() as usize,
+        local_kv_heads: partition.local_kv_heads() as usize,
+        head_dim: shape.head_dim as usize,
+    }
+}

@@ -1,0 +1,223 @@
+//! Drives the engines of a whole group in one process, one thread per rank, over shared memory.
+//!
+//! Stands in for the coordinator as far as plans go: it keeps sequences, hands out blocks and builds
+//! plans in the ways the tests compare. What is computed is the product's code.
+//!
+//! Invariant: every step it takes all ranks take, with the same digest.
+
+#[path = "../../src/testing.rs"]
+mod testing;
+
+use kernels::backend::Element;
+use kernels::cpu::CpuBackend;
+use shard::comm::shm::ShmComm;
+use shard::comm::{Abort, Comm, Seat};
+use shard::engine::{Engine, Place};
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+use topology::ids::{BlockId, Epoch, Rank, Step};
+use topology::model_files::ModelFiles;
+use topology::model_shape::ModelShape;
+use topology::wire::{
+    Load, ModelLocation, PlanRow, RowOutput, Sampling, ScoredToken, StepPlan,
+};
+
+pub(crate) use testing::Random;
+
+/// Tokens per KV block in these tests: small, so that sequences have many.
+pub(crate) const BLOCK_SIZE: u32 = 4;
+pub(crate) const NUM_BLOCKS: u32 = 160;
+
+/// The folders of `tests/fixtures`, at least eight, in order.
+pub(crate) fn fixtures() -> Vec<PathBuf> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let entries = std::fs::read_dir(&root).expect("the fixtures are in the repository");
+    let mut folders: Vec<_> = entries
+        .map(|entry| entry.expect("a readable folder").path())
+        .filter(|path| path.join("config.json").is_file())
+        .collect();
+    folders.sort();
+    assert!(folders.len() >= 8, "only {} fixtures in {}", folders.len(), root.display());
+    folders
+}
+
+/// The files and the shape of a fixture.
+pub(crate) fn open(folder: &std::path::Path) -> (ModelFiles, ModelShape) {
+    let files = ModelFiles::directory(folder).expect("a fixture is a directory");
+    let config = files.read_json("config.json").expect("a fixture has a config.json");
+    let shape = ModelShape::from_config(&config).expect("a fixture's config.json is supported");
+    (files, shape)
+}
+
+/// What to load a model with.
+pub(crate) fn load(world_size: u32, max_tokens: u32, dtype: &str) -> Load {
+    Load {
+        model: ModelLocation::BuiltIn,
+        tensor_parallel_size: world_size,
+        dtype: dtype.to_owned(),
+        block_size: BLOCK_SIZE,
+        max_model_len: 128,
+        max_num_batched_tokens: max_tokens,
+        max_num_seqs: 16,
+    }
+}
+
+/// A group of engines over one model.
+pub(crate) struct Cluster {
+    engines: Vec<Engine<CpuBackend, ShmComm>>,
+    next: Step,
+}
+
+impl Cluster {
+    /// Loads every rank and forms their communicator.
+    pub(crate) fn start(files: &ModelFiles, load: &Load) -> Self {
+        let world_size = load.tensor_parallel_size;
+        let id = ShmComm::make_id(world_size, 1 << 16).expect("shared memory can be had");
+        let abort = Abort::default();
+        let (id, abort) = (&id, &abort);
+        let engines = thread::scope(|scope| {
+            let ranks = (0..world_size).map(|rank| {
+                scope.spawn(move || {
+                    let backend = CpuBackend::new(1, None).expect("one thread can be had");
+                    let place = Place { rank: Rank(rank), kv_element: Some(Element::F32) };
+                    let mut engine = Engine::load(backend, place, (files, load), &mut |_, _| ())
+                        .expect("the fixture loads");
+                    engine.allocate(NUM_BLOCKS).expect("the blocks fit");
+                    let limit = Duration::from_secs(60);
+                    let seat = Seat { id, rank, world_size, limit, abort };
+                    let comm = ShmComm::join(engine.backend(), &seat).expect("all ranks join");
+                    engine.enter(Epoch(1), comm);
+                    engine
+                })
+            });
+            let ranks: Vec<_> = ranks.collect();
+            ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
+        });
+        Self { engines, next: Step(0) }
+    }
+
+    /// Runs one plan on all ranks.
+    pub(crate) fn step(&mut self, rows: Vec<PlanRow>) -> Vec<RowOutput> {
+        let plan = &StepPlan { epoch: Epoch(1), step: self.next, rows };
+        self.next = self.next.next();
+        let mut answers = thread::scope(|scope| {
+            let ranks: Vec<_> = self
+                .engines
+                .iter_mut()
+                .map(|engine| scope.spawn(|| engine.step(plan).expect("the plan is valid")))
+                .collect();
+            let join = |rank: thread::ScopedJoinHandle<'_, _>| rank.join().expect("no rank panics");
+            ranks.into_iter().map(join).collect::<Vec<_>>()
+        });
+        for answer in &answers[1..] {
+            assert_eq!(answer.digest, answers[0].digest);
+            assert!(answer.outputs.is_empty(), "rank 0 alone reports");
+        }
+        answers.swap_remove(0).outputs
+    }
+}
+
+/// A request: its prompt and how tokens are chosen.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) sampling: Sampling,
+    pub(crate) new_tokens: usize,
+}
+
+/// How the driver cuts and places work. The defaults are the plain way.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ways {
+    /// Sequences share steps, a random number of them in each.
+    pub(crate) batched: bool,
+    /// Prompts are computed in random pieces.
+    pub(crate) chunked: bool,
+    /// Blocks are taken in random order.
+    pub(crate) scattered: bool,
+}
+
+struct Sequence {
+    tokens: Vec<u32>,
+    computed: usize,
+    blocks: Vec<BlockId>,
+    answers: Vec<ScoredToken>,
+}
+
+/// Generates for all requests, and gives what each got.
+pub(crate) fn generate(
+    cluster: &mut Cluster,
+    requests: &[Request],
+    ways: Ways,
+    random: &mut Random,
+) -> Vec<Vec<ScoredToken>> {
+    let mut free: Vec<u32> = (0..NUM_BLOCKS).rev().collect();
+    let mut sequences: Vec<_> = requests
+        .iter()
+        .map(|request| Sequence {
+            tokens: request.prompt.clone(),
+            computed: 0,
+            blocks: Vec::new(),
+            answers: Vec::new(),
+        })
+        .collect();
+    loop {
+        let open = |i: &usize| sequences[*i].answers.len() < requests[*i].new_tokens;
+        let mut chosen: Vec<usize> = (0..requests.len()).filter(open).collect();
+        if chosen.is_empty() {
+            return sequences.into_iter().map(|sequence| sequence.answers).collect();
+        }
+        if ways.batched {
+            // Any non-empty subset, in any order.
+            for i in (1..chosen.len()).rev() {
+                chosen.swap(i, random.below(i + 1));
+            }
+            chosen.truncate(1 + random.below(chosen.len()));
+        } else {
+            chosen.truncate(1);
+        }
+        let mut rows = Vec::new();
+        for i in &chosen {
+            let (sequence, request) = (&mut sequences[*i], &requests[*i]);
+            rows.push(sequence.next_row(request, ways, &mut free, random));
+        }
+        let outputs = cluster.step(rows);
+        for (i, output) in chosen.iter().zip(outputs) {
+            if let Some(token) = output.sampled {
+                sequences[*i].tokens.push(token.token);
+                sequences[*i].answers.push(token);
+            }
+        }
+    }
+}
+
+impl Sequence {
+    fn next_row(
+        &mut self,
+        request: &Request,
+        ways: Ways,
+        free: &mut Vec<u32>,
+        random: &mut Random,
+    ) -> PlanRow {
+        let left = self.tokens.len() - self.computed;
+        let count = if ways.chunked { 1 + random.below(left) } else { left };
+        let end = self.computed + count;
+        while self.blocks.len() * (BLOCK_SIZE as usize) < end {
+            let at = if ways.scattered { random.below(free.len()) } else { free.len() - 1 };
+            self.blocks.push(BlockId(free.swap_remove(at)));
+        }
+        let sampling = (end == self.tokens.len()).then(|| {
+            let position = u32::try_from(end).expect("short sequences");
+            Box::new(Sampling { position, ..request.sampling.clone() })
+        });
+        let row = PlanRow {
+            tokens: self.tokens[self.computed..end].to_vec(),
+            position: u32::try_from(self.computed).expect("short sequences"),
+            blocks: self.blocks.clone(),
+            sampling,
+            ..PlanRow::default()
+        };
+        self.computed = end;
+        row
+    }
+}
