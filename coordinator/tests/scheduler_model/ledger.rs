@@ -26,7 +26,7 @@ struct Live {
 
 /// All sequences that have not ended.
 #[derive(Debug)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     live: BTreeMap<SequenceId, Live>,
     /// Cancelled, and not yet told so.
     cancelled: Option<SequenceId>,
@@ -39,7 +39,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    pub fn new(config: &SchedulerConfig) -> Self {
+    pub(crate) fn new(config: &SchedulerConfig) -> Self {
         Self {
             live: BTreeMap::new(),
             cancelled: None,
@@ -50,19 +50,23 @@ impl Ledger {
         }
     }
 
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.live.len()
     }
 
     /// The name of one live sequence.
-    pub fn any(&self, rng: &mut Rng) -> Option<SequenceId> {
+    pub(crate) fn any(&self, rng: &mut Rng) -> Option<SequenceId> {
         let index = rng.below(self.live.len().max(1) as u64);
         let index = usize::try_from(index).expect("small");
         self.live.keys().nth(index).copied()
     }
 
     /// What the scheduler has to say to a submission.
-    pub fn verdict(&self, requests: &[Request], config: &SchedulerConfig) -> Result<(), Refusal> {
+    pub(crate) fn verdict(
+        &self,
+        requests: &[Request],
+        config: &SchedulerConfig,
+    ) -> Result<(), Refusal> {
         let limit = config.max_sequence_tokens();
         for Request {
             prompt, max_tokens, ..
@@ -111,7 +115,7 @@ impl Ledger {
     }
 
     /// They were accepted.
-    pub fn add(&mut self, requests: Vec<Request>) {
+    pub(crate) fn add(&mut self, requests: Vec<Request>) {
         for request in requests {
             let mut ahead = 1;
             for other in self.live.values_mut() {
@@ -138,14 +142,14 @@ impl Ledger {
     }
 
     /// A client leaves; says whether it was there.
-    pub fn cancel(&mut self, id: SequenceId) -> bool {
+    pub(crate) fn cancel(&mut self, id: SequenceId) -> bool {
         let known = self.live.contains_key(&id);
         self.cancelled = known.then_some(id);
         known
     }
 
     /// A fault: all have to be computed anew.
-    pub fn forget_computation(&mut self) {
+    pub(crate) fn forget_computation(&mut self) {
         self.known.clear();
         let again = 3 * self.longest * self.live.len() as u64;
         for live in self.live.values_mut() {
@@ -157,7 +161,7 @@ impl Ledger {
     }
 
     /// S4: everyone's age is bounded.
-    pub fn step_planned(&mut self, plan: &StepPlan) {
+    pub(crate) fn step_planned(&mut self, plan: &StepPlan) {
         for live in self.live.values_mut() {
             live.age += 1;
             assert!(live.age <= live.patience, "S4: starved: {live:?} {plan:?}");
@@ -165,7 +169,7 @@ impl Ledger {
     }
 
     /// Each row is a step of a live sequence, with all that the client asked for.
-    pub fn check_rows(&self, plan: &StepPlan, rows: &[Row]) {
+    pub(crate) fn check_rows(&self, plan: &StepPlan, rows: &[Row]) {
         let by_seed: BTreeMap<u64, &Live> = self
             .live
             .values()
@@ -184,13 +188,13 @@ impl Ledger {
     }
 
     /// The scheduler counts as the clients do.
-    pub fn check(&self, stats: &Stats) {
+    pub(crate) fn check(&self, stats: &Stats) {
         assert_eq!(stats.running + stats.waiting, self.live.len(), "S1");
         assert_eq!((stats.queued, stats.queued_tokens), self.queued(), "S7");
     }
 
     /// One event, and whether it may be.
-    pub fn event(&mut self, event: Event, seen: &mut Seen) {
+    pub(crate) fn event(&mut self, event: Event, seen: &mut Seen) {
         let Event { id, kind } = event;
         if let EventKind::Started { cached_tokens } = kind {
             self.started(id, cached_tokens as usize);

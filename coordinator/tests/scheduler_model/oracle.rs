@@ -7,58 +7,58 @@
 use topology::wire::{Sampling, ScoredToken, TokenScore};
 
 /// Tokens of the vocabulary.
-pub const VOCAB_SIZE: u32 = 24;
+pub(crate) const VOCAB_SIZE: u32 = 24;
 
 /// The empty prefix.
-pub const EMPTY: u64 = 0x9E37_79B9_7F4A_7C15;
+pub(crate) const EMPTY: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// A seeded generator (splitmix64).
 #[derive(Clone, Debug)]
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(EMPTY);
         mix(self.0)
     }
 
     /// Below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
     /// In `from..=to`.
-    pub fn between(&mut self, from: u32, to: u32) -> u32 {
+    pub(crate) fn between(&mut self, from: u32, to: u32) -> u32 {
         from + u32::try_from(self.below(u64::from(to - from) + 1)).expect("below to")
     }
 
     /// True once in `n`.
-    pub fn one_in(&mut self, n: u64) -> bool {
+    pub(crate) fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 }
 
 /// Scrambles 64 bits.
-pub fn mix(mut x: u64) -> u64 {
+pub(crate) fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ (x >> 31)
 }
 
 /// The prefix one token longer.
-pub fn chain(prefix: u64, token: u32) -> u64 {
+pub(crate) fn chain(prefix: u64, token: u32) -> u64 {
     mix(prefix.rotate_left(7) ^ u64::from(token).wrapping_mul(0xD6E8_FEB8_6659_FD93))
 }
 
 /// The prefix of all of `tokens`.
-pub fn prefix_of(tokens: &[u32]) -> u64 {
+pub(crate) fn prefix_of(tokens: &[u32]) -> u64 {
     tokens
         .iter()
         .fold(EMPTY, |prefix, token| chain(prefix, *token))
 }
 
 /// The token that follows a prefix. Every parameter has a say, so that none can go missing.
-pub fn choose(prefix: u64, sampling: &Sampling) -> ScoredToken {
+pub(crate) fn choose(prefix: u64, sampling: &Sampling) -> ScoredToken {
     let mut state = mix(prefix ^ sampling.seed).wrapping_add(u64::from(sampling.position));
     for parameter in [
         sampling.temperature,
@@ -96,7 +96,7 @@ pub fn choose(prefix: u64, sampling: &Sampling) -> ScoredToken {
 }
 
 /// The score of `target` after a prefix, with `alternatives`.
-pub fn score(prefix: u64, target: u32, alternatives: u32) -> TokenScore {
+pub(crate) fn score(prefix: u64, target: u32, alternatives: u32) -> TokenScore {
     let mut rng = Rng(chain(prefix, target));
     let mut log = || -1.0 - rng.between(0, 1000) as f32 / 256.0;
     TokenScore {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use topology::wire::LogitBias;
 
 /// A pool so small that preemption and eviction are daily business.
-pub fn config(rng: &mut Rng) -> SchedulerConfig {
+pub(crate) fn config(rng: &mut Rng) -> SchedulerConfig {
     let block_size = rng.between(1, 6);
     let max_num_seqs = rng.between(1, 8);
     SchedulerConfig {
@@ -26,7 +26,7 @@ pub fn config(rng: &mut Rng) -> SchedulerConfig {
 
 /// Makes requests that suit a configuration, and now and then one that does not.
 #[derive(Debug)]
-pub struct Requests {
+pub(crate) struct Requests {
     beginnings: Vec<Vec<u32>>,
     longest: u32,
     next_id: u64,
@@ -34,7 +34,7 @@ pub struct Requests {
 }
 
 impl Requests {
-    pub fn new(rng: &mut Rng, config: &SchedulerConfig) -> Self {
+    pub(crate) fn new(rng: &mut Rng, config: &SchedulerConfig) -> Self {
         let longest = u32::try_from(config.max_sequence_tokens()).expect("small");
         let beginnings = (0..3).map(|_| {
             let len = rng.between(1, longest);
@@ -49,7 +49,7 @@ impl Requests {
     }
 
     /// One request, or several choices over one prompt.
-    pub fn make(&mut self, rng: &mut Rng) -> Vec<Request> {
+    pub(crate) fn make(&mut self, rng: &mut Rng) -> Vec<Request> {
         let first = self.one(rng);
         let choices = if rng.one_in(4) { rng.between(2, 4) } else { 1 };
         let mut all = vec![first];
@@ -63,7 +63,7 @@ impl Requests {
     }
 
     /// The last name that was used, or one that was not.
-    pub fn any_id(&self, rng: &mut Rng) -> SequenceId {
+    pub(crate) fn any_id(&self, rng: &mut Rng) -> SequenceId {
         SequenceId(rng.below(self.next_id + 1))
     }
 
@@ -78,7 +78,7 @@ impl Requests {
             .longest
             .saturating_sub(u32::try_from(prompt.len()).expect("small"));
         let too_long = rng.one_in(60);
-        let max_tokens = rng.between(1, left.max(1).min(40)) + if too_long { left } else { 0 };
+        let max_tokens = rng.between(1, left.clamp(1, 40)) + if too_long { left } else { 0 };
         let scored = rng.one_in(8);
         Request {
             id: self.id(),

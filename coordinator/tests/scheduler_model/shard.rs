@@ -19,21 +19,21 @@ struct Slot {
 
 /// Key-value memory and its checks.
 #[derive(Debug)]
-pub struct Shard {
+pub(crate) struct Shard {
     block_size: usize,
     slots: Vec<Option<Slot>>,
 }
 
 /// What a row turned out to be.
 #[derive(Debug)]
-pub struct Row {
+pub(crate) struct Row {
     /// All tokens from the first to the last that the row computes.
-    pub tokens: Vec<u32>,
-    pub output: RowOutput,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) output: RowOutput,
 }
 
 impl Shard {
-    pub fn new(num_blocks: u32, block_size: u32) -> Self {
+    pub(crate) fn new(num_blocks: u32, block_size: u32) -> Self {
         let (blocks, block_size) = (num_blocks as usize, block_size as usize);
         Self {
             block_size,
@@ -42,12 +42,12 @@ impl Shard {
     }
 
     /// The memory's content is lost.
-    pub fn wipe(&mut self) {
+    pub(crate) fn wipe(&mut self) {
         self.slots.fill(None);
     }
 
     /// Computes a plan; panics where it asks for what no shard could do.
-    pub fn run(&mut self, plan: &StepPlan) -> Vec<Row> {
+    pub(crate) fn run(&mut self, plan: &StepPlan) -> Vec<Row> {
         check_writers(plan, self.block_size);
         // All rows read before any writes: nothing may lean on this very step.
         let prefixes: Vec<Vec<u32>> = plan.rows.iter().map(|row| self.read(row)).collect();

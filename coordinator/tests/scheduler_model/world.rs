@@ -14,24 +14,24 @@ use topology::wire::{RowOutput, ScoredToken, StepPlan, TokenScore};
 
 /// What happened, so that a test can tell whether it saw anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
-    pub operations: u64,
-    pub steps: u64,
-    pub finished: u64,
-    pub cancelled: u64,
-    pub cancelled_in_step: u64,
-    pub refused: u64,
-    pub resets: u64,
-    pub recomputations: u64,
-    pub preemptions: u64,
-    pub hit_tokens: u64,
-    pub bad_answers: u64,
-    pub scored_prompts: u64,
+pub(crate) struct Seen {
+    pub(crate) operations: u64,
+    pub(crate) steps: u64,
+    pub(crate) finished: u64,
+    pub(crate) cancelled: u64,
+    pub(crate) cancelled_in_step: u64,
+    pub(crate) refused: u64,
+    pub(crate) resets: u64,
+    pub(crate) recomputations: u64,
+    pub(crate) preemptions: u64,
+    pub(crate) hit_tokens: u64,
+    pub(crate) bad_answers: u64,
+    pub(crate) scored_prompts: u64,
 }
 
 /// One run.
 #[derive(Debug)]
-pub struct World {
+pub(crate) struct World {
     rng: Rng,
     config: SchedulerConfig,
     scheduler: Scheduler,
@@ -46,7 +46,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let mut rng = Rng(seed);
         let config = config(&mut rng);
         Self {
@@ -66,7 +66,7 @@ impl World {
 
     /// Drives the world for some operations, then lets it come to rest. Gives what was seen and a
     /// hash of every plan and event.
-    pub fn run(mut self, operations: u64) -> (Seen, u64) {
+    pub(crate) fn run(mut self, operations: u64) -> (Seen, u64) {
         // Some worlds are flooded, some idle.
         let adds = self.rng.between(5, 40);
         let resets = [0, 1, 1, 8][self.rng.between(0, 3) as usize];
