@@ -10,7 +10,10 @@ use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    #[expect(clippy::disallowed_methods, reason = "cargo speaks to build scripts through it")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "cargo speaks to build scripts through it"
+    )]
     let profile = env::var("PROFILE").unwrap_or_default();
     let revision = if profile == "release" {
         revision()

@@ -8,6 +8,8 @@ pub mod checkpoint;
 pub mod fit;
 pub mod host;
 pub mod ids;
+pub mod launch;
+pub mod link;
 pub mod model_config;
 pub mod model_files;
 pub mod model_shape;

@@ -1,123 +1,320 @@
-//! The encrypted link between the coordinator and each shard: QUIC with mutual TLS.
+//! The link between coordinator and shard: QUIC with mutual TLS, carrying [`crate::wire`]'s messages.
 //!
-//! Every process makes its own key at start and both ends pin the other's exact certificate, so a
-//! launch is a closed group: no authority, no name, no trust that outlives it. A peer counts as
-//! admitted only after its certificate, then its preamble, then its `Hello` were checked.
+//! One connection for each shard, two streams on it: one for commands and replies, in order, and an
+//! urgent one that never waits behind a large plan. Knows nothing of what the messages mean. Control
+//! messages only: activations never travel this way.
 //!
-//! Commands and answers travel on one stream; [`LinkSender::send_urgent`] has a second one of
-//! higher priority, so that an `Abort` never waits behind a plan. Activations never travel here.
-//!
-//! Invariant: no wait without a deadline, and no memory taken on a peer's word beyond
-//! [`MAX_FRAME_BYTES`].
+//! Invariants: nobody is admitted before certificate, preamble and `Hello` were checked; no frame is
+//! longer than [`crate::wire::MAX_FRAME_BYTES`]; every wait ends by its deadline or, where none is
+//! given, by [`IDLE_LIMIT`] when the peer falls silent.
 
 mod connect;
-mod identity;
-mod listen;
-mod stream;
+mod frame;
+mod listener;
+mod tls;
 
-pub use connect::connect;
-pub use identity::{Certificate, Identity};
-pub use listen::{Admitted, Listener};
-pub use stream::{Frame, LinkReceiver, LinkSender};
+pub use connect::{Connected, connect};
+pub use frame::Frame;
+pub use listener::{Admitted, Listener};
+pub use tls::{Certificate, Identity};
 
 use crate::ids::Rank;
-use crate::wire::{MAX_FRAME_BYTES, WireError};
-use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use crate::wire::WireError;
+use bincode::{Decode, Encode};
+use frame::FrameReader;
+use futures_util::future::join_all;
+use quinn::{Connection, ConnectionError, Endpoint, SendStream, TransportConfig, VarInt};
+use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::timeout;
 
-/// From a connection's first packet to its admission.
-pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// A peer that says nothing for this long is gone. Long enough for a machine with more work than
+/// cores; the death of a local process is noticed by its launcher at once.
+pub const IDLE_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long a frame may wait for the peer to make room.
-const SEND_LIMIT: Duration = Duration::from_secs(10);
-
-/// A peer that says nothing for this long is gone. A killed process of this host is noticed at once by
-/// whoever started it; this is for lost networks, and long enough for an overloaded host.
-const IDLE_LIMIT: Duration = Duration::from_secs(10);
-
-/// One end keeps the link awake; the coordinator.
+/// How often the coordinator asks for a sign of life. One side is enough.
 const KEEP_ALIVE: Duration = Duration::from_millis(250);
 
-/// What both ends must call the protocol before TLS goes on.
+/// Longest time that one frame may take to be handed to the connection. A peer that lives but does
+/// not read for this long is as good as dead.
+const SEND_LIMIT: Duration = Duration::from_secs(10);
+
+/// Bytes that may be on their way on one connection: half a largest frame, many plans.
+const WINDOW_BYTES: u32 = 8 << 20;
+
+/// Largest datagram over loopback, where the operating system sets no lower limit: fewer packets
+/// for a plan.
+const LOOPBACK_MTU: u16 = 16 << 10;
+
+/// Spoken by both ends; raised if the meaning of streams changes.
 const ALPN: &[u8] = b"cluster/1";
 
-/// Largest UDP payload: loopback carries it whole, and discovery finds what other paths carry.
-const MAX_UDP_PAYLOAD: u16 = 65_527;
+/// Codes of connections that one end closed on purpose.
+const CODE_DONE: VarInt = VarInt::from_u32(0);
+const CODE_REFUSED: VarInt = VarInt::from_u32(1);
 
-/// Why a link cannot be made or is of no more use.
-#[derive(Debug, thiserror::Error)]
+/// Why a link does not work or no longer does.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkError {
-    /// The peer ended it, or the path did.
-    #[error("the link is closed: {0}")]
+    /// The other end, or this one, ended the link.
+    #[error("the link was closed: {0}")]
     Closed(String),
-    /// Too much time went by.
-    #[error("{what} took longer than {}s", .limit.as_secs_f32())]
-    TimedOut {
-        /// What was waited for.
-        what: &'static str,
-        /// The deadline.
-        limit: Duration,
+    /// Nothing came, or nothing could be sent, in time.
+    #[error("no answer within {}s", .0.as_secs_f32())]
+    TimedOut(Duration),
+    /// The other end does not want this process.
+    #[error("the peer refused this process: {0}")]
+    Refused(String),
+    /// A process with an expected certificate was not admitted.
+    #[error("rank {rank} was not admitted: {reason}")]
+    NotAdmitted {
+        /// Whose certificate it was.
+        rank: Rank,
+        /// A sentence for the operator.
+        reason: String,
     },
-    /// The peer's bytes are not the protocol's.
+    /// The bytes are not messages.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The peer speaks the protocol and breaks its rules.
-    #[error("the peer was refused: {0}")]
-    Refused(String),
-    /// A socket, key or configuration of this process.
+    /// Keys, sockets or TLS could not be set up.
     #[error("cannot set up the link: {0}")]
     Setup(String),
 }
 
-impl LinkError {
-    fn closed(error: impl std::fmt::Display) -> Self {
-        Self::Closed(error.to_string())
+/// The end of a link that sends messages of type `M`.
+#[derive(Debug)]
+pub struct LinkSender<M> {
+    connection: Connection,
+    main: SendStream,
+    urgent: SendStream,
+    /// A send was given up half-way: the stream cannot be used again.
+    is_torn: bool,
+    sends: std::marker::PhantomData<fn(&M)>,
+}
+
+impl<M: Encode> LinkSender<M> {
+    /// Sends a message in order.
+    ///
+    /// Dropping the future before it ends tears the link: later sends fail.
+    ///
+    /// # Errors
+    /// [`LinkError::Closed`], [`LinkError::TimedOut`] if the peer does not read, or
+    /// [`LinkError::Wire`] if the message is too long (then nothing was sent).
+    pub async fn send(&mut self, message: &M) -> Result<(), LinkError> {
+        self.send_frame(&Frame::new(message)?).await
     }
 
-    fn setup(error: impl std::fmt::Display) -> Self {
-        Self::Setup(error.to_string())
+    /// Sends a message that was encoded before, as when several ranks get the same.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn send_frame(&mut self, frame: &Frame<M>) -> Result<(), LinkError> {
+        write(&self.connection, &mut self.main, &mut self.is_torn, frame).await
+    }
+
+    /// Sends a message that overtakes whatever is on its way: it has a stream and a priority of its
+    /// own. The receiver may see it before messages that were sent earlier.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn send_urgent(&mut self, message: &M) -> Result<(), LinkError> {
+        let frame = Frame::new(message)?;
+        write(
+            &self.connection,
+            &mut self.urgent,
+            &mut self.is_torn,
+            &frame,
+        )
+        .await
+    }
+
+    /// Ends the link after everything sent has arrived. For a last message before the process exits.
+    ///
+    /// # Errors
+    /// [`LinkError`] if the peer did not confirm within `limit`.
+    pub async fn finish(mut self, limit: Duration) -> Result<(), LinkError> {
+        for stream in [&mut self.main, &mut self.urgent] {
+            // An error here means that the stream is over already; `stopped` says why.
+            let _ = stream.finish();
+        }
+        let confirmed = async {
+            for stream in [&self.main, &self.urgent] {
+                stream.stopped().await.map_err(|e| match e {
+                    quinn::StoppedError::ConnectionLost(e) => LinkError::from(e),
+                    e @ quinn::StoppedError::ZeroRttRejected => LinkError::Closed(e.to_string()),
+                })?;
+            }
+            Ok(())
+        };
+        timeout(limit, confirmed)
+            .await
+            .unwrap_or(Err(LinkError::TimedOut(limit)))
+    }
+
+    /// Ends the link at once, both ways; messages on their way are lost.
+    pub fn close(&self, reason: &str) {
+        self.connection.close(CODE_DONE, reason.as_bytes());
+    }
+
+    /// The current estimate of the time to the peer and back.
+    pub fn round_trip(&self) -> Duration {
+        self.connection.rtt()
     }
 }
 
-/// Settings of both ends.
-fn transport(keep_alive: bool) -> Result<Arc<TransportConfig>, LinkError> {
-    let window = VarInt::try_from(2 * MAX_FRAME_BYTES as u64).map_err(LinkError::setup)?;
-    let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(MAX_UDP_PAYLOAD);
+/// Sends one frame to several peers at once. The results are in the order of the senders.
+pub async fn broadcast<'a, M: Encode + 'a>(
+    senders: impl IntoIterator<Item = &'a mut LinkSender<M>>,
+    frame: &Frame<M>,
+) -> Vec<Result<(), LinkError>> {
+    join_all(senders.into_iter().map(|sender| sender.send_frame(frame))).await
+}
+
+/// The end of a link that receives messages of type `M`.
+#[derive(Debug)]
+pub struct LinkReceiver<M> {
+    main: FrameReader<M>,
+    urgent: FrameReader<M>,
+}
+
+impl<M: Decode<()>> LinkReceiver<M> {
+    /// The next message, urgent ones first. Cancel-safe. Has no deadline of its own: a peer that lives
+    /// may have nothing to say; one that does not is noticed within [`IDLE_LIMIT`].
+    ///
+    /// # Errors
+    /// [`LinkError`]; the link is of no use afterwards.
+    pub async fn recv(&mut self) -> Result<M, LinkError> {
+        tokio::select! {
+            biased;
+            urgent = self.urgent.next() => urgent,
+            message = self.main.next() => message,
+        }
+    }
+
+    /// The next message, if it comes within `limit`. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`Self::recv`], and [`LinkError::TimedOut`], after which the link still works.
+    pub async fn recv_within(&mut self, limit: Duration) -> Result<M, LinkError> {
+        timeout(limit, self.recv())
+            .await
+            .unwrap_or(Err(LinkError::TimedOut(limit)))
+    }
+}
+
+/// The two streams of a connection, as this end sees them.
+struct Streams {
+    main: (SendStream, quinn::RecvStream),
+    urgent: (SendStream, quinn::RecvStream),
+}
+
+fn pair<Out, In>(connection: Connection, streams: Streams) -> (LinkSender<Out>, LinkReceiver<In>) {
+    let (urgent, urgent_reader) = streams.urgent;
+    let (main, main_reader) = streams.main;
+    // Fails only where the stream is closed, which the first use will tell.
+    let _ = urgent.set_priority(1);
+    let sender = LinkSender {
+        connection,
+        main,
+        urgent,
+        is_torn: false,
+        sends: std::marker::PhantomData,
+    };
+    let receiver = LinkReceiver {
+        main: FrameReader::new(main_reader),
+        urgent: FrameReader::new(urgent_reader),
+    };
+    (sender, receiver)
+}
+
+async fn write<M>(
+    connection: &Connection,
+    stream: &mut SendStream,
+    is_torn: &mut bool,
+    frame: &Frame<M>,
+) -> Result<(), LinkError> {
+    if *is_torn {
+        return Err(LinkError::Closed(
+            "an earlier message was cut off".to_owned(),
+        ));
+    }
+    *is_torn = true;
+    let written = timeout(SEND_LIMIT, stream.write_chunk(frame.bytes())).await;
+    let written = written.map_err(|_| LinkError::TimedOut(SEND_LIMIT))?;
+    written.map_err(|e| match e {
+        quinn::WriteError::ConnectionLost(e) => e.into(),
+        // The peer gave up reading; the connection may know why.
+        other => connection
+            .close_reason()
+            .map_or(LinkError::Closed(other.to_string()), Into::into),
+    })?;
+    *is_torn = false;
+    Ok(())
+}
+
+/// `ip` is the peer's or, for a listener, its own.
+fn transport(ip: IpAddr, idle: Duration, keep_alive: Option<Duration>) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     config
-        .max_idle_timeout(Some(IdleTimeout::try_from(IDLE_LIMIT).map_err(LinkError::setup)?))
-        .keep_alive_interval(keep_alive.then_some(KEEP_ALIVE))
-        .initial_rtt(Duration::from_millis(20))
-        .mtu_discovery_config(Some(mtu))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
         .max_concurrent_bidi_streams(VarInt::from_u32(2))
-        .stream_receive_window(window)
-        .receive_window(window)
-        .send_window(4 * MAX_FRAME_BYTES as u64)
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .stream_receive_window(VarInt::from_u32(WINDOW_BYTES))
+        // Twice a stream's, so that a full main stream leaves room for the urgent one.
+        .receive_window(VarInt::from_u32(2 * WINDOW_BYTES))
+        .send_window(u64::from(2 * WINDOW_BYTES))
         .send_fairness(false)
-        .datagram_receive_buffer_size(None);
-    Ok(Arc::new(config))
+        .datagram_receive_buffer_size(None)
+        .keep_alive_interval(keep_alive)
+        .max_idle_timeout(quinn::IdleTimeout::try_from(idle).ok());
+    if ip.is_loopback() {
+        let mut discovery = quinn::MtuDiscoveryConfig::default();
+        discovery.upper_bound(LOOPBACK_MTU);
+        config.mtu_discovery_config(Some(discovery));
+    }
+    Arc::new(config)
 }
 
-/// Settings of the UDP socket.
-fn endpoint_config() -> Result<quinn::EndpointConfig, LinkError> {
+/// A UDP socket on `ip`, any port, with its QUIC endpoint.
+fn endpoint(ip: IpAddr, server: Option<quinn::ServerConfig>) -> Result<Endpoint, LinkError> {
     let mut config = quinn::EndpointConfig::default();
-    config.max_udp_payload_size(MAX_UDP_PAYLOAD).map_err(LinkError::setup)?;
-    Ok(config)
+    if ip.is_loopback() {
+        config
+            .max_udp_payload_size(LOOPBACK_MTU)
+            .map_err(|e| setup(&e))?;
+    }
+    let socket = std::net::UdpSocket::bind((ip, 0)).map_err(|e| setup(&e))?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Endpoint::new(config, server, socket, runtime).map_err(|e| setup(&e))
 }
 
-/// Fails with [`LinkError::TimedOut`] when `work` does not end in time.
-async fn within<T>(
-    limit: Duration,
-    what: &'static str,
-    work: impl Future<Output = Result<T, LinkError>>,
-) -> Result<T, LinkError> {
-    tokio::time::timeout(limit, work).await.unwrap_or(Err(LinkError::TimedOut { what, limit }))
+fn setup(error: &(impl std::fmt::Display + ?Sized)) -> LinkError {
+    LinkError::Setup(error.to_string())
 }
 
-/// The name in every certificate; identity is the key, not the name.
-fn server_name(rank: Option<Rank>) -> String {
-    rank.map_or_else(|| "coordinator".to_owned(), |rank| format!("shard-{rank}"))
+impl From<ConnectionError> for LinkError {
+    fn from(error: ConnectionError) -> Self {
+        match error {
+            ConnectionError::TimedOut => Self::TimedOut(IDLE_LIMIT),
+            ConnectionError::ApplicationClosed(close) => {
+                let reason = String::from_utf8_lossy(&close.reason).into_owned();
+                if close.error_code == CODE_REFUSED {
+                    Self::Refused(reason)
+                } else {
+                    Self::Closed(reason)
+                }
+            }
+            // TLS alerts: the peer does not know this process's certificate, or it does not know ours.
+            ConnectionError::ConnectionClosed(close) => Self::Refused(close.to_string()),
+            ConnectionError::TransportError(error) => Self::Refused(error.to_string()),
+            other => Self::Closed(other.to_string()),
+        }
+    }
+}
+
+impl From<io::Error> for LinkError {
+    fn from(error: io::Error) -> Self {
+        setup(&error)
+    }
 }

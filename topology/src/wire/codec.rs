@@ -9,7 +9,7 @@ use bincode::{Decode, Encode, config};
 use sha2::{Digest, Sha256};
 
 /// Why bytes are not a message.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WireError {
     /// The other end is not a cluster process.
     #[error("the peer does not speak the cluster's protocol (wrong magic)")]
@@ -52,6 +52,9 @@ pub struct Preamble {
 }
 
 const MAGIC: [u8; 8] = *b"cluster\n";
+
+/// Bytes of the length that precedes a body.
+pub const LENGTH_BYTES: usize = 4;
 
 impl Preamble {
     /// Length in bytes on the wire.
@@ -116,10 +119,40 @@ pub fn build_text() -> &'static str {
 /// # Errors
 /// [`WireError::TooLong`] if the message does not fit a frame.
 pub fn encode<T: Encode>(message: &T) -> Result<Vec<u8>, WireError> {
-    let bytes = bincode::encode_to_vec(message, config::standard())
+    encode_after(Vec::new(), message)
+}
+
+/// A whole frame: length and body.
+///
+/// # Errors
+/// [`WireError::TooLong`] if the message does not fit a frame.
+pub fn encode_frame<T: Encode>(message: &T) -> Result<Vec<u8>, WireError> {
+    let mut frame = encode_after(vec![0; LENGTH_BYTES], message)?;
+    let length = frame.len() - LENGTH_BYTES;
+    let length = u32::try_from(length).map_err(|_| WireError::TooLong(length))?;
+    frame[..LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
+    Ok(frame)
+}
+
+/// What the first bytes of a frame say about the length of its body.
+///
+/// # Errors
+/// [`WireError::TooLong`] above the limit, so that no memory is taken for it.
+pub fn body_length(length: [u8; LENGTH_BYTES]) -> Result<usize, WireError> {
+    let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
+    if length > MAX_FRAME_BYTES {
+        Err(WireError::TooLong(length))
+    } else {
+        Ok(length)
+    }
+}
+
+fn encode_after<T: Encode>(mut bytes: Vec<u8>, message: &T) -> Result<Vec<u8>, WireError> {
+    let start = bytes.len();
+    bincode::encode_into_std_write(message, &mut bytes, config::standard())
         .map_err(|e| WireError::Malformed(e.to_string()))?;
-    if bytes.len() > MAX_FRAME_BYTES {
-        Err(WireError::TooLong(bytes.len()))
+    if bytes.len() - start > MAX_FRAME_BYTES {
+        Err(WireError::TooLong(bytes.len() - start))
     } else {
         Ok(bytes)
     }

@@ -1,0 +1,93 @@
+//! How shard processes are started, and how the two ends come to trust each other.
+//!
+//! ```text
+//! parent                                   child: `cluster shard`
+//!   start ─────────────────────────────────▶ makes its key
+//!         ◀── stdout: {"certificate": …} ─── public half
+//!         ─── stdin:  {"coordinator": …} ──▶ where to connect, whose key to believe, which device
+//!         ◀── stdout, stderr: log lines ────
+//!   stdin closed ──────────────────────────▶ the parent is gone: exits
+//! ```
+//!
+//! Nothing secret is ever in arguments, environment or a file: private keys stay in the process
+//! that made them, and what crosses the pipes is public. The same lines work through `ssh`.
+
+pub mod child;
+pub mod local;
+
+use crate::ids::Rank;
+use crate::link::Certificate;
+use crate::placement::Device;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+/// How long each line of the handshake may take.
+pub const LAUNCH_LIMIT: Duration = Duration::from_secs(10);
+
+/// Longest line of the handshake in bytes; a list of a thousand cores fits.
+const MAX_LINE_BYTES: u64 = 64 << 10;
+
+/// What a child says first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announcement {
+    /// The public half of the key it made.
+    pub certificate: Certificate,
+}
+
+/// What the child is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// Where the coordinator listens (UDP).
+    pub coordinator: SocketAddr,
+    /// The only certificate to believe there.
+    pub certificate: Certificate,
+    /// Which rank it is.
+    pub rank: Rank,
+    /// What it computes on.
+    pub device: Device,
+}
+
+/// Why a shard process could not be started, or was not told what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The process or its pipes.
+    #[error("{0}")]
+    Io(String),
+    /// The other end said something else.
+    #[error("the handshake went wrong: {0}")]
+    Handshake(String),
+    /// Too much time went by.
+    #[error("{what} took longer than {}s", .limit.as_secs_f32())]
+    TimedOut {
+        /// What was waited for.
+        what: &'static str,
+        /// The deadline.
+        limit: Duration,
+    },
+}
+
+async fn within<T>(
+    what: &'static str,
+    work: impl Future<Output = Result<T, LaunchError>>,
+) -> Result<T, LaunchError> {
+    let limit = LAUNCH_LIMIT;
+    let late = Err(LaunchError::TimedOut { what, limit });
+    tokio::time::timeout(limit, work).await.unwrap_or(late)
+}
+
+/// One JSON line, its newline included.
+fn to_line(value: &impl Serialize) -> Result<Vec<u8>, LaunchError> {
+    let mut line = serde_json::to_vec(value).map_err(|e| LaunchError::Handshake(e.to_string()))?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+fn from_line<'a, T: Deserialize<'a>>(line: &'a str, from: &str) -> Result<T, LaunchError> {
+    if line.is_empty() {
+        return Err(LaunchError::Handshake(format!(
+            "{from} ended before it said anything"
+        )));
+    }
+    serde_json::from_str(line).map_err(|e| LaunchError::Handshake(format!("{from}'s line: {e}")))
+}

@@ -1,0 +1,90 @@
+//! The shard's end: connects to the one coordinator it was told of.
+//!
+//! With TLS 1.3 a client believes itself connected before the server has looked at its certificate.
+//! Invariant: [`connect`] returns a link only after the coordinator's `Welcome`.
+
+use super::tls::{self, Certificate, Identity, NAME};
+use super::{
+    IDLE_LIMIT, LinkError, LinkReceiver, LinkSender, Streams, endpoint, pair, setup, transport,
+};
+use crate::wire::{FromShard, Hello, Preamble, ToShard};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// A link to a coordinator that has admitted this process.
+#[derive(Debug)]
+pub struct Connected {
+    /// Number of ranks, from the coordinator's `Welcome`.
+    pub world_size: u32,
+    /// Replies to it.
+    pub sender: LinkSender<FromShard>,
+    /// Commands from it, from the one after `Welcome` on.
+    pub receiver: LinkReceiver<ToShard>,
+}
+
+/// Connects, says `hello` and waits for `Welcome`, all within `limit`.
+///
+/// # Errors
+/// [`LinkError::Refused`] with the coordinator's reason, [`LinkError::TimedOut`], or
+/// [`LinkError::Wire`] if the coordinator speaks otherwise.
+pub async fn connect(
+    address: SocketAddr,
+    coordinator: &Certificate,
+    identity: &Identity,
+    hello: Hello,
+    limit: Duration,
+) -> Result<Connected, LinkError> {
+    let greeting = greet(address, coordinator, identity, hello, Preamble::ours());
+    timeout(limit, greeting)
+        .await
+        .unwrap_or(Err(LinkError::TimedOut(limit)))
+}
+
+/// With the preamble as an argument, so that tests can say a wrong one.
+pub(super) async fn greet(
+    address: SocketAddr,
+    coordinator: &Certificate,
+    identity: &Identity,
+    hello: Hello,
+    preamble: Preamble,
+) -> Result<Connected, LinkError> {
+    let crypto = tls::client(identity, coordinator)?;
+    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+    config.transport_config(transport(address.ip(), IDLE_LIMIT, None));
+    let ip: IpAddr = match address.ip() {
+        ip if ip.is_loopback() => ip,
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // The endpoint lives on behind the connection.
+    let endpoint = endpoint(ip, None)?;
+    let connecting = endpoint.connect_with(config, address, NAME);
+    let connection = connecting.map_err(|e| setup(&e))?.await?;
+    let mut streams = Streams {
+        main: connection.open_bi().await?,
+        urgent: connection.open_bi().await?,
+    };
+    // A stream exists for the other end only once something was written to it.
+    for stream in [&mut streams.main.0, &mut streams.urgent.0] {
+        let written = stream.write_all(&preamble.to_bytes()).await;
+        written.map_err(|e| {
+            connection
+                .close_reason()
+                .map_or(LinkError::Closed(e.to_string()), Into::into)
+        })?;
+    }
+    let (mut sender, mut receiver) = pair::<FromShard, ToShard>(connection, streams);
+    sender.send(&FromShard::Hello(hello)).await?;
+    match receiver.recv().await? {
+        ToShard::Welcome { world_size } => Ok(Connected {
+            world_size,
+            sender,
+            receiver,
+        }),
+        other => Err(LinkError::Refused(format!(
+            "the first message is not Welcome but {other:?}"
+        ))),
+    }
+}
