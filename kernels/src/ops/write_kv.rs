@@ -37,3 +37,67 @@ pub(crate) fn write_kv(
         cache.put(layer, slot as usize, keys, values);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::{Backend, Heads, KvLayout};
+    use crate::cpu::element::{Stored, by_element};
+    use crate::testing::{ELEMENTS, Rng, backends, rounded, tensor, tokens, upload};
+
+    #[test]
+    fn slots_hold_their_tokens_and_the_rest_stays() {
+        let mut rng = Rng::new(11);
+        let cpu = &backends()[0];
+        for element in ELEMENTS {
+            let heads = Heads {
+                local_heads: 3,
+                local_kv_heads: 2,
+                head_dim: rng.within(1..20),
+            };
+            let (dim, block_size) = (heads.head_dim, rng.within(1..9));
+            let layout = KvLayout {
+                layers: 3,
+                blocks: 4,
+                block_size,
+                local_kv_heads: 2,
+                head_dim: dim,
+                element,
+            };
+            let mut cache = cpu.kv_cache(layout).unwrap();
+            let mut slots: Vec<u32> = (0..4 * block_size as u32).collect();
+            rng.shuffle(&mut slots);
+            let empty = slots.split_off(2 * block_size);
+            let qkv = tensor(
+                cpu,
+                &rng.values(slots.len() * heads.qkv_width()),
+                heads.qkv_width(),
+            );
+            let batch = upload(cpu, &tokens(vec![0; slots.len()], slots.clone()));
+            cpu.write_kv(&batch, 1, &qkv, heads, &mut cache);
+
+            let stored = |layer: usize, slot: u32, head: usize| -> (Vec<f32>, Vec<f32>) {
+                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+                by_element!(element, E => {
+                    let (keys, values) = cache.layer::<E>(layer).head(block, head);
+                    let part = |all: &[E]| {
+                        all[offset * dim..][..dim].iter().map(|value| value.widen()).collect()
+                    };
+                    (part(keys), part(values))
+                })
+            };
+            for head in 0..2 {
+                for (t, &slot) in slots.iter().enumerate() {
+                    let (key, value) = ((3 + head) * dim..(4 + head) * dim, (5 + head) * dim);
+                    let row = rounded(qkv.row(t), element);
+                    let expected = (row[key].to_vec(), row[value..][..dim].to_vec());
+                    assert_eq!(stored(1, slot, head), expected);
+                    assert_eq!(stored(0, slot, head).0, vec![0.0; dim]);
+                    assert_eq!(stored(2, slot, head).1, vec![0.0; dim]);
+                }
+                for &slot in &empty {
+                    assert_eq!(stored(1, slot, head), (vec![0.0; dim], vec![0.0; dim]));
+                }
+            }
+        }
+    }
+}

@@ -63,3 +63,50 @@ pub(super) fn nucleus(keys: &mut [u64], weights: &[f32], target: f64) -> Cut {
     }
     last
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Rng;
+
+    #[test]
+    fn keys_sort_by_logit_and_then_by_smaller_id() {
+        let logits = [
+            f32::NEG_INFINITY,
+            f32::MIN,
+            -1.5,
+            -1e-40,
+            0.0,
+            1e-40,
+            2.0,
+            f32::MAX,
+        ];
+        for (a, b) in logits.iter().zip(&logits[1..]) {
+            assert!(key(*a, 0) < key(*b, 9), "{a} {b}");
+        }
+        assert!(key(1.0, 3) > key(1.0, 4));
+        assert!(key(-0.0, 3) > key(0.0, 4));
+        assert_eq!(id(key(-7.5, 123_456)), 123_456);
+    }
+
+    #[test]
+    fn the_nucleus_is_the_shortest_prefix_that_suffices() {
+        let mut rng = Rng::new(30);
+        for _ in 0..50 {
+            let count = rng.within(1..3000);
+            // Whole numbers, so that sums are exact; many of them equal.
+            let weights: Vec<f32> = (0..count).map(|_| rng.within(1..40) as f32).collect();
+            let mut keys: Vec<u64> = (0_u32..).zip(&weights).map(|(id, w)| key(*w, id)).collect();
+            let total: f64 = weights.iter().copied().map(f64::from).sum();
+            let target = (total * f64::from(rng.value().abs())).floor();
+            let cut = nucleus(&mut keys.clone(), &weights, target);
+            keys.sort_unstable_by(|a, b| b.cmp(a));
+            let mut sum = 0.0;
+            let expected = keys.iter().find(|&&key| {
+                sum += f64::from(weights[id(key) as usize]);
+                sum >= target
+            });
+            assert_eq!(cut, Cut(*expected.unwrap()));
+        }
+    }
+}

@@ -10,6 +10,9 @@
 //! (the "online" softmax). Runs end at multiples of sixteen within a block, so their bounds follow from the
 //! position, the window and the block size alone.
 
+#[cfg(test)]
+mod tests;
+
 use crate::backend::{Attention, KvLayout};
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::exp::exp;

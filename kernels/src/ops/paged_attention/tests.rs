@@ -1,0 +1,242 @@
+//! Attention against its formula, and the equivalences that the scheduler relies on.
+
+use super::*;
+use crate::backend::{Backend, Heads};
+use crate::batch::Batch;
+use crate::testing::{ELEMENTS, Rng, assert_close, backends, bits, rounded, tensor, upload};
+
+/// A few sequences, all their queries, keys and values, and their blocks in a pool.
+struct Scene {
+    layout: KvLayout,
+    attention: Attention,
+    heads: Heads,
+    /// `[tokens, qkv width]` for each sequence
+    sequences: Vec<Vec<f32>>,
+    blocks: Vec<Vec<u32>>,
+}
+
+impl Scene {
+    fn random(rng: &mut Rng) -> Self {
+        let heads = Heads {
+            local_kv_heads: rng.within(1..4),
+            local_heads: 0,
+            head_dim: rng.pick(&[8, 16, 20, 33, 64]),
+        };
+        let heads = Heads {
+            local_heads: heads.local_kv_heads * rng.within(1..8),
+            ..heads
+        };
+        let lengths: Vec<usize> = (0..rng.within(1..4)).map(|_| rng.within(1..90)).collect();
+        let block_size = rng.pick(&[1, 5, 16, 24, 32]);
+        let needed: usize = lengths
+            .iter()
+            .map(|length| length.div_ceil(block_size))
+            .sum();
+        let layout = KvLayout {
+            layers: 2,
+            blocks: needed + 3,
+            block_size,
+            local_kv_heads: heads.local_kv_heads,
+            head_dim: heads.head_dim,
+            element: rng.pick(&ELEMENTS),
+        };
+        let attention = Attention {
+            layer: rng.within(0..2),
+            local_heads: heads.local_heads,
+            scale: 4.0 / (heads.head_dim as f32).sqrt(),
+            sliding_window: rng.pick(&[None, None, Some(1), Some(7), Some(40)]),
+        };
+        let width = heads.qkv_width();
+        let sequences = lengths
+            .iter()
+            .map(|length| rng.values(length * width))
+            .collect();
+        let mut scene = Self {
+            layout,
+            attention,
+            heads,
+            sequences,
+            blocks: Vec::new(),
+        };
+        scene.place(rng);
+        scene
+    }
+
+    fn length(&self, sequence: usize) -> usize {
+        self.sequences[sequence].len() / self.heads.qkv_width()
+    }
+
+    /// Gives the sequences other blocks.
+    fn place(&mut self, rng: &mut Rng) {
+        let mut pool: Vec<u32> = (0..self.layout.blocks as u32).collect();
+        rng.shuffle(&mut pool);
+        let needed = |s| self.length(s).div_ceil(self.layout.block_size);
+        self.blocks = (0..self.sequences.len())
+            .map(|s| pool.split_off(pool.len() - needed(s)))
+            .collect();
+    }
+
+    /// Runs a step over some tokens of some sequences and adds what comes out to `outputs`.
+    fn step(
+        &self,
+        cpu: &CpuBackend,
+        parts: &[(usize, Range<usize>)],
+        cache: &mut CpuKvCache,
+        outputs: &mut [Vec<f32>],
+    ) {
+        let (width, size) = (self.heads.qkv_width(), self.layout.block_size);
+        let mut batch = Batch {
+            row_starts: vec![0],
+            block_starts: vec![0],
+            ..Batch::default()
+        };
+        let mut qkv = Vec::new();
+        for (sequence, tokens) in parts {
+            let blocks = &self.blocks[*sequence];
+            for t in tokens.clone() {
+                batch.token_ids.push(0);
+                batch.positions.push(t as u32);
+                batch
+                    .slots
+                    .push(blocks[t / size] * size as u32 + (t % size) as u32);
+                qkv.extend(&self.sequences[*sequence][t * width..][..width]);
+            }
+            batch.row_starts.push(batch.token_ids.len() as u32);
+            batch.context_lens.push(tokens.end as u32);
+            batch.blocks.extend(&blocks[..tokens.end.div_ceil(size)]);
+            batch.block_starts.push(batch.blocks.len() as u32);
+        }
+        let (batch, qkv) = (upload(cpu, &batch), tensor(cpu, &qkv, width));
+        cpu.write_kv(&batch, self.attention.layer, &qkv, self.heads, cache);
+        let out_width = self.heads.local_heads * self.heads.head_dim;
+        let mut out = cpu.allocate(qkv.rows(), out_width).unwrap();
+        cpu.attend(&batch, &self.attention, &qkv, cache, &mut out);
+        let mut rows = out.values().chunks_exact(out_width);
+        for (sequence, tokens) in parts {
+            for row in rows.by_ref().take(tokens.len()) {
+                outputs[*sequence].extend(row);
+            }
+        }
+    }
+
+    /// A pool full of values that must not be seen.
+    fn dirty_cache(&self, cpu: &CpuBackend) -> CpuKvCache {
+        let mut cache = cpu.kv_cache(self.layout).unwrap();
+        let width = self.layout.local_kv_heads * self.layout.head_dim;
+        for slot in 0..self.layout.blocks * self.layout.block_size {
+            for layer in 0..self.layout.layers {
+                cache.put(layer, slot, &vec![f32::NAN; width], &vec![f32::NAN; width]);
+            }
+        }
+        cache
+    }
+
+    fn whole(&self, cpu: &CpuBackend) -> Vec<Vec<f32>> {
+        let mut outputs = vec![Vec::new(); self.sequences.len()];
+        let all: Vec<_> = (0..outputs.len()).map(|s| (s, 0..self.length(s))).collect();
+        self.step(cpu, &all, &mut self.dirty_cache(cpu), &mut outputs);
+        outputs
+    }
+
+    /// Each sequence cut into chunks at random, chunks of several in one step at random.
+    fn chunked(&self, cpu: &CpuBackend, rng: &mut Rng) -> Vec<Vec<f32>> {
+        let mut outputs = vec![Vec::new(); self.sequences.len()];
+        let mut done = vec![0; outputs.len()];
+        let mut cache = self.dirty_cache(cpu);
+        while (0..done.len()).any(|s| done[s] < self.length(s)) {
+            let mut parts = Vec::new();
+            for (s, done) in done.iter_mut().enumerate() {
+                let left = self.length(s) - *done;
+                if left > 0 && rng.within(0..3) > 0 {
+                    let several = rng.within(1..left + 1);
+                    let count = rng.pick(&[1, several]);
+                    parts.push((s, *done..*done + count));
+                    *done += count;
+                }
+            }
+            if !parts.is_empty() {
+                self.step(cpu, &parts, &mut cache, &mut outputs);
+            }
+        }
+        outputs
+    }
+
+    /// The formula. `[tokens, local_heads * head_dim]`
+    fn reference(&self, sequence: usize) -> Vec<f32> {
+        let Heads {
+            local_heads,
+            local_kv_heads,
+            head_dim,
+        } = self.heads;
+        let width = self.heads.qkv_width();
+        let qkv = &self.sequences[sequence];
+        let stored = rounded(qkv, self.layout.element);
+        let mut out = Vec::new();
+        for t in 0..self.length(sequence) {
+            let first = self
+                .attention
+                .sliding_window
+                .map_or(0, |w| (t + 1).saturating_sub(w as usize));
+            for head in 0..local_heads {
+                let kv_head = head / (local_heads / local_kv_heads);
+                let query = &qkv[t * width + head * head_dim..][..head_dim];
+                let at = |j: usize, head: usize| &stored[j * width + head * head_dim..][..head_dim];
+                let weights: Vec<f32> = (first..=t)
+                    .map(|j| {
+                        let key = at(j, local_heads + kv_head);
+                        let product: f32 = query.iter().zip(key).map(|(q, k)| q * k).sum();
+                        (product * self.attention.scale).exp()
+                    })
+                    .collect();
+                let sum: f32 = weights.iter().sum();
+                for d in 0..head_dim {
+                    let value = |j| at(j, local_heads + local_kv_heads + kv_head)[d];
+                    let weighted = weights.iter().zip(first..).map(|(w, j)| w * value(j));
+                    out.push(weighted.sum::<f32>() / sum);
+                }
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn is_the_reference_and_chunked_is_whole_and_batched_is_alone_bit_for_bit() {
+    let mut rng = Rng::new(12);
+    let all = backends();
+    for case in 0..40 {
+        let mut scene = Scene::random(&mut rng);
+        println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
+        // The instruction sets in turn, against one and several threads of the same.
+        let pair = &all[case % (all.len() / 2) * 2..][..2];
+        let whole = scene.whole(&pair[0]);
+        for (s, out) in whole.iter().enumerate() {
+            assert_close(out, &scene.reference(s), 2e-5, 2e-5);
+        }
+        scene.place(&mut rng);
+        for other in [scene.whole(&pair[1]), scene.chunked(&pair[1], &mut rng)] {
+            for (a, b) in whole.iter().zip(&other) {
+                assert_eq!(bits(a), bits(b));
+            }
+        }
+        for (s, out) in whole.iter().enumerate() {
+            let mut alone = vec![Vec::new(); whole.len()];
+            let mut cache = scene.dirty_cache(&pair[0]);
+            scene.step(&pair[0], &[(s, 0..scene.length(s))], &mut cache, &mut alone);
+            assert_eq!(bits(out), bits(&alone[s]));
+        }
+    }
+}
+
+#[test]
+fn scores_far_apart_do_not_overflow() {
+    let mut rng = Rng::new(13);
+    for cpu in backends() {
+        let mut scene = Scene::random(&mut rng);
+        scene.layout.element = crate::backend::Element::F32;
+        scene.attention.scale = 1e6;
+        for out in scene.whole(&cpu) {
+            assert!(out.iter().all(|value| value.abs() <= 1.0));
+        }
+    }
+}
