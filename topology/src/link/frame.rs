@@ -1,15 +1,18 @@
 //! Messages as length-prefixed frames on one stream.
 //!
-//! Reading keeps what has come so far, so that a wait may be given up and taken up again.
-//! Invariant: memory for a frame grows with the bytes that arrive, never with a claimed length.
+//! Both directions keep what is half done, so that a wait may be given up and taken up again.
+//! Invariant: frames are never cut or mixed; memory for a frame grows with the bytes that arrive,
+//! never with a claimed length.
 
-use super::LinkError;
+use super::{LinkError, SEND_LIMIT};
 use crate::wire::codec::{LENGTH_BYTES, body_length, encode_frame};
 use crate::wire::{WireError, decode};
 use bincode::{Decode, Encode};
 use bytes::Bytes;
-use quinn::{ReadError, RecvStream};
+use quinn::{ReadError, RecvStream, SendStream, StoppedError, WriteError};
 use std::marker::PhantomData;
+use std::slice;
+use tokio::time::timeout;
 
 /// An encoded message of type `M`, cheap to clone.
 #[derive(Debug)]
@@ -31,19 +34,75 @@ impl<M: Encode> Frame<M> {
     }
 }
 
-impl<M> Frame<M> {
-    /// Length and body.
-    pub(super) fn bytes(&self) -> Bytes {
-        self.bytes.clone()
-    }
-}
-
 impl<M> Clone for Frame<M> {
     fn clone(&self) -> Self {
         Self {
             bytes: self.bytes.clone(),
             holds: PhantomData,
         }
+    }
+}
+
+/// Puts frames on one stream.
+#[derive(Debug)]
+pub(super) struct FrameWriter {
+    stream: SendStream,
+    /// The rest of a frame whose write was given up half-way; goes out before anything else.
+    unsent: Bytes,
+}
+
+impl FrameWriter {
+    pub(super) fn new(stream: SendStream) -> Self {
+        Self {
+            stream,
+            unsent: Bytes::new(),
+        }
+    }
+
+    /// Hands a frame to the connection. Cancel-safe: a frame goes out whole or not at all.
+    pub(super) async fn write<M>(&mut self, frame: &Frame<M>) -> Result<(), LinkError> {
+        let writing = async {
+            self.flush().await?;
+            self.unsent = frame.bytes.clone();
+            self.flush().await
+        };
+        timeout(SEND_LIMIT, writing)
+            .await
+            .unwrap_or(Err(LinkError::TimedOut(SEND_LIMIT)))
+    }
+
+    /// Ends the stream and waits until the peer has confirmed all of it.
+    pub(super) async fn finish(&mut self) -> Result<(), LinkError> {
+        self.flush().await?;
+        // An error means that the stream is over already; `stopped` says why.
+        let _ = self.stream.finish();
+        match self.stream.stopped().await {
+            Ok(_) => Ok(()),
+            Err(StoppedError::ConnectionLost(e)) => Err(e.into()),
+            Err(e @ StoppedError::ZeroRttRejected) => Err(LinkError::Closed(e.to_string())),
+        }
+    }
+
+    /// Bytes that are no frame, and the end of the stream.
+    #[cfg(test)]
+    pub(super) async fn write_raw(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.expect("an open stream");
+        self.stream.finish().expect("an open stream");
+    }
+
+    async fn flush(&mut self) -> Result<(), LinkError> {
+        while !self.unsent.is_empty() {
+            // Takes off the front of `unsent` what the connection took, as its last act.
+            let chunks = slice::from_mut(&mut self.unsent);
+            self.stream
+                .write_chunks(chunks)
+                .await
+                .map_err(|e| match e {
+                    WriteError::ConnectionLost(e) => e.into(),
+                    other => LinkError::Closed(other.to_string()),
+                })?;
+        }
+        Ok(())
     }
 }
 

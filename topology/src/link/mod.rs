@@ -13,6 +13,9 @@ mod frame;
 mod listener;
 mod tls;
 
+#[cfg(test)]
+mod tests;
+
 pub use connect::{Connected, connect};
 pub use frame::Frame;
 pub use listener::{Admitted, Listener};
@@ -21,10 +24,11 @@ pub use tls::{Certificate, Identity};
 use crate::ids::Rank;
 use crate::wire::WireError;
 use bincode::{Decode, Encode};
-use frame::FrameReader;
+use frame::{FrameReader, FrameWriter};
 use futures_util::future::join_all;
 use quinn::{Connection, ConnectionError, Endpoint, SendStream, TransportConfig, VarInt};
 use std::io;
+use std::marker::PhantomData;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,21 +91,18 @@ pub enum LinkError {
 #[derive(Debug)]
 pub struct LinkSender<M> {
     connection: Connection,
-    main: SendStream,
-    urgent: SendStream,
-    /// A send was given up half-way: the stream cannot be used again.
-    is_torn: bool,
-    sends: std::marker::PhantomData<fn(&M)>,
+    main: FrameWriter,
+    urgent: FrameWriter,
+    sends: PhantomData<fn(&M)>,
 }
 
 impl<M: Encode> LinkSender<M> {
-    /// Sends a message in order.
-    ///
-    /// Dropping the future before it ends tears the link: later sends fail.
+    /// Sends a message in order. Cancel-safe: a message whose send was given up is sent whole, before
+    /// the next one, or not at all.
     ///
     /// # Errors
-    /// [`LinkError::Closed`], [`LinkError::TimedOut`] if the peer does not read, or
-    /// [`LinkError::Wire`] if the message is too long (then nothing was sent).
+    /// [`LinkError`] if the link is over or the peer does not read for a long time;
+    /// [`LinkError::Wire`] if the message is too long, and then nothing was sent.
     pub async fn send(&mut self, message: &M) -> Result<(), LinkError> {
         self.send_frame(&Frame::new(message)?).await
     }
@@ -111,23 +112,17 @@ impl<M: Encode> LinkSender<M> {
     /// # Errors
     /// As [`Self::send`].
     pub async fn send_frame(&mut self, frame: &Frame<M>) -> Result<(), LinkError> {
-        write(&self.connection, &mut self.main, &mut self.is_torn, frame).await
+        self.main.write(frame).await
     }
 
     /// Sends a message that overtakes whatever is on its way: it has a stream and a priority of its
-    /// own. The receiver may see it before messages that were sent earlier.
+    /// own, and works even where a [`Self::send`] was given up because the peer did not read. The
+    /// peer may see it before messages that were sent earlier.
     ///
     /// # Errors
     /// As [`Self::send`].
     pub async fn send_urgent(&mut self, message: &M) -> Result<(), LinkError> {
-        let frame = Frame::new(message)?;
-        write(
-            &self.connection,
-            &mut self.urgent,
-            &mut self.is_torn,
-            &frame,
-        )
-        .await
+        self.urgent.write(&Frame::new(message)?).await
     }
 
     /// Ends the link after everything sent has arrived. For a last message before the process exits.
@@ -135,18 +130,9 @@ impl<M: Encode> LinkSender<M> {
     /// # Errors
     /// [`LinkError`] if the peer did not confirm within `limit`.
     pub async fn finish(mut self, limit: Duration) -> Result<(), LinkError> {
-        for stream in [&mut self.main, &mut self.urgent] {
-            // An error here means that the stream is over already; `stopped` says why.
-            let _ = stream.finish();
-        }
         let confirmed = async {
-            for stream in [&self.main, &self.urgent] {
-                stream.stopped().await.map_err(|e| match e {
-                    quinn::StoppedError::ConnectionLost(e) => LinkError::from(e),
-                    e @ quinn::StoppedError::ZeroRttRejected => LinkError::Closed(e.to_string()),
-                })?;
-            }
-            Ok(())
+            self.main.finish().await?;
+            self.urgent.finish().await
         };
         timeout(limit, confirmed)
             .await
@@ -217,41 +203,15 @@ fn pair<Out, In>(connection: Connection, streams: Streams) -> (LinkSender<Out>, 
     let _ = urgent.set_priority(1);
     let sender = LinkSender {
         connection,
-        main,
-        urgent,
-        is_torn: false,
-        sends: std::marker::PhantomData,
+        main: FrameWriter::new(main),
+        urgent: FrameWriter::new(urgent),
+        sends: PhantomData,
     };
     let receiver = LinkReceiver {
         main: FrameReader::new(main_reader),
         urgent: FrameReader::new(urgent_reader),
     };
     (sender, receiver)
-}
-
-async fn write<M>(
-    connection: &Connection,
-    stream: &mut SendStream,
-    is_torn: &mut bool,
-    frame: &Frame<M>,
-) -> Result<(), LinkError> {
-    if *is_torn {
-        return Err(LinkError::Closed(
-            "an earlier message was cut off".to_owned(),
-        ));
-    }
-    *is_torn = true;
-    let written = timeout(SEND_LIMIT, stream.write_chunk(frame.bytes())).await;
-    let written = written.map_err(|_| LinkError::TimedOut(SEND_LIMIT))?;
-    written.map_err(|e| match e {
-        quinn::WriteError::ConnectionLost(e) => e.into(),
-        // The peer gave up reading; the connection may know why.
-        other => connection
-            .close_reason()
-            .map_or(LinkError::Closed(other.to_string()), Into::into),
-    })?;
-    *is_torn = false;
-    Ok(())
 }
 
 /// `ip` is the peer's or, for a listener, its own.

@@ -157,10 +157,7 @@ pub(super) fn client(
     server: &Certificate,
 ) -> Result<quinn::crypto::rustls::QuicClientConfig, LinkError> {
     let provider = Arc::new(ring::default_provider());
-    let server = PinnedServer {
-        certificate: server.clone(),
-        provider: provider.clone(),
-    };
+    let server = PinnedServer::new(server.clone());
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| setup(&e))?
@@ -173,10 +170,21 @@ pub(super) fn client(
     config.try_into().map_err(|e| setup(&e))
 }
 
+/// Believes one server.
 #[derive(Debug)]
-struct PinnedServer {
+pub(super) struct PinnedServer {
     certificate: Certificate,
     provider: Arc<CryptoProvider>,
+}
+
+impl PinnedServer {
+    pub(super) fn new(certificate: Certificate) -> Self {
+        let provider = Arc::new(ring::default_provider());
+        Self {
+            certificate,
+            provider,
+        }
+    }
 }
 
 impl ServerCertVerifier for PinnedServer {
@@ -225,6 +233,7 @@ impl ServerCertVerifier for PinnedServer {
     }
 }
 
+/// Believes whoever is expected.
 #[derive(Debug)]
 struct PinnedClients {
     expected: Expected,
