@@ -330,7 +330,9 @@ mod tests {
 
     #[test]
     fn a_valid_plan_becomes_flat_arrays() {
-        let mut random = Random::new(Random::seed("flat arrays"));
+        let seed = Random::seed("flat arrays");
+        println!("seed {seed}");
+        let mut random = Random::new(seed);
         let mut batcher = Batcher::new(LIMITS);
         for _ in 0..2_000 {
             let plan = valid_plan(&mut random);
@@ -423,6 +425,7 @@ mod tests {
             }),
         ];
         let seed = Random::seed("bad rows");
+        println!("seed {seed}");
         let mut random = Random::new(seed);
         let mut batcher = Batcher::new(LIMITS);
         for (sentence, spoil) in cases {
@@ -456,7 +459,9 @@ mod tests {
 
     #[test]
     fn hostile_plans_are_errors_and_never_panics() {
-        let mut random = Random::new(Random::seed("hostile plans"));
+        let seed = Random::seed("hostile plans");
+        println!("seed {seed}");
+        let mut random = Random::new(seed);
         let mut batcher = Batcher::new(LIMITS);
         let mut refused = 0;
         for _ in 0..20_000 {

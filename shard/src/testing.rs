@@ -12,13 +12,10 @@ impl Random {
         Self(seed)
     }
 
-    /// The seed of a test's run, printed so that it shows up when the test fails.
+    /// The seed of a test, from its name. Tests print it, so that it shows up when they fail.
     pub(crate) fn seed(test: &str) -> u64 {
-        let seed = test.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
-        println!("{test}: seed {seed}");
-        seed
+        let mix = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        test.bytes().fold(0xcbf2_9ce4_8422_2325, mix)
     }
 
     /// The next 64 bits.
@@ -33,11 +30,5 @@ impl Random {
     /// A number in `0..bound`.
     pub(crate) fn below(&mut self, bound: usize) -> usize {
         usize::try_from(self.next() % bound as u64).expect("below a usize")
-    }
-
-    /// A number in `low..high`.
-    pub(crate) fn float(&mut self, low: f32, high: f32) -> f32 {
-        let unit = (self.next() >> 40) as f32 / (1u64 << 24) as f32;
-        low + (high - low) * unit
     }
 }

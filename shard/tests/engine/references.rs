@@ -4,11 +4,9 @@
 //! leaves a shard: they are the logits up to a constant per row, and that constant changes no answer.
 //! The tolerance is relative to the row's largest absolute reference logit.
 
-mod support;
-
+use crate::support::{BLOCK_SIZE, Cluster, Random, Request, Ways, fixtures, generate, load, open};
 use safetensors::SafeTensors;
 use std::path::Path;
-use support::{BLOCK_SIZE, Cluster, Random, Request, Ways, fixtures, generate, load, open};
 use topology::ids::{BlockId, Rank};
 use topology::partition::Partition;
 use topology::wire::{PlanRow, Sampling};
@@ -30,7 +28,9 @@ fn reference(folder: &Path) -> Reference {
         assert_eq!(tensor.dtype(), safetensors::Dtype::I64);
         let words = tensor.data().chunks_exact(8);
         let id = |word: &[u8]| i64::from_le_bytes(word.try_into().expect("eight bytes"));
-        words.map(|word| u32::try_from(id(word)).expect("an id")).collect()
+        words
+            .map(|word| u32::try_from(id(word)).expect("an id"))
+            .collect()
     };
     let logits = tensors.tensor("logits").expect("the reference has logits");
     assert_eq!(logits.dtype(), safetensors::Dtype::F32);
@@ -48,7 +48,9 @@ fn reference(folder: &Path) -> Reference {
 fn log_probabilities(cluster: &mut Cluster, reference: &Reference) -> Vec<Vec<f32>> {
     let tokens = reference.prompt.clone();
     let vocab = reference.logits[0].len();
-    let blocks = u32::try_from(tokens.len()).expect("a short prompt").div_ceil(BLOCK_SIZE);
+    let blocks = u32::try_from(tokens.len())
+        .expect("a short prompt")
+        .div_ceil(BLOCK_SIZE);
     let row = PlanRow {
         targets: tokens.clone(),
         target_alternatives: u32::try_from(vocab).expect("a small vocabulary"),
@@ -66,7 +68,10 @@ fn log_probabilities(cluster: &mut Cluster, reference: &Reference) -> Vec<Vec<f3
                 row[*token as usize] = *logprob;
             }
             assert_eq!(score.logprob.to_bits(), row[*target as usize].to_bits());
-            assert_eq!(score.top[score.rank as usize - 1].1.to_bits(), score.logprob.to_bits());
+            assert_eq!(
+                score.top[score.rank as usize - 1].1.to_bits(),
+                score.logprob.to_bits()
+            );
             row
         })
         .collect()
@@ -81,9 +86,16 @@ fn distance(found: &[f32], logits: &[f32]) -> f32 {
     let differences = found.iter().zip(logits).map(|(found, logit)| {
         let difference = (f64::from(*logit) - normaliser - f64::from(*found)).abs();
         // NaN is no small difference.
-        if difference.is_nan() { f64::INFINITY } else { difference }
+        if difference.is_nan() {
+            f64::INFINITY
+        } else {
+            difference
+        }
     });
-    #[expect(clippy::cast_possible_truncation, reason = "for a comparison with a tolerance")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "for a comparison with a tolerance"
+    )]
     let most = differences.fold(0.0, f64::max) as f32;
     most / largest
 }
@@ -107,7 +119,10 @@ fn logits_and_greedy_tokens_are_the_references_at_every_size() {
                 let case = format!("{} over {world_size} in {dtype}", folder.display());
                 let mut cluster = Cluster::start(&files, &load(world_size, 64, dtype));
                 let found = log_probabilities(&mut cluster, &reference);
-                let distances = found.iter().zip(&reference.logits).map(|(f, r)| distance(f, r));
+                let distances = found
+                    .iter()
+                    .zip(&reference.logits)
+                    .map(|(f, r)| distance(f, r));
                 let worst = distances.fold(0.0, f32::max);
                 assert!(worst < TOLERANCE, "{case}: off by {worst}");
 
@@ -134,13 +149,19 @@ fn logits_and_greedy_tokens_are_the_references_at_every_size() {
 /// A wrong tensor must not pass for rounding: one weight changed is far beyond the tolerance.
 #[test]
 fn the_tolerance_notices_a_single_changed_weight() {
-    let folder = fixtures().into_iter().find(|f| f.ends_with("llama2")).expect("llama2");
+    let folder = fixtures()
+        .into_iter()
+        .find(|f| f.ends_with("llama2"))
+        .expect("llama2");
     let reference = reference(&folder);
     let copy = tempfile::tempdir().expect("a temporary folder");
     std::fs::copy(folder.join("config.json"), copy.path().join("config.json")).expect("a copy");
     let mut bytes = std::fs::read(folder.join("model.safetensors")).expect("the weights");
     let tensors = SafeTensors::deserialize(&bytes).expect("readable weights");
-    let norm = tensors.tensor("model.norm.weight").expect("the final norm").data();
+    let norm = tensors
+        .tensor("model.norm.weight")
+        .expect("the final norm")
+        .data();
     let at = norm.as_ptr() as usize - bytes.as_ptr() as usize;
     // 4.0 as f16, in the place of something near 1.
     bytes[at..at + 2].copy_from_slice(&[0x00, 0x44]);
@@ -148,7 +169,10 @@ fn the_tolerance_notices_a_single_changed_weight() {
     let (files, _) = open(copy.path());
     let mut cluster = Cluster::start(&files, &load(2, 64, "auto"));
     let found = log_probabilities(&mut cluster, &reference);
-    let distances = found.iter().zip(&reference.logits).map(|(f, r)| distance(f, r));
+    let distances = found
+        .iter()
+        .zip(&reference.logits)
+        .map(|(f, r)| distance(f, r));
     let worst = distances.fold(0.0, f32::max);
     assert!(worst > 10.0 * TOLERANCE, "off by {worst} only");
 }

@@ -5,9 +5,6 @@
 //!
 //! Invariant: every step it takes all ranks take, with the same digest.
 
-#[path = "../../src/testing.rs"]
-mod testing;
-
 use kernels::backend::Element;
 use kernels::cpu::CpuBackend;
 use shard::comm::shm::ShmComm;
@@ -19,11 +16,9 @@ use std::time::Duration;
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::model_shape::ModelShape;
-use topology::wire::{
-    Load, ModelLocation, PlanRow, RowOutput, Sampling, ScoredToken, StepPlan,
-};
+use topology::wire::{Load, ModelLocation, PlanRow, RowOutput, Sampling, ScoredToken, StepPlan};
 
-pub(crate) use testing::Random;
+pub(crate) use crate::testing::Random;
 
 /// Tokens per KV block in these tests: small, so that sequences have many.
 pub(crate) const BLOCK_SIZE: u32 = 4;
@@ -38,14 +33,21 @@ pub(crate) fn fixtures() -> Vec<PathBuf> {
         .filter(|path| path.join("config.json").is_file())
         .collect();
     folders.sort();
-    assert!(folders.len() >= 8, "only {} fixtures in {}", folders.len(), root.display());
+    assert!(
+        folders.len() >= 8,
+        "only {} fixtures in {}",
+        folders.len(),
+        root.display()
+    );
     folders
 }
 
 /// The files and the shape of a fixture.
 pub(crate) fn open(folder: &std::path::Path) -> (ModelFiles, ModelShape) {
     let files = ModelFiles::directory(folder).expect("a fixture is a directory");
-    let config = files.read_json("config.json").expect("a fixture has a config.json");
+    let config = files
+        .read_json("config.json")
+        .expect("a fixture has a config.json");
     let shape = ModelShape::from_config(&config).expect("a fixture's config.json is supported");
     (files, shape)
 }
@@ -80,26 +82,45 @@ impl Cluster {
             let ranks = (0..world_size).map(|rank| {
                 scope.spawn(move || {
                     let backend = CpuBackend::new(1, None).expect("one thread can be had");
-                    let place = Place { rank: Rank(rank), kv_element: Some(Element::F32) };
+                    let place = Place {
+                        rank: Rank(rank),
+                        kv_element: Some(Element::F32),
+                    };
                     let mut engine = Engine::load(backend, place, (files, load), &mut |_, _| ())
                         .expect("the fixture loads");
                     engine.allocate(NUM_BLOCKS).expect("the blocks fit");
                     let limit = Duration::from_secs(60);
-                    let seat = Seat { id, rank, world_size, limit, abort };
+                    let seat = Seat {
+                        id,
+                        rank,
+                        world_size,
+                        limit,
+                        abort,
+                    };
                     let comm = ShmComm::join(engine.backend(), &seat).expect("all ranks join");
                     engine.enter(Epoch(1), comm);
                     engine
                 })
             });
             let ranks: Vec<_> = ranks.collect();
-            ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
+            ranks
+                .into_iter()
+                .map(|rank| rank.join().expect("no rank panics"))
+                .collect()
         });
-        Self { engines, next: Step(0) }
+        Self {
+            engines,
+            next: Step(0),
+        }
     }
 
     /// Runs one plan on all ranks.
     pub(crate) fn step(&mut self, rows: Vec<PlanRow>) -> Vec<RowOutput> {
-        let plan = &StepPlan { epoch: Epoch(1), step: self.next, rows };
+        let plan = &StepPlan {
+            epoch: Epoch(1),
+            step: self.next,
+            rows,
+        };
         self.next = self.next.next();
         let mut answers = thread::scope(|scope| {
             let ranks: Vec<_> = self
@@ -165,7 +186,10 @@ pub(crate) fn generate(
         let open = |i: &usize| sequences[*i].answers.len() < requests[*i].new_tokens;
         let mut chosen: Vec<usize> = (0..requests.len()).filter(open).collect();
         if chosen.is_empty() {
-            return sequences.into_iter().map(|sequence| sequence.answers).collect();
+            return sequences
+                .into_iter()
+                .map(|sequence| sequence.answers)
+                .collect();
         }
         if ways.batched {
             // Any non-empty subset, in any order.
@@ -200,15 +224,26 @@ impl Sequence {
         random: &mut Random,
     ) -> PlanRow {
         let left = self.tokens.len() - self.computed;
-        let count = if ways.chunked { 1 + random.below(left) } else { left };
+        let count = if ways.chunked {
+            1 + random.below(left)
+        } else {
+            left
+        };
         let end = self.computed + count;
         while self.blocks.len() * (BLOCK_SIZE as usize) < end {
-            let at = if ways.scattered { random.below(free.len()) } else { free.len() - 1 };
+            let at = if ways.scattered {
+                random.below(free.len())
+            } else {
+                free.len() - 1
+            };
             self.blocks.push(BlockId(free.swap_remove(at)));
         }
         let sampling = (end == self.tokens.len()).then(|| {
             let position = u32::try_from(end).expect("short sequences");
-            Box::new(Sampling { position, ..request.sampling.clone() })
+            Box::new(Sampling {
+                position,
+                ..request.sampling.clone()
+            })
         });
         let row = PlanRow {
             tokens: self.tokens[self.computed..end].to_vec(),

@@ -1,0 +1,281 @@
+//! The thread that owns device, communicator and model.
+//!
+//! Takes commands from a bounded channel, one at a time, and answers with the messages the
+//! coordinator gets. It may block for as long as a collective does; whoever has to end that holds the
+//! [`Abort`] that came with the communicator. No I/O but the model's files.
+//!
+//! Invariant: every command is answered once, except a plan or a communicator of an epoch that is
+//! over, which changes nothing; after [`FromShard::Failed`] nothing more is answered.
+
+use crate::comm::{Abort, Comm, CommError, Seat};
+use crate::engine::{Engine, Place, StepError};
+use anyhow::{Context, Result};
+use kernels::backend::{Backend, DeviceError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use topology::ids::Epoch;
+use topology::model_files::{BuiltInFile, ModelFiles};
+use topology::wire::{FromShard, Load, StepPlan};
+
+/// Commands that may wait: two steps in flight and whatever ends an epoch. More is a coordinator that
+/// does not keep to the protocol.
+const QUEUED_COMMANDS: usize = 16;
+/// Answers that may wait for the link; beyond it the device waits. Progress is dropped instead.
+const QUEUED_ANSWERS: usize = 64;
+/// How long the ranks may take to find each other. The coordinator sends them off together, so this is
+/// the time a busy machine may take to run all of them.
+const JOIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// What the thread is told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Read the weights.
+    Load(Load),
+    /// Take memory for KV blocks.
+    Allocate(u32),
+    /// Make the identity of a communicator.
+    MakeComm(Epoch),
+    /// Form a communicator; `abort` ends it.
+    JoinComm {
+        epoch: Epoch,
+        id: Vec<u8>,
+        abort: Abort,
+    },
+    /// Compute a step.
+    Run(Box<StepPlan>),
+    /// Drop the communicator, which was aborted before this was sent.
+    Leave(Epoch),
+}
+
+/// The device as the operator would name it, and its memory.
+#[derive(Clone, Debug)]
+pub(crate) struct About {
+    pub(crate) name: String,
+    pub(crate) total_bytes: u64,
+    pub(crate) free_bytes: u64,
+}
+
+/// The other threads' end of the device thread.
+#[derive(Debug)]
+pub(crate) struct Device {
+    pub(crate) about: About,
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) answers: mpsc::Receiver<FromShard>,
+    /// For answers that need no device.
+    pub(crate) answer: mpsc::Sender<FromShard>,
+    /// The last epoch that was left.
+    pub(crate) left: watch::Receiver<Option<Epoch>>,
+    pub(crate) open_comm: OpenComm,
+}
+
+/// Identity of a communicator that was announced and may not have been formed, so that a process that
+/// ends can remove what belongs to it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OpenComm(Arc<Mutex<Vec<u8>>>);
+
+impl OpenComm {
+    fn set(&self, id: Vec<u8>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = id;
+    }
+
+    /// Hands over the identity.
+    pub(crate) fn take(&self) -> Vec<u8> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Starts the thread. `make` runs on it, because a backend may bind itself to its thread.
+///
+/// # Errors
+/// What `make` said.
+pub(crate) async fn start<B: Backend, C: Comm<B>>(
+    make: impl FnOnce() -> Result<B, DeviceError> + Send + 'static,
+    place: Place,
+    built_in: &'static [BuiltInFile],
+) -> Result<Device> {
+    let (commands, inbox) = mpsc::channel(QUEUED_COMMANDS);
+    let (answer, answers) = mpsc::channel(QUEUED_ANSWERS);
+    let (left_sender, left) = watch::channel(None);
+    let (ready, about) = oneshot::channel();
+    let open_comm = OpenComm::default();
+    let worker = Worker::<B, C> {
+        place,
+        built_in,
+        answers: answer.clone(),
+        left: left_sender,
+        open_comm: open_comm.clone(),
+        backend: None,
+        engine: None,
+    };
+    let run = move || match make() {
+        Ok(backend) => {
+            let (total_bytes, free_bytes) = backend.memory();
+            let about = About {
+                name: backend.name(),
+                total_bytes,
+                free_bytes,
+            };
+            if ready.send(Ok(about)).is_ok() {
+                worker.run(backend, inbox);
+            }
+        }
+        // Nobody listens only if the process is on its way out.
+        Err(error) => drop(ready.send(Err(error))),
+    };
+    thread::Builder::new()
+        .name("device".to_owned())
+        .spawn(run)
+        .context("start the device thread")?;
+    let about = about
+        .await
+        .context("start the device thread")?
+        .context("open the device")?;
+    Ok(Device {
+        about,
+        commands,
+        answers,
+        answer,
+        left,
+        open_comm,
+    })
+}
+
+struct Worker<B: Backend, C> {
+    place: Place,
+    built_in: &'static [BuiltInFile],
+    answers: mpsc::Sender<FromShard>,
+    left: watch::Sender<Option<Epoch>>,
+    open_comm: OpenComm,
+    /// Until the model is loaded onto it.
+    backend: Option<B>,
+    engine: Option<Engine<B, C>>,
+}
+
+impl<B: Backend, C: Comm<B>> Worker<B, C> {
+    fn run(mut self, backend: B, mut inbox: mpsc::Receiver<Command>) {
+        self.backend = Some(backend);
+        while let Some(command) = inbox.blocking_recv() {
+            let answer = match self.handle(command) {
+                Ok(Some(answer)) => answer,
+                Ok(None) => continue,
+                Err(error) => FromShard::Failed {
+                    reason: format!("{error:#}"),
+                },
+            };
+            let is_last = matches!(answer, FromShard::Failed { .. });
+            if self.answers.blocking_send(answer).is_err() || is_last {
+                return;
+            }
+        }
+    }
+
+    /// The answer, if there is one. An error is the end of this shard.
+    fn handle(&mut self, command: Command) -> Result<Option<FromShard>> {
+        match command {
+            Command::Load(load) => self.load(&load).map(Some),
+            Command::Allocate(num_blocks) => {
+                let kv_bytes = self
+                    .engine()?
+                    .allocate(num_blocks)
+                    .context("allocate KV blocks")?;
+                tracing::info!(num_blocks, kv_bytes, "KV blocks are allocated");
+                Ok(Some(FromShard::Allocated { kv_bytes }))
+            }
+            Command::MakeComm(epoch) => {
+                // What was made for an epoch that never began.
+                C::discard_id(&self.open_comm.take());
+                let comm_id = self
+                    .engine()?
+                    .new_comm_id()
+                    .context("make a communicator")?;
+                self.open_comm.set(comm_id.clone());
+                Ok(Some(FromShard::CommMade { epoch, comm_id }))
+            }
+            Command::JoinComm { epoch, id, abort } => self.join(epoch, &id, &abort),
+            Command::Run(plan) => self.step(&plan),
+            Command::Leave(epoch) => {
+                if let Some(engine) = &mut self.engine {
+                    engine.leave(epoch);
+                }
+                C::discard_id(&self.open_comm.take());
+                self.left.send_replace(Some(epoch));
+                Ok(Some(FromShard::Aborted { epoch }))
+            }
+        }
+    }
+
+    fn engine(&mut self) -> Result<&mut Engine<B, C>> {
+        self.engine
+            .as_mut()
+            .context("a command needs a model, and none is loaded")
+    }
+
+    fn load(&mut self, load: &Load) -> Result<FromShard> {
+        let backend = self.backend.take().context("a model is loaded already")?;
+        let files = ModelFiles::open(&load.model, self.built_in)?;
+        let answers = self.answers.clone();
+        let mut progress = |bytes_done, bytes_total| {
+            // The link is slower than the disk now and then; the next report will do.
+            let _ = answers.try_send(FromShard::Progress {
+                bytes_done,
+                bytes_total,
+            });
+        };
+        let engine = Engine::load(backend, self.place, (&files, load), &mut progress)
+            .with_context(|| format!("load {files}"))?;
+        let loaded = engine.loaded().clone();
+        tracing::info!(
+            weight_bytes = loaded.weight_bytes,
+            workspace_bytes = loaded.workspace_bytes,
+            load_us = loaded.load_us,
+            "{files} is loaded"
+        );
+        self.engine = Some(engine);
+        Ok(FromShard::Loaded(loaded))
+    }
+
+    fn join(&mut self, epoch: Epoch, id: &[u8], abort: &Abort) -> Result<Option<FromShard>> {
+        let rank = self.place.rank.0;
+        let open_comm = self.open_comm.clone();
+        let engine = self.engine()?;
+        open_comm.set(id.to_vec());
+        let seat = Seat {
+            id,
+            rank,
+            world_size: engine.world_size(),
+            limit: JOIN_LIMIT,
+            abort,
+        };
+        match C::join(engine.backend(), &seat) {
+            Ok(comm) => {
+                engine.enter(epoch, comm);
+                drop(open_comm.take());
+                tracing::info!(%epoch, "the communicator is formed");
+                Ok(Some(FromShard::Joined { epoch }))
+            }
+            // Another rank's fault. The coordinator has a deadline too and will end the epoch; until then
+            // weights and memory are worth keeping.
+            Err(error @ (CommError::Aborted | CommError::Incomplete { .. })) => {
+                tracing::warn!(%epoch, "cannot join: {error}");
+                Ok(None)
+            }
+            Err(error) => Err(error).context("join the communicator"),
+        }
+    }
+
+    fn step(&mut self, plan: &StepPlan) -> Result<Option<FromShard>> {
+        let (epoch, step) = (plan.epoch, plan.step);
+        match self.engine()?.step(plan) {
+            Ok(ran) => Ok(Some(FromShard::Ran(Box::new(ran)))),
+            Err(error @ (StepError::Stale { .. } | StepError::Comm(CommError::Aborted))) => {
+                tracing::debug!(%epoch, %step, "no result: {error}");
+                Ok(None)
+            }
+            Err(error) => {
+                Err(error).with_context(|| format!("compute step {step} of epoch {epoch}"))
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Whole groups of engines on the CPU backend: against references, and against themselves.
+//!
+//! Processes, links and the coordinator are not here; `tests/processes.rs` and the coordinator's
+//! tests have those.
+
+mod equivalences;
+mod references;
+mod support;
+#[path = "../../src/testing.rs"]
+mod testing;
