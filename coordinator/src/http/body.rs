@@ -1,0 +1,92 @@
+//! A request's body: bounded in size and time, and read as JSON with errors that say where.
+
+use super::ServerState;
+use super::error::ApiError;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::{StatusCode, header};
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
+
+/// Reads the whole body.
+///
+/// # Errors
+/// 413 if it is larger than the limit, 408 if it takes too long, 400 if it breaks off.
+pub async fn read(state: &ServerState, request: Request) -> Result<Bytes, ApiError> {
+    let limit = state.limits.body_bytes;
+    let declared = request
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if declared.is_some_and(|length| length > limit as u64) {
+        return Err(too_large(limit));
+    }
+    let body: Body = request.into_body();
+    let collected = Limited::new(body, limit).collect();
+    match tokio::time::timeout(state.limits.body_timeout, collected).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
+        Ok(Err(_)) => Err(ApiError::bad_request("The request's body broke off.")),
+        Err(_) => Err(ApiError::status(
+            StatusCode::REQUEST_TIMEOUT,
+            "The request's body did not arrive in time.",
+        )),
+    }
+}
+
+fn too_large(limit: usize) -> ApiError {
+    ApiError::status(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        format!("The request's body is larger than {limit} bytes."),
+    )
+}
+
+/// Reads JSON. Unknown fields are ignored.
+///
+/// # Errors
+/// 400 with the path of the value that does not fit, or the place where it is not JSON.
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        if inner.classify() == Category::Data {
+            let param = if path == "." { "body".to_owned() } else { path };
+            ApiError::parameter(&param, format!("{param:.200}: {inner}"))
+        } else {
+            ApiError::bad_request(format!("The request's body is not valid JSON: {inner}"))
+        }
+    })?;
+    deserializer
+        .end()
+        .map_err(|error| ApiError::bad_request(format!("The body is not valid JSON: {error}")))?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Default, serde::Deserialize)]
+    #[serde(default)]
+    struct Example {
+        list: Vec<u8>,
+    }
+
+    #[test]
+    fn errors_say_where() {
+        let error = parse::<Example>(br#"{"list": [1, 2, "x"], "unknown": {}}"#).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("list[2]"));
+        let error = parse::<Example>(b"{\"list\": [1,\n 2").unwrap_err();
+        assert!(error.message.contains("line 2"), "{error}");
+        assert!(parse::<Example>(b"{} x").is_err());
+        assert!(parse::<Example>(b"").is_err());
+        assert!(parse::<Example>(b"{\"other\": 1}").unwrap().list.is_empty());
+        // serde_json's own bound on nesting keeps the stack safe.
+        assert!(parse::<Example>("[".repeat(1_000_000).as_bytes()).is_err());
+        let nested = format!("{{\"unknown\": {}", "[".repeat(1_000_000));
+        assert!(parse::<Example>(nested.as_bytes()).is_err());
+    }
+}

@@ -1,0 +1,218 @@
+//! Every bound on what a request may ask for, in one table, checked before anything is copied.
+//!
+//! Each has taken some server down where it was missing; the tests name the cases. A bound on the
+//! size of a list is checked while it is read, so that a longer one is never held in memory.
+
+use super::error::ApiError;
+use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+/// Sequences of one request: prompts times `n`. OpenAI's own bound on `n`.
+pub const MAX_CHOICES: usize = 128;
+/// Alternatives for each token; each costs 8 bytes on the wire and 100 in JSON. As in `vllm`.
+pub const MAX_LOGPROBS: i64 = 20;
+/// Entries of `logit_bias`; they travel to the shard with every step.
+pub const MAX_LOGIT_BIAS: usize = 1024;
+/// Entries of `allowed_token_ids`; they travel to the shard with every step.
+pub const MAX_ALLOWED_TOKEN_IDS: usize = 1024;
+/// Stop strings. OpenAI allows 4, `vllm` any number; each costs an automaton per choice.
+pub const MAX_STOPS: usize = 16;
+/// Bytes of one stop string: so much text may be held back.
+pub const MAX_STOP_BYTES: usize = 1024;
+/// Entries of `stop_token_ids`, which are banned one by one before `min_tokens`.
+pub const MAX_STOP_TOKEN_IDS: usize = 128;
+/// Messages of a conversation.
+pub const MAX_MESSAGES: usize = 4096;
+/// Parts of a message's content.
+pub const MAX_PARTS: usize = 1024;
+
+/// Bounds of the process, settable from the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerLimits {
+    /// Bytes of a request's body. 4 MiB is a prompt of a million tokens.
+    pub body_bytes: usize,
+    /// Bytes of a request's head, and of what hyper buffers for writing.
+    pub header_bytes: usize,
+    /// From the first byte a connection could send to the end of a request's head. Also how long a
+    /// kept-alive connection may be idle.
+    pub header_timeout: Duration,
+    /// From the head of a request to the end of its body.
+    pub body_timeout: Duration,
+    /// How long a client may refuse to take bytes that are ready for it.
+    pub stall_timeout: Duration,
+    /// Open connections; more wait in the kernel's queue.
+    pub connections: usize,
+    /// After an idle time of this length a stream gets a comment, so that proxies keep it open.
+    pub keep_alive_interval: Duration,
+    /// How long the engine may take to answer whether it takes a request.
+    pub submit_timeout: Duration,
+    /// How long open answers may take after the shutdown has begun.
+    pub drain_timeout: Duration,
+}
+
+impl Default for ServerLimits {
+    fn default() -> Self {
+        Self {
+            body_bytes: 4 << 20,
+            header_bytes: 32 << 10,
+            header_timeout: Duration::from_secs(5),
+            body_timeout: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(30),
+            connections: 4096,
+            keep_alive_interval: Duration::from_secs(15),
+            submit_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Checks a whole number.
+pub fn whole(param: &str, value: i64, range: RangeInclusive<i64>) -> Result<i64, ApiError> {
+    if range.contains(&value) {
+        return Ok(value);
+    }
+    let (low, high) = range.into_inner();
+    let bound = if high == i64::MAX {
+        format!("at least {low}")
+    } else {
+        format!("from {low} to {high}")
+    };
+    Err(ApiError::parameter(
+        param,
+        format!("{param} must be {bound}, got {value}."),
+    ))
+}
+
+/// Checks a number. NaN is in no range.
+pub fn number(param: &str, value: f64, range: RangeInclusive<f64>) -> Result<f32, ApiError> {
+    if range.contains(&value) {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "all ranges are far inside f32's"
+        )]
+        return Ok(value as f32);
+    }
+    let (low, high) = range.into_inner();
+    Err(ApiError::parameter(
+        param,
+        format!("{param} must be from {low} to {high}, got {value}."),
+    ))
+}
+
+/// Checks that token ids name tokens of the model.
+pub fn token_ids(param: &str, ids: &[u32], vocab_size: u32) -> Result<(), ApiError> {
+    match ids.iter().find(|&&id| id >= vocab_size) {
+        None => Ok(()),
+        Some(id) => Err(ApiError::parameter(
+            param,
+            format!("{param} has token id {id}, but the vocabulary has only {vocab_size} tokens."),
+        )),
+    }
+}
+
+/// A list of at most `N` entries; reading stops at the one too many.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bounded<T, const N: usize>(pub Vec<T>);
+
+impl<T, const N: usize> Default for Bounded<T, N> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for Bounded<T, N> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List<T, const N: usize>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for List<T, N> {
+            type Value = Bounded<T, N>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a list of at most {N} entries")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = list.next_element()? {
+                    if entries.len() == N {
+                        return Err(A::Error::custom(format!("at most {N} entries are allowed")));
+                    }
+                    entries.push(entry);
+                }
+                Ok(Bounded(entries))
+            }
+        }
+        deserializer.deserialize_seq(List(PhantomData))
+    }
+}
+
+/// A whole number however it is written: `10`, `10.0`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Whole(pub i64);
+
+impl<'de> Deserialize<'de> for Whole {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Number;
+        impl Visitor<'_> for Number {
+            type Value = Whole;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a whole number")
+            }
+
+            fn visit_i64<E: Error>(self, value: i64) -> Result<Whole, E> {
+                Ok(Whole(value))
+            }
+
+            fn visit_u64<E: Error>(self, value: u64) -> Result<Whole, E> {
+                // Seeds use all 64 bits; everything else is refused by its range anyway.
+                Ok(Whole(value.cast_signed()))
+            }
+
+            fn visit_f64<E: Error>(self, value: f64) -> Result<Whole, E> {
+                const EXACT: f64 = 9_007_199_254_740_992.0;
+                if value.fract() == 0.0 && value.abs() <= EXACT {
+                    #[expect(clippy::cast_possible_truncation, reason = "checked just above")]
+                    return Ok(Whole(value as i64));
+                }
+                Err(E::custom(format!("{value} is not a whole number")))
+            }
+        }
+        deserializer.deserialize_any(Number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_held_to_their_range() {
+        assert!(whole("n", 0, 1..=4).is_err());
+        assert_eq!(whole("n", 4, 1..=4), Ok(4));
+        let error = whole("max_tokens", -3, 1..=i64::MAX).unwrap_err();
+        assert_eq!(error.message, "max_tokens must be at least 1, got -3.");
+        assert_eq!(error.param.as_deref(), Some("max_tokens"));
+        assert!(number("top_p", f64::NAN, 0.0..=1.0).is_err());
+        assert!(number("top_p", f64::INFINITY, 0.0..=1.0).is_err());
+        assert!(token_ids("prompt", &[1, 9, 10], 10).is_err());
+        assert!(token_ids("prompt", &[1, 9], 10).is_ok());
+    }
+
+    #[test]
+    fn lists_and_whole_numbers_are_read_within_bounds() {
+        assert_eq!(
+            serde_json::from_str::<Bounded<u32, 2>>("[1,2]").unwrap().0,
+            [1, 2]
+        );
+        let error = serde_json::from_str::<Bounded<u32, 2>>("[1,2,3]").unwrap_err();
+        assert!(error.to_string().contains("at most 2"), "{error}");
+        assert_eq!(serde_json::from_str::<Whole>("10.0").unwrap(), Whole(10));
+        assert_eq!(serde_json::from_str::<Whole>("-1").unwrap(), Whole(-1));
+        for wrong in ["1.5", "1e300", "\"1\"", "null", "true"] {
+            assert!(serde_json::from_str::<Whole>(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! `/v1/chat/completions`: a conversation and the assistant's next words.
+//!
+//! Only text goes in and comes out. Templates come from the model, never from a request.
+
+use super::logprobs::{self, ChatToken};
+use super::params::{Extra, Params};
+use super::prompt::encode;
+use super::{StreamUsage, UsageBody, finish_fields, unsupported};
+use crate::http::auth::Tenant;
+use crate::http::error::ApiError;
+use crate::http::generate::{Delta, Generation, StopReason, Usage};
+use crate::http::limits::{Bounded, MAX_MESSAGES, Whole};
+use crate::http::sse::{self, Dialect, Frames};
+use crate::http::{RequestId, ServerState, body};
+use crate::text::pieces::Pieces;
+use crate::text::template::{Ending, TemplateError};
+use axum::Json;
+use axum::extract::{Extension, Request, State};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+pub(super) use super::message::ChatMessage;
+
+/// Conversations of more bytes are rendered off the async threads.
+const INLINE_BYTES: usize = 16 << 10;
+
+#[derive(Debug, Deserialize)]
+struct Body {
+    messages: Bounded<ChatMessage, MAX_MESSAGES>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<Whole>,
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    add_special_tokens: Option<bool>,
+    echo: Option<bool>,
+}
+
+impl Body {
+    fn ending(&self) -> Result<Ending, ApiError> {
+        let continue_final_message = self.continue_final_message == Some(true);
+        if continue_final_message && self.add_generation_prompt == Some(true) {
+            return Err(ApiError::parameter(
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt exclude each other.",
+            ));
+        }
+        let prompt = self
+            .add_generation_prompt
+            .unwrap_or(!continue_final_message);
+        Ok(Ending {
+            add_generation_prompt: prompt,
+            continue_final_message,
+        })
+    }
+
+    fn logprobs(&self) -> Result<Option<u32>, ApiError> {
+        let alternatives = super::params::logprobs("top_logprobs", self.top_logprobs)?;
+        if self.logprobs == Some(true) {
+            return Ok(Some(alternatives.unwrap_or(0)));
+        }
+        if alternatives.unwrap_or(0) > 0 {
+            return Err(ApiError::parameter(
+                "top_logprobs",
+                "top_logprobs can be set only when logprobs is true.",
+            ));
+        }
+        Ok(None)
+    }
+}
+
+/// `POST /v1/chat/completions`.
+pub async fn handle(
+    State(state): State<Arc<ServerState>>,
+    Extension(id): Extension<RequestId>,
+    Extension(tenant): Extension<Tenant>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let bytes = body::read(&state, request).await?;
+    let params: Params = body::parse(&bytes)?;
+    state.check_model(params.model.as_deref())?;
+    unsupported::refuse(&bytes)?;
+    let streaming = params.streaming()?;
+    let body: Body = body::parse(&bytes)?;
+    drop(bytes);
+    if body.echo == Some(true) {
+        let message = "echo is available for /v1/completions only.";
+        return Err(ApiError::parameter("echo", message));
+    }
+    let (ending, logprobs) = (body.ending()?, body.logprobs()?);
+    let truncate = params.truncate_prompt_tokens(&state)?;
+    let text = render(&state, body.messages, ending).await?;
+    let mut tokens = encode(&state, text, body.add_special_tokens == Some(true)).await?;
+    if let Some(most) = truncate {
+        tokens.drain(..tokens.len().saturating_sub(most));
+    }
+    let prompt: Arc<[u32]> = tokens.into();
+    let extra = Extra {
+        prompts: vec![Arc::clone(&prompt)],
+        default_max_tokens: None,
+        logprobs,
+        echo: false,
+    };
+    let request = params.request(&state, tenant, extra)?;
+    let writer = Writer {
+        id: format!("chatcmpl-{}", id.0),
+        created: crate::clock::unix_seconds(),
+        model: state.model_name().to_owned(),
+        pieces: state.model.text.tokenizer.pieces(),
+        n: request.n,
+        logprobs: logprobs.is_some(),
+        token_ids: params.return_token_ids(),
+        prompt,
+        usage: streaming.unwrap_or_default(),
+    };
+    let prompt_logprobs = params.prompt_logprobs()?.is_some();
+    let generation = Generation::start(&state, request).await?;
+    if streaming.is_some() {
+        let keep_alive = state.limits.keep_alive_interval;
+        return Ok(sse::respond(generation, writer, keep_alive));
+    }
+    whole(generation, &writer, prompt_logprobs).await
+}
+
+/// The text of a conversation.
+///
+/// # Errors
+/// 400 if the model has no template or its template objects.
+pub(super) async fn render(
+    state: &Arc<ServerState>,
+    messages: Bounded<ChatMessage, MAX_MESSAGES>,
+    ending: Ending,
+) -> Result<String, ApiError> {
+    if state.model.text.template.is_none() {
+        return Err(ApiError::bad_request(
+            "This model has no chat template, so it cannot chat. Use /v1/completions, or add a \
+             chat_template to the model's tokenizer_config.json.",
+        ));
+    }
+    let messages: Vec<_> = messages.0.into_iter().map(|it| it.0).collect();
+    if messages.is_empty() {
+        return Err(ApiError::parameter(
+            "messages",
+            "messages must not be empty.",
+        ));
+    }
+    let size: usize = messages
+        .iter()
+        .map(crate::text::template::Message::size)
+        .sum();
+    let shared = Arc::clone(state);
+    let render = move || match &shared.model.text.template {
+        Some(template) => template.render(&messages, ending),
+        None => Err(TemplateError::Failed("there is none".to_owned())),
+    };
+    let rendered = if size <= INLINE_BYTES {
+        render()
+    } else {
+        tokio::task::spawn_blocking(render).await.map_err(|error| {
+            tracing::error!(%error, "rendering a chat template panicked");
+            ApiError::internal("The conversation could not be rendered.")
+        })?
+    };
+    rendered.map_err(|error| ApiError::parameter("messages", error.to_string()))
+}
+
+async fn whole(
+    mut generation: Generation,
+    writer: &Writer,
+    show_prompt_logprobs: bool,
+) -> Result<Response, ApiError> {
+    let mut choices: Vec<Choice> = (0..writer.n).map(|_| Choice::default()).collect();
+    let mut prompt_logprobs = None;
+    while let Some(delta) = generation.next().await? {
+        if let Some(scores) = delta
+            .prompt_scores
+            .as_ref()
+            .filter(|_| show_prompt_logprobs)
+        {
+            prompt_logprobs = Some(logprobs::prompt(&writer.pieces, &writer.prompt, scores));
+        }
+        let choice = &mut choices[delta.choice];
+        choice.text += &delta.text;
+        if let Some(token) = &delta.token {
+            choice.token_ids.push(token.id);
+            choice
+                .logprobs
+                .extend(ChatToken::new(&writer.pieces, token));
+        }
+        if delta.finish.is_some() {
+            (choice.finish_reason, choice.stop_reason) = finish_fields(delta.finish);
+        }
+    }
+    let choices: Vec<Value> = (0..)
+        .zip(choices)
+        .map(|(i, it)| it.json(i, writer))
+        .collect();
+    let mut body = json!({
+        "id": writer.id,
+        "object": "chat.completion",
+        "created": writer.created,
+        "model": writer.model,
+        "choices": choices,
+        "usage": UsageBody::from(generation.usage()),
+    });
+    if let Some(entries) = prompt_logprobs {
+        body["prompt_logprobs"] = entries;
+    }
+    if writer.token_ids {
+        body["prompt_token_ids"] = json!(&*writer.prompt);
+    }
+    Ok(Json(body).into_response())
+}
+
+#[derive(Debug, Default)]
+struct Choice {
+    text: String,
+    logprobs: Vec<ChatToken>,
+    token_ids: Vec<u32>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+}
+
+impl Choice {
+    fn json(self, index: usize, writer: &Writer) -> Value {
+        let mut choice = json!({
+            "index": index,
+            "message": {"role": "assistant", "content": self.text},
+            "logprobs": writer.logprobs.then(|| json!({"content": self.logprobs})),
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        });
+        if writer.token_ids {
+            choice["token_ids"] = json!(self.token_ids);
+        }
+        choice
+    }
+}
+
+/// Writes deltas as chunks.
+#[derive(Debug)]
+struct Writer {
+    id: String,
+    created: u64,
+    model: String,
+    pieces: Arc<Pieces>,
+    n: usize,
+    logprobs: bool,
+    token_ids: bool,
+    prompt: Arc<[u32]>,
+    usage: StreamUsage,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<ChunkChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
+}
+
+#[derive(Default, Serialize)]
+struct ChunkChoice {
+    index: usize,
+    delta: ChunkDelta,
+    logprobs: Option<ChunkLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<[u32; 1]>,
+}
+
+#[derive(Default, Serialize)]
+struct ChunkDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+}
+
+#[derive(Serialize)]
+struct ChunkLogprobs {
+    content: [ChatToken; 1],
+}
+
+impl Writer {
+    fn chunk(&self, choices: Vec<ChunkChoice>, usage: Option<Option<UsageBody>>) -> Chunk<'_> {
+        Chunk {
+            id: &self.id,
+            object: "chat.completion.chunk",
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage,
+            prompt_token_ids: None,
+        }
+    }
+}
+
+impl Dialect for Writer {
+    fn open(&mut self, frames: &mut Frames) {
+        for index in 0..self.n {
+            // Clients concatenate what deltas say, so the role is said once.
+            let delta = ChunkDelta {
+                role: Some("assistant"),
+                content: Some(String::new()),
+            };
+            let choice = ChunkChoice {
+                index,
+                delta,
+                ..ChunkChoice::default()
+            };
+            let mut usage = Usage::default();
+            usage.prompt_tokens = self.prompt.len();
+            let mut chunk = self.chunk(vec![choice], self.usage.chunk(usage));
+            chunk.prompt_token_ids = (self.token_ids && index == 0).then_some(&*self.prompt);
+            frames.data(&chunk);
+        }
+    }
+
+    fn delta(&mut self, delta: Delta, usage: Usage, frames: &mut Frames) {
+        let token = delta.token.as_ref();
+        let scored = token.and_then(|token| ChatToken::new(&self.pieces, token));
+        let logprobs = scored.map(|token| ChunkLogprobs { content: [token] });
+        let token_ids = token.filter(|_| self.token_ids).map(|token| [token.id]);
+        if !delta.text.is_empty() || logprobs.is_some() || token_ids.is_some() {
+            let choice = ChunkChoice {
+                index: delta.choice,
+                delta: ChunkDelta {
+                    role: None,
+                    content: Some(delta.text),
+                },
+                logprobs,
+                token_ids,
+                ..ChunkChoice::default()
+            };
+            frames.data(&self.chunk(vec![choice], self.usage.chunk(usage)));
+        }
+        if delta.finish.is_some() {
+            let (finish_reason, stop_reason) = finish_fields(delta.finish);
+            let choice = ChunkChoice {
+                index: delta.choice,
+                finish_reason,
+                stop_reason,
+                ..ChunkChoice::default()
+            };
+            frames.data(&self.chunk(vec![choice], self.usage.chunk(usage)));
+        }
+    }
+
+    fn close(&mut self, usage: Usage, frames: &mut Frames) {
+        if self.usage.at_end {
+            frames.data(&self.chunk(Vec::new(), Some(Some(usage.into()))));
+        }
+        frames.literal("data: [DONE]\n\n");
+    }
+}

@@ -1,0 +1,289 @@
+//! `/v1/completions`: prompts as text or tokens, one or many.
+//!
+//! Streamed and whole answers are made of the same [`Piece`]s, so they cannot differ.
+
+use super::logprobs::{self, Legacy};
+use super::params::{Extra, Params};
+use super::prompt::{Prompt, PromptInput};
+use super::{StreamUsage, UsageBody, finish_fields, unsupported};
+use crate::http::auth::Tenant;
+use crate::http::error::ApiError;
+use crate::http::generate::{Delta, Generation, StopReason, Usage};
+use crate::http::limits::Whole;
+use crate::http::sse::{self, Dialect, Frames};
+use crate::http::{RequestId, ServerState, body};
+use crate::text::detokenize::Detokenizer;
+use crate::text::pieces::Pieces;
+use axum::extract::{Extension, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::{Json, http::StatusCode};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::sync::Arc;
+use topology::wire::TokenScore;
+
+/// `max_tokens` where a request does not say; OpenAI's.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+#[derive(Debug, Deserialize)]
+struct Body {
+    prompt: PromptInput,
+    echo: Option<bool>,
+    logprobs: Option<Whole>,
+    add_special_tokens: Option<bool>,
+}
+
+/// `POST /v1/completions`.
+pub async fn handle(
+    State(state): State<Arc<ServerState>>,
+    Extension(id): Extension<RequestId>,
+    Extension(tenant): Extension<Tenant>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let bytes = body::read(&state, request).await?;
+    let params: Params = body::parse(&bytes)?;
+    state.check_model(params.model.as_deref())?;
+    unsupported::refuse(&bytes)?;
+    let streaming = params.streaming()?;
+    let body: Body = body::parse(&bytes)?;
+    drop(bytes);
+    let echo = body.echo == Some(true);
+    let logprobs = super::params::logprobs("logprobs", body.logprobs)?;
+    let truncate = params.truncate_prompt_tokens(&state)?;
+    let special = body.add_special_tokens != Some(false);
+    let prompts = body.prompt.resolve(&state, special, truncate).await?;
+    let default = state.model.text.defaults.max_new_tokens;
+    let extra = Extra {
+        prompts: prompts.iter().map(|it| Arc::clone(&it.tokens)).collect(),
+        default_max_tokens: default.or(Some(DEFAULT_MAX_TOKENS)),
+        logprobs,
+        echo,
+    };
+    let request = params.request(&state, tenant, extra)?;
+    let writer = Writer {
+        id: format!("cmpl-{}", id.0),
+        created: crate::clock::unix_seconds(),
+        model: state.model_name().to_owned(),
+        pieces: state.model.text.tokenizer.pieces(),
+        skip_special: params.skip_special_tokens(),
+        n: request.n,
+        choices: vec![ChoiceState::default(); prompts.len() * request.n],
+        prompts,
+        echo,
+        logprobs: logprobs.is_some(),
+        prompt_logprobs: params.prompt_logprobs()?.is_some(),
+        token_ids: params.return_token_ids(),
+        usage: streaming.unwrap_or_default(),
+    };
+    let generation = Generation::start(&state, request).await?;
+    if streaming.is_some() {
+        let keep_alive = state.limits.keep_alive_interval;
+        return Ok(sse::respond(generation, writer, keep_alive));
+    }
+    whole(generation, writer).await
+}
+
+async fn whole(mut generation: Generation, mut writer: Writer) -> Result<Response, ApiError> {
+    let mut choices: Vec<Piece> = Vec::new();
+    for index in 0..writer.choices.len() {
+        choices.push(Piece::new(index));
+    }
+    while let Some(delta) = generation.next().await? {
+        let piece = writer.piece(delta);
+        choices[piece.index].append(piece);
+    }
+    let body = Answer {
+        id: &writer.id,
+        object: "text_completion",
+        created: writer.created,
+        model: &writer.model,
+        choices,
+        usage: Some(Some(generation.usage().into())),
+    };
+    Ok((StatusCode::OK, Json(body)).into_response())
+}
+
+/// Turns deltas into pieces of choices.
+#[derive(Debug)]
+struct Writer {
+    id: String,
+    created: u64,
+    model: String,
+    pieces: Arc<Pieces>,
+    skip_special: bool,
+    n: usize,
+    prompts: Vec<Prompt>,
+    choices: Vec<ChoiceState>,
+    echo: bool,
+    logprobs: bool,
+    prompt_logprobs: bool,
+    token_ids: bool,
+    usage: StreamUsage,
+}
+
+#[derive(Clone, Debug, Default)]
+struct ChoiceState {
+    begun: bool,
+    /// Characters of the echoed prompt, before which no generated token stands.
+    offset: usize,
+}
+
+/// What is new in one choice, or all of it.
+#[derive(Debug, Serialize)]
+struct Piece {
+    index: usize,
+    text: String,
+    logprobs: Option<Legacy>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Value>,
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<Piece>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+impl Piece {
+    fn new(index: usize) -> Self {
+        Self {
+            index,
+            text: String::new(),
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: None,
+            prompt_token_ids: None,
+            prompt_logprobs: None,
+        }
+    }
+
+    /// Whether there is nothing in it to send.
+    fn is_empty(&self) -> bool {
+        self.text.is_empty()
+            && self.logprobs.is_none()
+            && self.token_ids.is_none()
+            && self.prompt_token_ids.is_none()
+            && self.finish_reason.is_none()
+    }
+
+    fn append(&mut self, next: Self) {
+        self.text += &next.text;
+        self.finish_reason = next.finish_reason;
+        self.stop_reason = next.stop_reason;
+        match (&mut self.logprobs, next.logprobs) {
+            (Some(all), Some(next)) => all.extend(next),
+            (all, next) => *all = all.take().or(next),
+        }
+        match (&mut self.token_ids, next.token_ids) {
+            (Some(all), Some(next)) => all.extend(next),
+            (all, next) => *all = all.take().or(next),
+        }
+        self.prompt_token_ids = self.prompt_token_ids.take().or(next.prompt_token_ids);
+        self.prompt_logprobs = self.prompt_logprobs.take().or(next.prompt_logprobs);
+    }
+}
+
+impl Writer {
+    fn piece(&mut self, delta: Delta) -> Piece {
+        let mut piece = Piece::new(delta.choice);
+        if !self.choices[delta.choice].begun {
+            self.choices[delta.choice].begun = true;
+            let scores = delta.prompt_scores.as_deref().unwrap_or_default();
+            self.begin(&mut piece, scores);
+        }
+        piece.text += &delta.text;
+        let offset = self.choices[delta.choice].offset;
+        if let Some(token) = delta.token {
+            if self.logprobs {
+                let logprobs = piece.logprobs.get_or_insert_default();
+                let offset = offset + token.offset;
+                logprobs.push(&self.pieces, token.id, token.score.as_ref(), offset);
+            }
+            if self.token_ids {
+                piece.token_ids.get_or_insert_default().push(token.id);
+            }
+        }
+        (piece.finish_reason, piece.stop_reason) = finish_fields(delta.finish);
+        piece
+    }
+
+    /// What a choice starts with: its prompt, as far as that is asked for.
+    fn begin(&mut self, piece: &mut Piece, scores: &[TokenScore]) {
+        let prompt = &self.prompts[piece.index / self.n];
+        if self.token_ids {
+            piece.prompt_token_ids = Some(prompt.tokens.to_vec());
+        }
+        if self.prompt_logprobs {
+            let entries = logprobs::prompt(&self.pieces, &prompt.tokens, scores);
+            piece.prompt_logprobs = Some(entries);
+        }
+        if !self.echo {
+            return;
+        }
+        let mut text = String::new();
+        let mut chars = 0;
+        let pieces = Arc::clone(&self.pieces);
+        let mut detokenizer = Detokenizer::at_start(pieces, self.skip_special);
+        let mut legacy = Legacy::default();
+        let scores = std::iter::once(None).chain(scores.iter().map(Some));
+        for (&token, score) in prompt
+            .tokens
+            .iter()
+            .zip(scores.chain(std::iter::repeat(None)))
+        {
+            legacy.push(&self.pieces, token, score, chars);
+            let before = text.len();
+            detokenizer.push(token, &mut text);
+            chars += text[before..].chars().count();
+        }
+        detokenizer.finish(&mut text);
+        // The prompt as it was given, where it was given as text.
+        let text = prompt.text.clone().unwrap_or(text);
+        self.choices[piece.index].offset = text.chars().count();
+        piece.text = text;
+        if self.logprobs {
+            piece.logprobs = Some(legacy);
+        }
+    }
+
+    fn answer(&self, choices: Vec<Piece>, usage: Option<Option<UsageBody>>) -> Answer<'_> {
+        Answer {
+            id: &self.id,
+            object: "text_completion",
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage,
+        }
+    }
+}
+
+impl Dialect for Writer {
+    fn open(&mut self, _: &mut Frames) {}
+
+    fn delta(&mut self, delta: Delta, usage: Usage, frames: &mut Frames) {
+        let piece = self.piece(delta);
+        if !piece.is_empty() {
+            frames.data(&self.answer(vec![piece], self.usage.chunk(usage)));
+        }
+    }
+
+    fn close(&mut self, usage: Usage, frames: &mut Frames) {
+        if self.usage.at_end {
+            frames.data(&self.answer(Vec::new(), Some(Some(usage.into()))));
+        }
+        frames.literal("data: [DONE]\n\n");
+    }
+}

@@ -1,0 +1,84 @@
+//! `/tokenize` and `/detokenize`, as `vllm` has them.
+
+use super::chat::{self, ChatMessage};
+use super::prompt::encode;
+use crate::http::ServerState;
+use crate::http::body;
+use crate::http::error::ApiError;
+use crate::http::limits::{Bounded, MAX_MESSAGES, token_ids};
+use crate::text::template::Ending;
+use axum::Json;
+use axum::extract::{Request, State};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct TokenizeBody {
+    model: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Bounded<ChatMessage, MAX_MESSAGES>>,
+    add_special_tokens: Option<bool>,
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    return_token_strs: Option<bool>,
+}
+
+/// `POST /tokenize`: of a text, or of a conversation.
+pub async fn tokenize(
+    State(state): State<Arc<ServerState>>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    let body: TokenizeBody = body::parse(&body::read(&state, request).await?)?;
+    state.check_model(body.model.as_deref())?;
+    let (text, special) = match (body.prompt, body.messages) {
+        (Some(prompt), None) => (prompt, true),
+        (None, Some(messages)) => {
+            let ending = Ending {
+                add_generation_prompt: body.add_generation_prompt != Some(false),
+                continue_final_message: body.continue_final_message == Some(true),
+            };
+            (chat::render(&state, messages, ending).await?, false)
+        }
+        _ => return Err(ApiError::bad_request("Send either `prompt` or `messages`.")),
+    };
+    let tokens = encode(&state, text, body.add_special_tokens.unwrap_or(special)).await?;
+    let tokenizer = &state.model.text.tokenizer;
+    let texts = (body.return_token_strs == Some(true)).then(|| {
+        let written = |&id: &u32| tokenizer.id_to_token(id).unwrap_or_default();
+        tokens.iter().map(written).collect::<Vec<_>>()
+    });
+    Ok(Json(json!({
+        "count": tokens.len(),
+        "max_model_len": state.model.max_model_len,
+        "tokens": tokens,
+        "token_strs": texts,
+    })))
+}
+
+#[derive(Debug, Deserialize)]
+struct DetokenizeBody {
+    model: Option<String>,
+    tokens: Vec<u32>,
+}
+
+/// `POST /detokenize`: special tokens are shown.
+pub async fn detokenize(
+    State(state): State<Arc<ServerState>>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    let body: DetokenizeBody = body::parse(&body::read(&state, request).await?)?;
+    state.check_model(body.model.as_deref())?;
+    token_ids("tokens", &body.tokens, state.model.vocab_size)?;
+    let text = state
+        .model
+        .text
+        .tokenizer
+        .decode(&body.tokens, false)
+        .map_err(|error| {
+            tracing::warn!(%error, "tokens could not be decoded");
+            ApiError::bad_request("These tokens are not a text of this model.")
+        })?;
+    Ok(Json(json!({"prompt": text})))
+}
