@@ -8,6 +8,14 @@
     clippy::inline_always,
     reason = "vector code must end up inside the function that enables the instructions"
 )]
+#![cfg_attr(
+    test,
+    expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the sizes in tests are small; the library itself is checked without this"
+    )
+)]
 
 pub mod backend;
 pub mod batch;

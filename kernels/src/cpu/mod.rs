@@ -91,6 +91,14 @@ impl Backend for CpuBackend {
     }
 
     fn load(&self, parts: &[HostMatrix], store: Element) -> Result<CpuWeight, DeviceError> {
+        // A part of another type is copied; one that is not aligned is, too, but is the rare case.
+        let copied = parts.iter().filter(|part| part.element != store);
+        let needed = copied
+            .map(|part| bytes(&[part.rows, part.cols, store.bytes()]))
+            .sum();
+        if needed != Some(0) {
+            self.reserve("a copy of a weight", needed)?;
+        }
         CpuWeight::load(parts, store)
     }
 

@@ -85,23 +85,24 @@ impl<E: Stored> Kernel for Product<'_, '_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let (tile_rows, tile_columns) = S::TILE;
         let fitting = X_BLOCK_BYTES / (self.x.width * size_of::<f32>());
-        let block = (fitting / tile_rows * tile_rows).max(tile_rows);
+        let block = fitting.next_multiple_of(S::TILE.0).max(S::TILE.0);
         let columns = self.panel.columns();
         for start in (0..self.panel.rows()).step_by(block) {
             let rows = start..(start + block).min(self.panel.rows());
             let mut column = columns.start;
-            while column + 4 <= columns.end && tile_columns >= 4 {
+            // Constant conditions: tiles that an instruction set has no registers for are not compiled for it.
+            while const { S::TILE.1 >= 4 } && column + 4 <= columns.end {
                 self.columns::<S, 4>(simd, rows.clone(), column);
                 column += 4;
             }
-            while column + 2 <= columns.end {
+            while const { S::TILE.1 < 4 } && column + 2 <= columns.end {
                 self.columns::<S, 2>(simd, rows.clone(), column);
                 column += 2;
             }
-            if column < columns.end {
-                self.columns::<S, 1>(simd, rows, column);
+            while column < columns.end {
+                self.columns::<S, 1>(simd, rows.clone(), column);
+                column += 1;
             }
         }
     }
@@ -122,11 +123,15 @@ impl<E: Stored> Product<'_, '_, E> {
         }
         let mut row = rows.start;
         while row < rows.end {
-            row += match (rows.end - row).min(S::TILE.0) {
-                6.. => self.tile::<S, 6, N>(simd, row, column, w),
-                4.. => self.tile::<S, 4, N>(simd, row, column, w),
-                2.. => self.tile::<S, 2, N>(simd, row, column, w),
-                _ => self.tile::<S, 1, N>(simd, row, column, w),
+            let left = rows.end - row;
+            row += if const { S::TILE.0 >= 6 } && left >= 6 {
+                self.tile::<S, 6, N>(simd, row, column, w)
+            } else if const { S::TILE.0 >= 4 } && left >= 4 {
+                self.tile::<S, 4, N>(simd, row, column, w)
+            } else if const { S::TILE.0 >= 2 } && left >= 2 {
+                self.tile::<S, 2, N>(simd, row, column, w)
+            } else {
+                self.tile::<S, 1, N>(simd, row, column, w)
             };
         }
     }

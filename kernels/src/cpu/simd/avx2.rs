@@ -9,8 +9,9 @@
 use super::{Kernel, LANES, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m128i, __m256, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps,
-    _mm256_set1_ps, _mm256_slli_epi32,
+    __m128i, __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehdup_ps, _mm_movehl_ps,
+    _mm256_add_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
+    _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_set1_ps, _mm256_slli_epi32,
 };
 
 /// Proof of AVX2, FMA and F16C.
@@ -63,6 +64,18 @@ fn fused(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
     ]
 }
 
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn sum(halves: [__m256; 2]) -> f32 {
+    let eight = _mm256_add_ps(halves[0], halves[1]);
+    let four = _mm_add_ps(
+        _mm256_castps256_ps128(eight),
+        _mm256_extractf128_ps::<1>(eight),
+    );
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
 impl Simd for Avx2 {
     type Vector = [__m256; 2];
 
@@ -101,5 +114,11 @@ impl Simd for Avx2 {
     fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
         // SAFETY: `self` proves that the CPU has FMA.
         unsafe { fused(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn sum(self, vector: [__m256; 2]) -> f32 {
+        // SAFETY: `self` proves that the CPU has AVX2.
+        unsafe { sum(vector) }
     }
 }

@@ -6,11 +6,12 @@
     reason = "intrinsics need a CPU that has them; the type is the proof"
 )]
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, avx2};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m256i, __m512, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    __m256i, __m512, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+    _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
 /// Proof of AVX-512 F, BW and VL, AVX2, FMA and F16C.
@@ -55,6 +56,15 @@ fn widen_f16(values: &[f16; LANES]) -> __m512 {
     _mm512_cvtph_ps(bytemuck::cast(*values))
 }
 
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx2")]
+fn sum(lanes: __m512) -> f32 {
+    avx2::sum([
+        _mm512_castps512_ps256(lanes),
+        _mm512_extractf32x8_ps::<1>(lanes),
+    ])
+}
+
 impl Simd for Avx512 {
     type Vector = __m512;
 
@@ -97,5 +107,11 @@ impl Simd for Avx512 {
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: `self` proves that the CPU has AVX-512.
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn sum(self, vector: __m512) -> f32 {
+        // SAFETY: `self` proves that the CPU has AVX-512 and AVX2.
+        unsafe { sum(vector) }
     }
 }

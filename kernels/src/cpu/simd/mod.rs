@@ -51,19 +51,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// `a * b + c`, rounded once where the CPU can.
     fn mul_add(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
 
-    /// Sum of the lanes by a fixed tree.
-    #[inline(always)]
-    fn sum(self, vector: Self::Vector) -> f32 {
-        let mut lanes = self.to_array(vector);
-        let mut half = LANES / 2;
-        while half > 0 {
-            for i in 0..half {
-                lanes[i] += lanes[i + half];
-            }
-            half /= 2;
-        }
-        lanes[0]
-    }
+    /// Sum of the lanes by a fixed tree: those eight apart, then four, two, one.
+    fn sum(self, vector: Self::Vector) -> f32;
 }
 
 /// Work that is compiled once for each instruction set.

@@ -52,4 +52,14 @@ impl Simd for Portable {
             }
         })
     }
+
+    #[inline(always)]
+    fn sum(self, mut lanes: Self::Vector) -> f32 {
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+        }
+        lanes[0]
+    }
 }

@@ -16,8 +16,13 @@ pub(crate) fn tile<S: Simd, E: Stored, const M: usize, const N: usize>(
 ) -> [[f32; N]; M] {
     let length = w[0].len();
     let vectors = length / LANES;
-    let x_vectors = x.map(|row| &row[..length].as_chunks::<LANES>().0[..vectors]);
-    let w_vectors = w.map(|row| &row[..length].as_chunks::<LANES>().0[..vectors]);
+    let (mut x_vectors, mut w_vectors) = ([[].as_slice(); M], [[].as_slice(); N]);
+    for i in 0..M {
+        x_vectors[i] = &x[i][..length].as_chunks::<LANES>().0[..vectors];
+    }
+    for j in 0..N {
+        w_vectors[j] = &w[j][..length].as_chunks::<LANES>().0[..vectors];
+    }
 
     // Loops, not closures: a closure is a function of its own, and one that is not inlined would be
     // compiled without the instructions.
@@ -25,10 +30,10 @@ pub(crate) fn tile<S: Simd, E: Stored, const M: usize, const N: usize>(
     let mut w_c = [simd.splat(0.0); N];
     for c in 0..vectors {
         for j in 0..N {
-            w_c[j] = E::load(simd, &w_vectors[j][c]);
+            w_c[j] = E::load(simd, at(w_vectors[j], c));
         }
         for i in 0..M {
-            let x_c = simd.load(&x_vectors[i][c]);
+            let x_c = simd.load(at(x_vectors[i], c));
             for j in 0..N {
                 sums[i][j] = simd.mul_add(x_c, w_c[j], sums[i][j]);
             }
@@ -36,11 +41,13 @@ pub(crate) fn tile<S: Simd, E: Stored, const M: usize, const N: usize>(
     }
     let tail = vectors * LANES..length;
     if !tail.is_empty() {
+        for j in 0..N {
+            w_c[j] = E::load(simd, &padded(&w[j][tail.clone()]));
+        }
         for i in 0..M {
             let x_c = simd.load(&padded(&x[i][tail.clone()]));
             for j in 0..N {
-                let w_c = E::load(simd, &padded(&w[j][tail.clone()]));
-                sums[i][j] = simd.mul_add(x_c, w_c, sums[i][j]);
+                sums[i][j] = simd.mul_add(x_c, w_c[j], sums[i][j]);
             }
         }
     }
@@ -53,6 +60,20 @@ pub(crate) fn tile<S: Simd, E: Stored, const M: usize, const N: usize>(
     out
 }
 
+/// `vectors[c]`, where `c` is below the length that [`tile`] cut all its rows to.
+#[inline(always)]
+fn at<T>(vectors: &[[T; LANES]], c: usize) -> &[T; LANES] {
+    debug_assert!(c < vectors.len());
+    #[expect(
+        unsafe_code,
+        reason = "a check here makes the sums live in memory, at a third of the speed"
+    )]
+    // SAFETY: the rows were cut to `vectors` vectors each, and `c` runs up to that.
+    unsafe {
+        vectors.get_unchecked(c)
+    }
+}
+
 /// `x · w`.
 #[inline(always)]
 pub(crate) fn dot<S: Simd, E: Stored>(simd: S, x: &[f32], w: &[E]) -> f32 {
@@ -60,7 +81,7 @@ pub(crate) fn dot<S: Simd, E: Stored>(simd: S, x: &[f32], w: &[E]) -> f32 {
 }
 
 /// Fewer than sixteen values, and zeros after them.
-#[inline(always)]
+#[inline(never)]
 fn padded<E: Stored>(values: &[E]) -> [E; LANES] {
     let mut all = [E::zeroed(); LANES];
     all[..values.len()].copy_from_slice(values);
