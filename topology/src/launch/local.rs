@@ -1,10 +1,17 @@
 //! Shard processes of this host.
+//!
+//! Starts them, hands on every line they print, and knows when they end. Does not decide how many
+//! there are or what becomes of one that died. Invariant: no output is inherited or lost, and no
+//! process outlives the value that stands for it.
 
-use super::{Announcement, Launch, LaunchError, MAX_LINE_BYTES, from_line, to_line, within};
+use super::{Announcement, LAUNCH_LIMIT, Launch, LaunchError, MAX_LINE_BYTES};
+use super::{to_line, within};
 use crate::link::Certificate;
+use std::env;
 use std::ffi::OsStr;
 use std::process::{ExitStatus, Stdio};
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
+use std::time::Duration;
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc;
 
@@ -14,80 +21,124 @@ const MAX_LINES: usize = 256;
 /// Longest log line in bytes that is kept whole; the rest becomes lines of its own.
 const MAX_LOG_LINE_BYTES: u64 = 16 << 10;
 
+/// Most lines before the announcement: what a login shell may print.
+const MAX_EARLY_LINES: usize = 100;
+
+/// Longest wait for what a dead child wrote; a grandchild may hold its pipe open.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
+
+/// The operator's settings and keys are in variables of this prefix. They are the parent's: what
+/// a shard needs it is told over the pipe.
+const PRIVATE_PREFIX: &[u8] = b"CLUSTER_";
+
 /// A shard process that has said who it is and does not know yet what to do.
 #[derive(Debug)]
 pub struct Started {
     /// The public half of its key.
     pub certificate: Certificate,
-    process: Child,
+    child: Child,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
+    /// What it printed before its announcement.
+    early: Vec<String>,
 }
 
 /// A shard process at work. Killed when dropped.
 #[derive(Debug)]
 pub struct Process {
-    process: Child,
+    child: Child,
     /// Open for as long as the shard is to live.
     stdin: Option<ChildStdin>,
-    /// What it prints, line by line. Taken once by whoever forwards it.
+    /// What it prints, line by line. Taken once by whoever forwards it; the shard waits when nobody
+    /// reads and its pipe is full.
     pub lines: Option<mpsc::Receiver<String>>,
 }
 
 /// Starts `program arguments…` and waits for its announcement.
 ///
 /// # Errors
-/// [`LaunchError`] if it does not start or does not announce itself in time.
+/// [`LaunchError`] if it does not start or does not announce itself within [`LAUNCH_LIMIT`].
 pub async fn start<A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
 ) -> Result<Started, LaunchError> {
-    let mut process = Command::new(program)
+    let mut command = Command::new(program);
+    command
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         // A group of its own: Ctrl-C in a terminal reaches the coordinator alone, which then drains.
         .process_group(0)
-        .kill_on_drop(true)
+        .kill_on_drop(true);
+    for (name, _) in env::vars_os() {
+        if name.as_encoded_bytes().starts_with(PRIVATE_PREFIX) {
+            command.env_remove(name);
+        }
+    }
+    let mut child = command
         .spawn()
         .map_err(|e| LaunchError::Io(format!("cannot start {}: {e}", program.display())))?;
-    let missing = || LaunchError::Io("the child's pipes are missing".into());
-    let stdin = process.stdin.take().ok_or_else(missing)?;
-    let mut stdout = BufReader::new(process.stdout.take().ok_or_else(missing)?);
-    let announcement = within("waiting for the shard to announce itself", async {
-        let mut line = String::new();
-        let reading = (&mut stdout)
-            .take(MAX_LINE_BYTES)
-            .read_line(&mut line)
-            .await;
-        reading.map_err(|e| LaunchError::Io(format!("cannot read from the shard: {e}")))?;
-        from_line::<Announcement>(&line, "the shard")
-    });
-    match announcement.await {
+    let missing = || LaunchError::Io("the child's pipes are missing".to_owned());
+    let stdin = child.stdin.take().ok_or_else(missing)?;
+    let mut stdout = BufReader::new(child.stdout.take().ok_or_else(missing)?);
+    let mut early = Vec::new();
+    let announcement = announcement(&mut stdout, &mut early);
+    let what = "waiting for the shard to announce itself";
+    match within(LAUNCH_LIMIT, what, announcement).await {
         Ok(Announcement { certificate }) => Ok(Started {
             certificate,
-            process,
+            child,
             stdin,
             stdout,
+            early,
         }),
-        Err(error) => Err(with_last_words(error, &mut process).await),
+        Err(error) => Err(with_last_words(error, early, &mut child).await),
     }
 }
 
-/// What the failed child wrote to its standard error says more than its silence.
-async fn with_last_words(error: LaunchError, process: &mut Child) -> LaunchError {
-    let _ = process.start_kill(); // it may have ended already
-    let mut words = String::new();
-    if let Some(stderr) = process.stderr.take() {
-        let _ = stderr
-            .take(MAX_LOG_LINE_BYTES)
-            .read_to_string(&mut words)
-            .await;
+/// The first line that is an announcement; others are put aside.
+async fn announcement(
+    stdout: &mut BufReader<ChildStdout>,
+    early: &mut Vec<String>,
+) -> Result<Announcement, LaunchError> {
+    while early.len() < MAX_EARLY_LINES {
+        let line = line(stdout, MAX_LINE_BYTES).await;
+        let line = line.map_err(|e| LaunchError::Io(format!("cannot read from the shard: {e}")))?;
+        let Some(line) = line else {
+            let reason = "the shard ended before it announced itself";
+            return Err(LaunchError::Handshake(reason.to_owned()));
+        };
+        match serde_json::from_str(&line) {
+            Ok(announcement) => return Ok(announcement),
+            Err(_) => early.push(line),
+        }
     }
-    match words.trim() {
-        "" => error,
-        words => LaunchError::Handshake(format!("{error}; it wrote: {words}")),
+    let reason = format!("no announcement in the shard's first {MAX_EARLY_LINES} lines");
+    Err(LaunchError::Handshake(reason))
+}
+
+/// What the failed child wrote says more than its silence.
+async fn with_last_words(
+    error: LaunchError,
+    mut words: Vec<String>,
+    child: &mut Child,
+) -> LaunchError {
+    // It may have ended already.
+    let _ = child.start_kill();
+    if let Some(stderr) = child.stderr.take() {
+        let mut text = Vec::new();
+        let mut stderr = stderr.take(MAX_LOG_LINE_BYTES);
+        let reading = stderr.read_to_end(&mut text);
+        // What came until then is what there is to show.
+        let _ = tokio::time::timeout(LAST_WORDS_LIMIT, reading).await;
+        words.push(String::from_utf8_lossy(&text).trim().to_owned());
+    }
+    words.retain(|line| !line.is_empty());
+    if words.is_empty() {
+        error
+    } else {
+        LaunchError::Handshake(format!("{error}; it wrote: {}", words.join("\n")))
     }
 }
 
@@ -95,21 +146,21 @@ impl Started {
     /// Tells it what to do.
     ///
     /// # Errors
-    /// [`LaunchError`] if it does not take the line.
+    /// [`LaunchError`] if it does not take the line within [`LAUNCH_LIMIT`].
     pub async fn launch(mut self, launch: &Launch) -> Result<Process, LaunchError> {
         let line = to_line(launch)?;
-        within("telling the shard what to do", async {
+        within(LAUNCH_LIMIT, "telling the shard what to do", async {
             let written = self.stdin.write_all(&line).await;
             written.map_err(|e| LaunchError::Io(format!("the shard does not listen: {e}")))
         })
         .await?;
         let (sender, lines) = mpsc::channel(MAX_LINES);
-        if let Some(stderr) = self.process.stderr.take() {
-            tokio::spawn(forward(BufReader::new(stderr), sender.clone()));
+        if let Some(stderr) = self.child.stderr.take() {
+            tokio::spawn(forward(Vec::new(), BufReader::new(stderr), sender.clone()));
         }
-        tokio::spawn(forward(self.stdout, sender));
+        tokio::spawn(forward(self.early, self.stdout, sender));
         Ok(Process {
-            process: self.process,
+            child: self.child,
             stdin: Some(self.stdin),
             lines: Some(lines),
         })
@@ -119,7 +170,7 @@ impl Started {
 impl Process {
     /// Its process id, while it has not been waited for.
     pub fn pid(&self) -> Option<u32> {
-        self.process.id()
+        self.child.id()
     }
 
     /// Waits until it has ended. Cancel-safe. Has no deadline: it is what a deadline is raced against.
@@ -127,7 +178,8 @@ impl Process {
     /// # Errors
     /// [`LaunchError::Io`] if the system cannot say.
     pub async fn wait(&mut self) -> Result<ExitStatus, LaunchError> {
-        let waited = wait(&mut self.process).await;
+        // `Child::wait` would close standard input, which ends the shard, but it was taken out.
+        let waited = self.child.wait().await;
         waited.map_err(|e| LaunchError::Io(format!("cannot wait for the shard: {e}")))
     }
 
@@ -138,35 +190,33 @@ impl Process {
 
     /// Ends it now.
     pub fn kill(&mut self) {
-        let _ = self.process.start_kill(); // it may have ended already
+        // It may have ended already.
+        let _ = self.child.start_kill();
     }
-}
-
-/// `Child::wait` closes standard input first, which would end the shard; this does not.
-async fn wait(process: &mut Child) -> std::io::Result<ExitStatus> {
-    debug_assert!(
-        process.stdin.is_none(),
-        "the pipe was taken out at the start"
-    );
-    process.wait().await
 }
 
 /// Hands on every line. Whoever does not read makes the child wait, which loses nothing; once the reader
 /// has gone for good, the child's output is drained and dropped, so that it does not block on it.
-async fn forward(mut from: impl AsyncRead + AsyncBufReadExt + Unpin, to: mpsc::Sender<String>) {
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match (&mut from)
-            .take(MAX_LOG_LINE_BYTES)
-            .read_until(b'\n', &mut line)
-            .await
-        {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {
-                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                let _ = to.send(text).await;
-            }
-        }
+async fn forward(
+    early: Vec<String>,
+    mut from: impl AsyncBufRead + Unpin,
+    to: mpsc::Sender<String>,
+) {
+    for line in early {
+        let _ = to.send(line).await;
     }
+    while let Ok(Some(line)) = line(&mut from, MAX_LOG_LINE_BYTES).await {
+        let _ = to.send(line).await;
+    }
+}
+
+/// A line of at most `limit` bytes without its end, whatever its encoding; `None` at the end.
+async fn line(
+    from: &mut (impl AsyncBufRead + Unpin),
+    limit: u64,
+) -> std::io::Result<Option<String>> {
+    let mut bytes = Vec::new();
+    from.take(limit).read_until(b'\n', &mut bytes).await?;
+    let text = String::from_utf8_lossy(&bytes);
+    Ok((!bytes.is_empty()).then(|| text.trim_end().to_owned()))
 }

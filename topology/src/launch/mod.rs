@@ -10,7 +10,10 @@
 //! ```
 //!
 //! Nothing secret is ever in arguments, environment or a file: private keys stay in the process
-//! that made them, and what crosses the pipes is public. The same lines work through `ssh`.
+//! that made them, and what crosses the pipes is public. The same lines work through `ssh`, where
+//! other output may come before the announcement.
+//!
+//! Invariant: each line of the handshake comes within [`LAUNCH_LIMIT`] or the launch has failed.
 
 pub mod child;
 pub mod local;
@@ -68,10 +71,10 @@ pub enum LaunchError {
 }
 
 async fn within<T>(
+    limit: Duration,
     what: &'static str,
     work: impl Future<Output = Result<T, LaunchError>>,
 ) -> Result<T, LaunchError> {
-    let limit = LAUNCH_LIMIT;
     let late = Err(LaunchError::TimedOut { what, limit });
     tokio::time::timeout(limit, work).await.unwrap_or(late)
 }
