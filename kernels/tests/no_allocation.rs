@@ -51,6 +51,20 @@ fn weight(cpu: &CpuBackend, rows: usize, cols: usize) -> kernels::cpu::CpuWeight
     cpu.load(&[part], Element::Bf16).expect("it is well formed")
 }
 
+/// Six tokens of one sequence and two of another.
+fn two_sequences() -> Batch {
+    Batch {
+        token_ids: vec![1, 2, 3, 4, 5, 6, 7, 8],
+        positions: vec![0, 1, 2, 3, 4, 5, 0, 1],
+        slots: vec![8, 9, 10, 11, 0, 1, 4, 5],
+        row_starts: vec![0, 6, 8],
+        context_lens: vec![6, 2],
+        blocks: vec![2, 0, 1],
+        block_starts: vec![0, 2, 3],
+        logit_tokens: vec![5, 7],
+    }
+}
+
 #[test]
 fn a_step_takes_no_memory() {
     let cpu = CpuBackend::new(1, None).expect("it starts");
@@ -83,17 +97,7 @@ fn a_step_takes_no_memory() {
         sliding_window: Some(5),
     };
     let table_values = vec![0.5; 8 * 16];
-    // Six tokens of one sequence and two of another.
-    let host = Batch {
-        token_ids: vec![1, 2, 3, 4, 5, 6, 7, 8],
-        positions: vec![0, 1, 2, 3, 4, 5, 0, 1],
-        slots: vec![8, 9, 10, 11, 0, 1, 4, 5],
-        row_starts: vec![0, 6, 8],
-        context_lens: vec![6, 2],
-        blocks: vec![2, 0, 1],
-        block_starts: vec![0, 2, 3],
-        logit_tokens: vec![5, 7],
-    };
+    let host = two_sequences();
 
     let before = ALLOCATIONS.get();
     cpu.upload(&host, &mut batch).expect("it is well formed");

@@ -309,12 +309,14 @@ mod tests {
             for (rows, width) in [(1, 1), (1, 40), (7, 16), (5, 100), (64, 3)] {
                 let mut values = vec![0.0; rows * width];
                 threads.rows(&mut values, width, 1, |i, row| {
-                    row.iter_mut().for_each(|value| *value += (i + 1) as f32);
+                    row.fill((i + 1) as f32 + row[0]);
                 });
                 threads.panels(&mut values, width, (16, 1), |mut panel| {
                     assert_eq!(panel.columns().start % 16, 0);
                     for row in 0..panel.rows() {
-                        panel.row(row).iter_mut().for_each(|value| *value += 1.0);
+                        for value in panel.row(row) {
+                            *value += 1.0;
+                        }
                     }
                 });
                 let mut other = vec![0.0; rows * width];
