@@ -1,6 +1,10 @@
 //! The library behind the users' process: HTTP facade, scheduler, fleet of shards.
 
 pub mod cli;
+pub mod clock;
 pub mod engine;
+pub mod fleet;
+pub mod http;
 pub mod metrics;
 pub mod scheduler;
+pub mod text;

@@ -1,3 +1,194 @@
-//! The step loop and the handle by which the rest of the process reaches it.
+//! The step loop, and the handle by which the rest of the process reaches it.
+//!
+//! `take commands → schedule (pure) → fleet.step (the only I/O) → apply (pure) → deliver`: every
+//! turn, nothing between. The loop knows no text, HTTP or process; what a step computes is the
+//! scheduler's decision, how it is computed the shards'. Invariant: however the loop ends, every
+//! stream that was opened got its last event.
 
 pub mod handle;
+mod record;
+mod streams;
+#[cfg(test)]
+mod tests;
+
+use crate::clock::{now, since};
+use crate::fleet::{Cause, Fault, Group, StepOutcome};
+use crate::metrics::Metrics;
+use crate::scheduler::Scheduler;
+use handle::{Readiness, Submission, SubmitError};
+use std::sync::Arc;
+use std::time::Instant;
+use streams::{Streams, Taken};
+use tokio::sync::{mpsc, watch};
+
+/// What clients hear whose answer was not finished when the time to shut down was over.
+const CUT_BY_SHUTDOWN: &str = "the server is shutting down and the answer was not finished in time";
+
+/// When running requests must have finished; `None` while no one wants the process to end.
+pub type DrainDeadline = Option<tokio::time::Instant>;
+
+/// The loop and all it owns.
+#[derive(Debug)]
+pub struct Engine<G> {
+    scheduler: Scheduler,
+    fleet: G,
+    streams: Streams,
+    submissions: mpsc::Receiver<Submission>,
+    shutdown: watch::Receiver<DrainDeadline>,
+    readiness: watch::Sender<Readiness>,
+    metrics: Arc<Metrics>,
+}
+
+/// What the loop is connected to.
+#[derive(Debug)]
+pub struct Connections {
+    /// The engine's end of [`handle::EngineHandle::new`].
+    pub submissions: mpsc::Receiver<Submission>,
+    /// Set once, when the process is to end.
+    pub shutdown: watch::Receiver<DrainDeadline>,
+    /// What `/health` and `/ready` say.
+    pub readiness: watch::Sender<Readiness>,
+    /// Where numbers go.
+    pub metrics: Arc<Metrics>,
+}
+
+impl<G: Group> Engine<G> {
+    /// A loop over a fleet that is ready.
+    pub fn new(scheduler: Scheduler, fleet: G, connections: Connections) -> Self {
+        Self {
+            scheduler,
+            fleet,
+            streams: Streams::default(),
+            submissions: connections.submissions,
+            shutdown: connections.shutdown,
+            readiness: connections.readiness,
+            metrics: connections.metrics,
+        }
+    }
+
+    /// Serves until it is told to end and running requests are finished, or a fault. All shards
+    /// are gone when it returns.
+    ///
+    /// # Errors
+    /// The [`Fault`] that ended it.
+    pub async fn run(mut self) -> Result<(), Fault> {
+        self.readiness.send_replace(Readiness::Ready);
+        let shutdown = self.shutdown.clone();
+        let ended = tokio::select! {
+            ended = self.turns() => ended,
+            () = passed(shutdown) => Ok(()),
+        };
+        match &ended {
+            Ok(()) => {
+                self.end_streams(CUT_BY_SHUTDOWN);
+                self.fleet.stop().await;
+            }
+            Err(fault) => {
+                tracing::error!(rank = fault.rank.map(|rank| rank.0), "the cluster fails: {fault}");
+                let sentence = format!("the cluster failed: {fault}");
+                self.readiness
+                    .send_replace(Readiness::Failed(sentence.clone()));
+                self.end_streams(&sentence);
+                self.fleet.kill().await;
+            }
+        }
+        ended
+    }
+
+    async fn turns(&mut self) -> Result<(), Fault> {
+        while self.take_commands().await? {
+            let planned = now();
+            let Some(plan) = self.scheduler.schedule() else {
+                let cause = Cause::Coordinator("requests wait, but no step was planned".into());
+                return Err(Fault::group(cause));
+            };
+            self.metrics.engine.schedule_seconds.record(since(planned));
+            let outcome = self.fleet.step(plan).await?;
+            let answered = now();
+            self.scheduler
+                .apply(&outcome.outputs)
+                .map_err(|bad| Fault::group(Cause::Answer(bad.to_string())))?;
+            self.deliver(planned, &outcome);
+            self.record(planned, answered, &outcome);
+        }
+        Ok(())
+    }
+
+    /// Takes what was submitted and drops what no one listens to. Waits while there is nothing to
+    /// compute; false: the process is to end and nothing runs any more.
+    async fn take_commands(&mut self) -> Result<bool, Fault> {
+        for id in self.streams.take_abandoned(now(), &self.metrics) {
+            self.scheduler.cancel(id);
+        }
+        while let Ok(submission) = self.submissions.try_recv() {
+            self.take(submission);
+        }
+        while !self.scheduler.has_work() {
+            self.scheduler.take_events(); // of sequences that were cancelled: no one listens
+            self.record_stats();
+            if self.shutdown.borrow().is_some() {
+                return Ok(false);
+            }
+            tokio::select! {
+                fault = self.fleet.fault() => return Err(fault),
+                Some(submission) = self.submissions.recv() => self.take(submission),
+                Ok(()) = self.shutdown.changed() => {}
+            }
+        }
+        Ok(true)
+    }
+
+    fn take(&mut self, submission: Submission) {
+        let Submission {
+            choices,
+            events,
+            answer,
+            cancelled,
+        } = submission;
+        let taken: Vec<Taken> = choices.iter().map(Taken::from).collect();
+        let answered = if self.shutdown.borrow().is_some() {
+            Err(SubmitError::Draining)
+        } else {
+            self.record_params(&choices);
+            self.scheduler.add(choices).map_err(SubmitError::from)
+        };
+        match &answered {
+            Ok(()) => self.streams.open(&taken, (&events, &cancelled), now()),
+            Err(error) => self.record_rejection(error),
+        }
+        // Whoever asked may have gone; then the stream is closed too and is cancelled next turn.
+        let _ = answer.send(answered);
+    }
+
+    fn deliver(&mut self, planned: Instant, outcome: &StepOutcome) {
+        let answered = outcome.answered;
+        for event in self.scheduler.take_events() {
+            let slow = self.streams.deliver(event, planned, answered, &self.metrics);
+            if let Some(slow) = slow {
+                self.scheduler.cancel(slow);
+            }
+        }
+    }
+
+    /// Every open stream, and every submission not yet taken, ends with a sentence.
+    fn end_streams(&mut self, sentence: &str) {
+        self.streams.fail_all(sentence, now(), &self.metrics);
+        self.submissions.close();
+        while let Ok(submission) = self.submissions.try_recv() {
+            let refused = Err(SubmitError::NotReady(sentence.to_owned()));
+            let _ = submission.answer.send(refused);
+        }
+    }
+}
+
+/// Waits until the deadline of a shutdown has passed; for ever if none comes.
+async fn passed(mut shutdown: watch::Receiver<DrainDeadline>) {
+    let deadline = match shutdown.wait_for(Option::is_some).await {
+        Ok(deadline) => *deadline,
+        Err(_) => None, // no one is left who could ask for it
+    };
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

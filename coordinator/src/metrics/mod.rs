@@ -83,7 +83,6 @@ const TOKEN_HISTOGRAMS: &[&str] = &[
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
     "vllm:request_params_max_tokens",
-    "vllm:request_max_num_generation_tokens",
 ];
 
 /// Why a request was not admitted: the values of `vllm:admission_rejections_total`'s `reason`.
@@ -93,18 +92,12 @@ pub enum Rejection {
     QueuedRequests,
     /// `--max-num-queued-tokens` is reached.
     QueuedTokens,
-    /// The process is shutting down.
-    Draining,
-    /// Shards are loading or gone.
-    NotReady,
 }
 
 impl Rejection {
-    const ALL: [(Self, &str); 4] = [
+    const ALL: [(Self, &str); 2] = [
         (Self::QueuedRequests, "max_num_queued_reqs"),
         (Self::QueuedTokens, "max_num_queued_tokens"),
-        (Self::Draining, "draining"),
-        (Self::NotReady, "not_ready"),
     ];
 }
 
@@ -191,8 +184,6 @@ handles! {
             "Prompt tokens of a request.";
         generation_tokens: Histogram = "vllm:request_generation_tokens",
             "Tokens generated for a request.";
-        max_num_generation_tokens: Histogram = "vllm:request_max_num_generation_tokens",
-            "Most tokens generated for one choice of a request.";
         params_max_tokens: Histogram = "vllm:request_params_max_tokens",
             "The parameter max_tokens of a request.";
         params_n: Histogram = "vllm:request_params_n",

@@ -1,0 +1,77 @@
+//! What the loop measures of itself: statistics of the pure core, in metrics.
+
+use super::Engine;
+use super::handle::SubmitError;
+use crate::clock::now;
+use crate::fleet::StepOutcome;
+use crate::metrics::Rejection;
+use crate::scheduler::request::{Refusal, Request};
+use std::time::{Duration, Instant};
+
+impl<G> Engine<G> {
+    /// One turn, from its planning to its last delivery.
+    pub(super) fn record(&self, planned: Instant, answered: Instant, outcome: &StepOutcome) {
+        let engine = &self.metrics.engine;
+        let done = now();
+        engine.apply_seconds.record(done - answered);
+        engine.step_duration_seconds.record(outcome.took);
+        for (rank, timings) in outcome.timings.iter().enumerate() {
+            self.metrics.record_rank(rank, timings);
+        }
+        let slowest = outcome.timings.iter().map(|timings| timings.step_us).max();
+        let shards = Duration::from_micros(slowest.unwrap_or(0));
+        let overhead = (done - planned).saturating_sub(shards);
+        engine.step_overhead_seconds.record(overhead);
+        let stats = self.scheduler.stats();
+        let tokens = stats.last_prefill_tokens + stats.last_decode_tokens;
+        engine.iteration_tokens_total.record(tokens as f64);
+        self.record_stats();
+    }
+
+    /// Where the scheduler stands.
+    pub(super) fn record_stats(&self) {
+        let engine = &self.metrics.engine;
+        let requests = &self.metrics.requests;
+        let stats = self.scheduler.stats();
+        engine.num_requests_running.set(stats.running as f64);
+        engine.num_requests_waiting.set(stats.waiting as f64);
+        let total = stats.blocks_total.max(1) as f64;
+        engine.kv_cache_usage_perc.set(stats.blocks_used as f64 / total);
+        engine.prefill_backlog_tokens.set(stats.waiting_tokens as f64);
+        engine.kv_tokens_used.set(stats.kv_tokens_used() as f64);
+        engine.kv_tokens_evictable.set(stats.kv_tokens_evictable() as f64);
+        engine.kv_tokens_free.set(stats.kv_tokens_free() as f64);
+        engine.kv_tokens_total.set(stats.kv_tokens_total() as f64);
+        // The scheduler counts over its whole life, so its numbers replace the metric's.
+        let counters = stats.counters;
+        engine.num_preemptions_total.absolute(counters.preemptions);
+        requests
+            .prefix_cache_queries_total
+            .absolute(counters.prefix_cache_queries);
+        requests
+            .prefix_cache_hits_total
+            .absolute(counters.prefix_cache_hits);
+    }
+
+    pub(super) fn record_params(&self, choices: &[Request]) {
+        let requests = &self.metrics.requests;
+        requests.params_n.record(choices.len() as f64);
+        for choice in choices {
+            requests.params_max_tokens.record(f64::from(choice.max_tokens));
+        }
+    }
+
+    pub(super) fn record_rejection(&self, error: &SubmitError) {
+        let reason = match error {
+            SubmitError::Refused(Refusal::TooManyRequests { .. }) => Rejection::QueuedRequests,
+            SubmitError::Refused(Refusal::TooManyTokens { .. }) => Rejection::QueuedTokens,
+            // What can never be served is the client's mistake, and shutting down no full house.
+            SubmitError::Refused(
+                Refusal::TooLong { .. } | Refusal::TooLarge { .. } | Refusal::Invalid(_),
+            )
+            | SubmitError::Draining
+            | SubmitError::NotReady(_) => return,
+        };
+        self.metrics.rejected(reason);
+    }
+}

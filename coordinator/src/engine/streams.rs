@@ -1,0 +1,240 @@
+//! Who listens to which sequence.
+//!
+//! Turns the scheduler's events into stream events, and counts what they say about requests. Does
+//! not wait: a stream is written to only while it has room, and one whose client stopped reading
+//! is ended. Invariant: every choice gets exactly one last event, because each keeps one place of
+//! its channel in reserve for it.
+
+use super::handle::{Cancelled, StreamEvent, StreamEventKind};
+use crate::metrics::{Metrics, Outcome};
+use crate::scheduler::request::{Event, EventKind, FinishReason, Request, SequenceId};
+use std::collections::BTreeMap;
+use std::time::Instant;
+use tokio::sync::mpsc;
+
+/// What a client is told whose stream was ended because it did not read.
+pub(super) const SLOW_CLIENT: &str = "the client does not read its stream; the answer was cut here";
+
+/// All sequences someone listens to.
+#[derive(Debug, Default)]
+pub(super) struct Streams {
+    open: BTreeMap<SequenceId, Stream>,
+}
+
+/// One sequence's listener, and what is measured about it.
+#[derive(Debug)]
+struct Stream {
+    choice: usize,
+    /// Choices that share the channel; each has a place in reserve.
+    choices: usize,
+    events: mpsc::Sender<StreamEvent>,
+    cancelled: Cancelled,
+    prompt_tokens: usize,
+    arrived: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    generated: u32,
+}
+
+impl Streams {
+    /// Listens to sequences that the scheduler has just taken.
+    pub(super) fn open(
+        &mut self,
+        choices: &[Taken],
+        (events, cancelled): (&mpsc::Sender<StreamEvent>, &Cancelled),
+        arrived: Instant,
+    ) {
+        for (choice, taken) in choices.iter().enumerate() {
+            let stream = Stream {
+                choice,
+                choices: choices.len(),
+                events: events.clone(),
+                cancelled: cancelled.clone(),
+                prompt_tokens: taken.prompt_tokens,
+                arrived,
+                started: None,
+                first_token: None,
+                last_token: None,
+                generated: 0,
+            };
+            self.open.insert(taken.id, stream);
+        }
+    }
+
+    /// Forgets the sequences no one wants any more, and says which.
+    pub(super) fn take_abandoned(&mut self, now: Instant, metrics: &Metrics) -> Vec<SequenceId> {
+        let abandoned: Vec<SequenceId> = self
+            .open
+            .iter()
+            .filter(|(_, stream)| stream.is_abandoned())
+            .map(|(id, _)| *id)
+            .collect();
+        for stream in abandoned.iter().filter_map(|id| self.open.remove(id)) {
+            // One choice is cancelled alone when a stop string was found in its text; a client that
+            // goes away closes the channel of all.
+            let stopped = stream.cancelled.contains(stream.choice);
+            let outcome = if stopped { Outcome::Stop } else { Outcome::Abort };
+            stream.count_end(outcome, now, metrics);
+        }
+        abandoned
+    }
+
+    /// Passes an event on. `planned` and `now` are when its step was planned and answered.
+    /// Some(id): the client does not read; cancel this sequence.
+    pub(super) fn deliver(
+        &mut self,
+        event: Event,
+        planned: Instant,
+        now: Instant,
+        metrics: &Metrics,
+    ) -> Option<SequenceId> {
+        let id = event.id;
+        // Cancelled sequences have no listener; their last event is nobody's.
+        let stream = self.open.get_mut(&id)?;
+        stream.count(&event.kind, planned, now, metrics);
+        if let EventKind::Finished(reason) = event.kind {
+            let stream = self.open.remove(&id)?;
+            let outcome = match reason {
+                FinishReason::Stop => Outcome::Stop,
+                FinishReason::Length => Outcome::Length,
+                FinishReason::Cancelled => Outcome::Abort,
+                FinishReason::Error => Outcome::Error,
+            };
+            stream.count_end(outcome, now, metrics);
+            stream.send_last(event.kind.into());
+            return None;
+        }
+        if stream.events.capacity() > stream.choices {
+            // The room was just seen and this is the only sender: closed is the only failure, and
+            // the next turn notices that.
+            let _ = stream.events.try_send(stream.event(event.kind.into()));
+            return None;
+        }
+        let stream = self.open.remove(&id)?;
+        stream.count_end(Outcome::Abort, now, metrics);
+        metrics.engine.slow_streams_cut_total.increment(1);
+        stream.send_last(StreamEventKind::Failed(SLOW_CLIENT.into()));
+        Some(id)
+    }
+
+    /// Ends every stream with a sentence for its client.
+    pub(super) fn fail_all(&mut self, sentence: &str, now: Instant, metrics: &Metrics) {
+        for (_, stream) in std::mem::take(&mut self.open) {
+            stream.count_end(Outcome::Error, now, metrics);
+            stream.send_last(StreamEventKind::Failed(sentence.to_owned()));
+        }
+    }
+}
+
+/// What is kept of a request once the scheduler has it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Taken {
+    id: SequenceId,
+    prompt_tokens: usize,
+}
+
+impl From<&Request> for Taken {
+    fn from(request: &Request) -> Self {
+        Self {
+            id: request.id,
+            prompt_tokens: request.prompt.len(),
+        }
+    }
+}
+
+impl Stream {
+    fn is_abandoned(&self) -> bool {
+        self.events.is_closed() || self.cancelled.contains(self.choice)
+    }
+
+    fn event(&self, kind: StreamEventKind) -> StreamEvent {
+        StreamEvent {
+            choice: self.choice,
+            kind,
+        }
+    }
+
+    /// Sends into the place in reserve. A closed channel has no one left to tell.
+    fn send_last(&self, kind: StreamEventKind) {
+        let sent = self.events.try_send(self.event(kind));
+        debug_assert!(
+            !matches!(sent, Err(mpsc::error::TrySendError::Full(_))),
+            "a place in reserve was used twice"
+        );
+    }
+
+    fn count(&mut self, kind: &EventKind, planned: Instant, now: Instant, metrics: &Metrics) {
+        let requests = &metrics.requests;
+        match kind {
+            EventKind::Started { cached_tokens } => {
+                self.started = Some(planned);
+                requests
+                    .prompt_tokens_total
+                    .increment(self.prompt_tokens as u64);
+                requests
+                    .prompt_tokens_cached_total
+                    .increment(u64::from(*cached_tokens));
+                requests
+                    .queue_time_seconds
+                    .record(planned.saturating_duration_since(self.arrived));
+            }
+            EventKind::Token { .. } => {
+                self.generated += 1;
+                requests.generation_tokens_total.increment(1);
+                if let Some(last) = self.last_token {
+                    requests.inter_token_latency_seconds.record(now - last);
+                } else {
+                    self.first_token = Some(now);
+                    requests.time_to_first_token_seconds.record(now - self.arrived);
+                }
+                self.last_token = Some(now);
+            }
+            EventKind::PromptScores(_) | EventKind::Finished(_) => {}
+        }
+    }
+
+    /// Measures the whole request. Tokens that came are counted however it ended.
+    fn count_end(&self, outcome: Outcome, now: Instant, metrics: &Metrics) {
+        let requests = &metrics.requests;
+        metrics.finished(outcome);
+        requests.e2e_request_latency_seconds.record(now - self.arrived);
+        requests.prompt_tokens.record(self.prompt_tokens as f64);
+        requests.generation_tokens.record(f64::from(self.generated));
+        if let Some(started) = self.started {
+            requests.inference_time_seconds.record(now - started);
+        }
+        if let (Some(started), Some(first)) = (self.started, self.first_token) {
+            requests.prefill_time_seconds.record(first - started);
+        }
+        if let (Some(first), Some(last)) = (self.first_token, self.last_token) {
+            requests.decode_time_seconds.record(last - first);
+            if self.generated > 1 {
+                let mean = (last - first) / (self.generated - 1);
+                requests.time_per_output_token_seconds.record(mean);
+            }
+        }
+    }
+}
+
+impl From<EventKind> for StreamEventKind {
+    fn from(kind: EventKind) -> Self {
+        match kind {
+            EventKind::Started { cached_tokens } => Self::Started { cached_tokens },
+            EventKind::PromptScores(scores) => Self::PromptScores(scores),
+            EventKind::Token {
+                index,
+                token,
+                score,
+            } => Self::Token {
+                index,
+                token,
+                score,
+            },
+            EventKind::Finished(FinishReason::Error) => {
+                Self::Failed("the cluster could not compute this request".into())
+            }
+            EventKind::Finished(reason) => Self::Finished(reason),
+        }
+    }
+}

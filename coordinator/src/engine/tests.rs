@@ -1,0 +1,290 @@
+//! The loop against a group of shards that exists in the test alone.
+
+use super::handle::{EngineHandle, Events, Readiness, StreamEventKind, SubmitError};
+use super::streams::SLOW_CLIENT;
+use super::{CUT_BY_SHUTDOWN, Connections, DrainDeadline, Engine};
+use crate::clock::now;
+use crate::fleet::{Cause, Fault, Group, StepOutcome};
+use crate::metrics::{Metrics, Subject};
+use crate::scheduler::request::{FinishReason, Request, SamplingParams};
+use crate::scheduler::{Scheduler, SchedulerConfig};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use topology::ids::Rank;
+use topology::wire::{RowOutput, ScoredToken, StepPlan, StepTimings};
+
+const VOCAB: u32 = 100;
+
+/// Says after every token the one that follows it, and counts steps and rows.
+#[derive(Debug)]
+struct Counting {
+    steps: Arc<AtomicU64>,
+    rows: Arc<AtomicU64>,
+    step_takes: Duration,
+    fails_at: Option<u64>,
+    ended: watch::Sender<Option<&'static str>>,
+}
+
+impl Group for Counting {
+    async fn step(&mut self, plan: StepPlan) -> Result<StepOutcome, Fault> {
+        let sent = now();
+        let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        self.rows.store(plan.rows.len() as u64, Ordering::SeqCst);
+        tokio::time::sleep(self.step_takes).await;
+        if self.fails_at.is_some_and(|at| step >= at) {
+            return Err(Fault::of(Rank(1), Cause::Exited("signal: 9 (SIGKILL)".into())));
+        }
+        let answer = |row: &topology::wire::PlanRow| RowOutput {
+            sampled: row.sampling.as_ref().map(|_| ScoredToken {
+                token: (row.tokens.last().expect("rows have tokens") + 1) % VOCAB,
+                score: None,
+            }),
+            targets: Vec::new(),
+        };
+        Ok(StepOutcome {
+            outputs: plan.rows.iter().map(answer).collect(),
+            timings: vec![StepTimings::default(); 2],
+            took: self.step_takes,
+            answered: sent + self.step_takes,
+        })
+    }
+
+    async fn fault(&mut self) -> Fault {
+        std::future::pending().await
+    }
+
+    async fn stop(self) {
+        self.ended.send_replace(Some("stopped"));
+    }
+
+    async fn kill(self) {
+        self.ended.send_replace(Some("killed"));
+    }
+}
+
+struct Rig {
+    handle: EngineHandle,
+    shutdown: watch::Sender<DrainDeadline>,
+    ended: watch::Receiver<Option<&'static str>>,
+    steps: Arc<AtomicU64>,
+    rows: Arc<AtomicU64>,
+    metrics: Arc<Metrics>,
+    engine: JoinHandle<Result<(), Fault>>,
+}
+
+async fn rig(step_takes: Duration, fails_at: Option<u64>) -> Rig {
+    let scheduler = Scheduler::new(SchedulerConfig {
+        num_blocks: 4096,
+        block_size: 16,
+        max_num_seqs: 32,
+        max_num_batched_tokens: 64,
+        max_model_len: 16384,
+        vocab_size: VOCAB,
+        max_num_queued_reqs: 64,
+        max_num_queued_tokens: 10_000,
+        long_prefill_token_threshold: 0,
+        enable_prefix_caching: true,
+    })
+    .expect("the configuration is valid");
+    let metrics = Arc::new(Metrics::new(&Subject {
+        model_name: "test".into(),
+        max_model_len: 16384,
+        world_size: 2,
+        build: "test".into(),
+    }));
+    let (readiness, mut ready) = watch::channel(Readiness::Loading);
+    let (handle, submissions) = EngineHandle::new(ready.clone());
+    let (shutdown, on_shutdown) = watch::channel(None);
+    let (ended, on_end) = watch::channel(None);
+    let steps = Arc::new(AtomicU64::new(0));
+    let rows = Arc::new(AtomicU64::new(0));
+    let group = Counting {
+        steps: steps.clone(),
+        rows: rows.clone(),
+        step_takes,
+        fails_at,
+        ended,
+    };
+    let connections = Connections {
+        submissions,
+        shutdown: on_shutdown,
+        readiness,
+        metrics: metrics.clone(),
+    };
+    let engine = tokio::spawn(Engine::new(scheduler, group, connections).run());
+    ready.wait_for(|state| *state == Readiness::Ready).await.expect("the engine runs");
+    Rig {
+        handle,
+        shutdown,
+        ended: on_end,
+        steps,
+        rows,
+        metrics,
+        engine,
+    }
+}
+
+fn request(handle: &EngineHandle, first: u32, max_tokens: u32) -> Request {
+    Request {
+        id: handle.next_id(),
+        prompt: [first, first].into(),
+        sampling: SamplingParams::default(),
+        max_tokens,
+        min_tokens: 0,
+        stop_token_ids: Vec::new(),
+        priority: 0,
+        cache_salt: 0,
+        prompt_logprobs: None,
+    }
+}
+
+/// All events of all choices until the channel ends: tokens and the last event, by choice.
+async fn read_all(mut events: Events, choices: usize) -> Vec<(Vec<u32>, StreamEventKind)> {
+    let mut got: Vec<(Vec<u32>, Option<StreamEventKind>)> = vec![(Vec::new(), None); choices];
+    while let Some(event) = events.recv().await {
+        let (tokens, last) = &mut got[event.choice];
+        assert_eq!(*last, None, "nothing comes after the last event");
+        match event.kind {
+            StreamEventKind::Token { index, token, .. } => {
+                assert_eq!(index as usize, tokens.len(), "no gap, no repeat");
+                tokens.push(token);
+            }
+            kind @ (StreamEventKind::Finished(_) | StreamEventKind::Failed(_)) => *last = Some(kind),
+            StreamEventKind::Started { .. } | StreamEventKind::PromptScores(_) => {}
+        }
+    }
+    let end = |(tokens, last): (_, Option<_>)| (tokens, last.expect("every choice has an end"));
+    got.into_iter().map(end).collect()
+}
+
+const MS: Duration = Duration::from_millis(1);
+
+#[tokio::test(start_paused = true)]
+async fn every_choice_gets_its_tokens_and_one_end() {
+    let rig = rig(MS, None).await;
+    let first = [10, 40, 70];
+    let choices = first.map(|first| request(&rig.handle, first, 20)).to_vec();
+    let events = rig.handle.submit(choices).await.unwrap();
+    for (first, (tokens, last)) in first.iter().zip(read_all(events, 3).await) {
+        let expected: Vec<u32> = (1..=20).map(|i| (first + i) % VOCAB).collect();
+        assert_eq!(tokens, expected);
+        assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    }
+    let text = rig.metrics.render();
+    assert!(text.contains("vllm:generation_tokens_total{model_name=\"test\",engine=\"0\"} 60"), "{text}");
+    assert!(text.contains("vllm:time_to_first_token_seconds_count{model_name=\"test\",engine=\"0\"} 3"));
+    assert!(text.contains("vllm:inter_token_latency_seconds_count{model_name=\"test\",engine=\"0\"} 57"));
+    assert!(text.contains("vllm:num_requests_running{model_name=\"test\",engine=\"0\"} 0"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_engine_computes_nothing_and_wakes_at_once() {
+    let rig = rig(MS, None).await;
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!(rig.steps.load(Ordering::SeqCst), 0);
+    let events = rig.handle.submit(vec![request(&rig.handle, 1, 1)]).await.unwrap();
+    assert_eq!(read_all(events, 1).await[0].0, [2]);
+    assert_eq!(rig.steps.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_stops_listening_is_cancelled_within_two_steps() {
+    let rig = rig(MS, None).await;
+    let stays = rig.handle.submit(vec![request(&rig.handle, 1, 200)]).await.unwrap();
+    let mut goes = rig.handle.submit(vec![request(&rig.handle, 2, 10_000)]).await.unwrap();
+    while !matches!(goes.recv().await.unwrap().kind, StreamEventKind::Token { index: 9, .. }) {}
+    assert_eq!(rig.rows.load(Ordering::SeqCst), 2);
+    drop(goes);
+    let before = rig.steps.load(Ordering::SeqCst);
+    while rig.rows.load(Ordering::SeqCst) == 2 {
+        tokio::time::sleep(MS / 4).await;
+    }
+    let steps = rig.steps.load(Ordering::SeqCst) - before;
+    assert!(steps <= 2, "{steps} steps");
+    assert_eq!(read_all(stays, 1).await[0].0.len(), 200, "the others go on");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_does_not_read_is_cut_with_a_sentence() {
+    let rig = rig(MS, None).await;
+    let choices = vec![request(&rig.handle, 1, 10_000), request(&rig.handle, 2, 3)];
+    let mut slow = rig.handle.submit(choices).await.unwrap();
+    let quick = rig.handle.submit(vec![request(&rig.handle, 3, 5000)]).await.unwrap();
+    let quick = tokio::spawn(read_all(quick, 1));
+    assert_eq!(quick.await.unwrap()[0].0.len(), 5000, "a slow client holds no one up");
+    let mut last = [None, None];
+    while let Some(event) = slow.recv().await {
+        last[event.choice] = Some(event.kind);
+    }
+    assert_eq!(last[0], Some(StreamEventKind::Failed(SLOW_CLIENT.into())));
+    assert_eq!(last[1], Some(StreamEventKind::Finished(FinishReason::Length)));
+    let text = rig.metrics.render();
+    assert!(text.contains("cluster_slow_streams_cut_total 1"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fault_ends_every_stream_with_a_sentence() {
+    let mut rig = rig(MS, Some(7)).await;
+    let choices = (0..3).map(|first| request(&rig.handle, first, 100)).collect();
+    let events = rig.handle.submit(choices).await.unwrap();
+    for (tokens, last) in read_all(events, 3).await {
+        assert_eq!(tokens.len(), 7);
+        let StreamEventKind::Failed(sentence) = last else {
+            panic!("ended with {last:?}");
+        };
+        assert!(sentence.contains("rank 1") && sentence.contains("SIGKILL"), "{sentence}");
+    }
+    let fault = rig.engine.await.unwrap().unwrap_err();
+    assert_eq!(fault.rank, Some(Rank(1)));
+    assert_eq!(*rig.ended.borrow_and_update(), Some("killed"));
+    let refused = rig.handle.submit(vec![request(&rig.handle, 1, 1)]).await.unwrap_err();
+    assert!(matches!(refused, SubmitError::NotReady(why) if why.contains("rank 1")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_finishes_what_runs_and_takes_nothing_new() {
+    let rig = rig(MS, None).await;
+    let events = rig.handle.submit(vec![request(&rig.handle, 1, 500)]).await.unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    rig.shutdown.send_replace(Some(deadline));
+    let refused = rig.handle.submit(vec![request(&rig.handle, 2, 5)]).await.unwrap_err();
+    assert_eq!(refused, SubmitError::Draining);
+    let (tokens, last) = read_all(events, 1).await.remove(0);
+    assert_eq!(tokens.len(), 500);
+    assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    assert_eq!(rig.engine.await.unwrap(), Ok(()));
+    assert_eq!(*rig.ended.borrow(), Some("stopped"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_does_not_finish_in_time_is_told_so() {
+    let rig = rig(Duration::from_secs(60), None).await;
+    let events = rig.handle.submit(vec![request(&rig.handle, 1, 500)]).await.unwrap();
+    let started = tokio::time::Instant::now();
+    rig.shutdown.send_replace(Some(started + Duration::from_secs(5)));
+    let (_, last) = read_all(events, 1).await.remove(0);
+    assert_eq!(last, StreamEventKind::Failed(CUT_BY_SHUTDOWN.into()));
+    assert_eq!(rig.engine.await.unwrap(), Ok(()));
+    assert!(started.elapsed() < Duration::from_secs(6), "a long step is not waited for");
+    assert_eq!(*rig.ended.borrow(), Some("stopped"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_reach_who_asked_and_are_counted() {
+    let rig = rig(MS, None).await;
+    let too_long = rig.handle.submit(vec![request(&rig.handle, 1, 20_000)]).await;
+    assert!(matches!(too_long, Err(SubmitError::Refused(refusal)) if !refusal.is_temporary()));
+    let blocker = rig.handle.submit(vec![request(&rig.handle, 1, 100)]).await.unwrap();
+    let many = |from: u32| (from..from + 60).map(|f| request(&rig.handle, f % VOCAB, 50)).collect();
+    let first = rig.handle.submit(many(0)).await.unwrap();
+    let second = rig.handle.submit(many(60)).await;
+    assert!(matches!(second, Err(SubmitError::Refused(refusal)) if refusal.is_temporary()));
+    assert_eq!(read_all(first, 60).await.len(), 60);
+    assert_eq!(read_all(blocker, 1).await.len(), 1);
+    let text = rig.metrics.render();
+    assert!(text.contains("reason=\"max_num_queued_reqs\"} 1"), "{text}");
+    
+}

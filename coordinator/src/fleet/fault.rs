@@ -1,0 +1,108 @@
+//! What can end an epoch, and which rank it began with.
+
+use std::time::Duration;
+use topology::ids::Rank;
+
+/// What the fleet was doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Starting processes and exchanging certificates.
+    Launch,
+    /// Waiting for shards to connect and say who they are.
+    Admit,
+    /// Reading weights.
+    Load,
+    /// Taking memory for KV blocks.
+    Allocate,
+    /// Forming the communicator.
+    Join,
+    /// Computing a step.
+    Step,
+    /// Waiting for work.
+    Idle,
+}
+
+impl Phase {
+    /// As it stands in messages and in the `phase` label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Launch => "launch",
+            Self::Admit => "admit",
+            Self::Load => "load",
+            Self::Allocate => "allocate",
+            Self::Join => "join",
+            Self::Step => "step",
+            Self::Idle => "idle",
+        }
+    }
+}
+
+/// The group cannot go on as it is.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}{cause}", .rank.map(|rank| format!("rank {rank}: ")).unwrap_or_default())]
+pub struct Fault {
+    /// Where it began, if one rank can be named.
+    pub rank: Option<Rank>,
+    /// What happened.
+    pub cause: Cause,
+}
+
+/// What happened to a rank or to the group.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Cause {
+    /// No process came to be.
+    #[error("the shard process could not be started: {0}")]
+    Launch(String),
+    /// The process is gone.
+    #[error("the shard process ended ({0})")]
+    Exited(String),
+    /// The process may live, but it cannot be reached.
+    #[error("the link to the shard was lost: {0}")]
+    LinkLost(String),
+    /// The shard's own words before it ended.
+    #[error("the shard failed: {0}")]
+    Failed(String),
+    /// Nothing came in time.
+    #[error("no answer within {}s ({phase})", .limit.as_secs_f32(), phase = .phase.name())]
+    Deadline {
+        /// To what.
+        phase: Phase,
+        /// The time there was.
+        limit: Duration,
+    },
+    /// Ranks did not compute the same plan.
+    #[error("the rank computed another plan than the one that was sent")]
+    Diverged,
+    /// A message that the protocol does not allow here.
+    #[error("unexpected message ({phase}): {message}", phase = .phase.name())]
+    Unexpected {
+        /// When.
+        phase: Phase,
+        /// What came, shortened.
+        message: String,
+    },
+    /// Rank 0's answer does not fit the plan.
+    #[error("the answer does not fit the plan: {0}")]
+    Answer(String),
+    /// Not even one sequence of KV blocks fits.
+    #[error("{0}")]
+    NoRoom(String),
+    /// A defect of the coordinator itself.
+    #[error("the coordinator's own state is broken: {0}")]
+    Coordinator(String),
+}
+
+impl Fault {
+    /// A fault of one rank.
+    pub fn of(rank: Rank, cause: Cause) -> Self {
+        Self {
+            rank: Some(rank),
+            cause,
+        }
+    }
+
+    /// A fault of the whole group.
+    pub fn group(cause: Cause) -> Self {
+        Self { rank: None, cause }
+    }
+}

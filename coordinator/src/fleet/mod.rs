@@ -1,0 +1,148 @@
+//! The shards as seen from here.
+//!
+//! Starts them, brings them to readiness phase by phase, and has them compute steps. Owns the
+//! epoch; knows nothing of requests or of what a plan means. Invariant: an answer is passed on only
+//! if every rank computed the plan that was sent, in the epoch and step it was sent for; anything
+//! else is a [`Fault`], and no shard process outlives the fleet.
+
+mod fault;
+mod inbox;
+mod member;
+mod start;
+
+pub use fault::{Cause, Fault, Phase};
+pub use start::{Limits, RankReport, Ready, Setup, StartEvent};
+
+use crate::clock::{now, since};
+use futures_util::future::join_all;
+use inbox::Inbox;
+use member::Member;
+use std::time::{Duration, Instant};
+use topology::ids::{Epoch, Rank, Step};
+use topology::link::Frame;
+use topology::wire::{FromShard, PlanDigest, Ran, RowOutput, StepPlan, StepTimings, ToShard};
+
+/// How long shards get to end by themselves when they are told to.
+const STOP_LIMIT: Duration = Duration::from_secs(3);
+
+/// The group of shards of one model.
+#[derive(Debug)]
+pub struct Fleet {
+    members: Vec<Member>,
+    inbox: Inbox,
+    epoch: Epoch,
+    step_limit: Duration,
+}
+
+/// What the engine's loop needs of a group of shards; its tests bring their own.
+pub trait Group: Send {
+    /// Has all ranks compute `plan`. An error means that nothing of the step counts.
+    fn step(&mut self, plan: StepPlan)
+    -> impl Future<Output = Result<StepOutcome, Fault>> + Send;
+
+    /// Waits until something goes wrong while no step is under way. Cancel-safe.
+    fn fault(&mut self) -> impl Future<Output = Fault> + Send;
+
+    /// Tells all shards to end and waits until their processes have; whoever does not within
+    /// a few seconds is killed.
+    fn stop(self) -> impl Future<Output = ()> + Send;
+
+    /// Kills all shard processes and waits until they are gone.
+    fn kill(self) -> impl Future<Output = ()> + Send;
+}
+
+/// What a step gave.
+#[derive(Debug)]
+pub struct StepOutcome {
+    /// One for each row of the plan.
+    pub outputs: Vec<RowOutput>,
+    /// One for each rank.
+    pub timings: Vec<StepTimings>,
+    /// From sending the plan to the last rank's answer.
+    pub took: Duration,
+    /// When that was.
+    pub answered: Instant,
+}
+
+impl Group for Fleet {
+    async fn step(&mut self, plan: StepPlan) -> Result<StepOutcome, Fault> {
+        let sent = now();
+        let coordinator = |why: String| Fault::group(Cause::Coordinator(why));
+        if plan.epoch != self.epoch {
+            let (planned, current) = (plan.epoch, self.epoch);
+            let why = format!("a plan of epoch {planned} in epoch {current}");
+            return Err(coordinator(why));
+        }
+        let digest = plan.digest().map_err(|e| coordinator(e.to_string()))?;
+        let expected = (plan.epoch, plan.step, digest);
+        self.send_all(&ToShard::Run(Box::new(plan))).await?;
+        let ran = |_, message| match message {
+            FromShard::Ran(ran) => Ok(Some(*ran)),
+            other => Err(other),
+        };
+        let answers = self
+            .inbox
+            .gather(0..self.members.len(), Phase::Step, self.step_limit, ran)
+            .await?;
+        let took = since(sent);
+        check_agreement(expected, &answers)?;
+        let timings = answers.iter().map(|ran| ran.timings).collect();
+        let outputs = answers.into_iter().next().map(|ran| ran.outputs);
+        Ok(StepOutcome {
+            outputs: outputs.unwrap_or_default(),
+            timings,
+            took,
+            answered: sent + took,
+        })
+    }
+
+    async fn fault(&mut self) -> Fault {
+        self.inbox.fault().await
+    }
+
+    async fn stop(mut self) {
+        // A shard that cannot be told any more is killed below.
+        let _ = self.send_all(&ToShard::Stop).await;
+        self.end(STOP_LIMIT).await;
+    }
+
+    async fn kill(self) {
+        self.end(Duration::ZERO).await;
+    }
+}
+
+impl Fleet {
+    async fn end(self, limit: Duration) {
+        join_all(self.members.into_iter().map(|member| member.end(limit))).await;
+    }
+
+    /// Encodes once and sends to every rank, also if one cannot be reached.
+    async fn send_all(&mut self, message: &ToShard) -> Result<(), Fault> {
+        let frame = frame(message)?;
+        let sends = self.members.iter_mut().map(|member| member.send(&frame));
+        join_all(sends).await.into_iter().collect()
+    }
+}
+
+fn frame(message: &ToShard) -> Result<Frame<ToShard>, Fault> {
+    let coordinator = |why: String| Fault::group(Cause::Coordinator(why));
+    Frame::new(message).map_err(|e| coordinator(e.to_string()))
+}
+
+/// All ranks computed what was sent, and only that.
+fn check_agreement(
+    (epoch, step, digest): (Epoch, Step, PlanDigest),
+    answers: &[Ran],
+) -> Result<(), Fault> {
+    for (rank, ran) in (0..).map(Rank).zip(answers) {
+        if (ran.epoch, ran.step) != (epoch, step) {
+            let message = format!("the answer to step {} of epoch {}", ran.step, ran.epoch);
+            let phase = Phase::Step;
+            return Err(Fault::of(rank, Cause::Unexpected { phase, message }));
+        }
+        if ran.digest != digest {
+            return Err(Fault::of(rank, Cause::Diverged));
+        }
+    }
+    Ok(())
+}
