@@ -2,7 +2,8 @@
 //!
 //! Logits are compared through the log-probabilities of the whole vocabulary, which is all that
 //! leaves a shard: they are the logits up to a constant per row, and that constant changes no answer.
-//! The tolerance is relative to the row's largest absolute reference logit.
+//! The tolerance is relative to the row's largest absolute reference logit. Promised is 1e-3; what is
+//! tested is ten times closer, and what is found is another fifty.
 
 use crate::support::{BLOCK_SIZE, Cluster, Random, Request, Ways, fixtures, generate, load, open};
 use safetensors::SafeTensors;
@@ -11,7 +12,7 @@ use topology::ids::{BlockId, Rank};
 use topology::partition::Partition;
 use topology::wire::{PlanRow, Sampling};
 
-const TOLERANCE: f32 = 1e-3;
+const TOLERANCE: f32 = 1e-4;
 
 struct Reference {
     prompt: Vec<u32>,

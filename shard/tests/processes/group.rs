@@ -1,0 +1,275 @@
+//! A coordinator as far as these checks need one: starts shard processes, loads a fixture, forms the
+//! communicator, runs greedy steps of one sequence.
+
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::time::timeout;
+use topology::ids::{BlockId, Epoch, Rank, Step};
+use topology::launch::Launch;
+use topology::launch::local::{self, Process};
+use topology::link::{LinkReceiver, LinkSender, Listener};
+use topology::placement::Device;
+use topology::wire::{
+    FromShard, Load, ModelLocation, PlanRow, Ran, Sampling, ScoredToken, StepPlan, ToShard,
+};
+
+/// Longer than anything here takes on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+const BLOCK_SIZE: usize = 4;
+
+/// One shard process and its link.
+pub(crate) struct Shard {
+    pub(crate) process: Process,
+    pub(crate) sender: LinkSender<ToShard>,
+    pub(crate) receiver: LinkReceiver<FromShard>,
+}
+
+impl Shard {
+    pub(crate) async fn start(listener: &mut Listener, rank: u32) -> Self {
+        let device = Device::Cpu {
+            threads: 1,
+            cores: Vec::new(),
+        };
+        let mut process = Self::spawn(listener, rank, device).await;
+        let mut lines = process.lines.take().expect("nobody took them");
+        tokio::spawn(async move {
+            while let Some(line) = lines.recv().await {
+                eprint(&line);
+            }
+        });
+        let admitted = listener.accept(PATIENCE).await.expect("the shard connects");
+        assert_eq!(admitted.hello.rank, Rank(rank));
+        assert_eq!(Some(admitted.hello.pid), process.pid());
+        assert!(admitted.hello.device.contains("cpu") && admitted.hello.free_bytes > 0);
+        let (mut sender, receiver) = (admitted.sender, admitted.receiver);
+        sender
+            .send(&ToShard::Welcome { world_size: 2 })
+            .await
+            .expect("the shard listens");
+        Self {
+            process,
+            sender,
+            receiver,
+        }
+    }
+
+    /// Only the process; it connects on its own.
+    pub(crate) async fn spawn(listener: &Listener, rank: u32, device: Device) -> Process {
+        let program = std::env::current_exe().expect("this program has a path");
+        let started = local::start(program.as_os_str(), ["shard"])
+            .await
+            .expect("it announces itself");
+        listener.expect(Rank(rank), started.certificate.clone());
+        let launch = Launch {
+            coordinator: listener.local_addr().expect("it listens"),
+            certificate: listener.certificate().clone(),
+            rank: Rank(rank),
+            device,
+        };
+        started.launch(&launch).await.expect("it takes the line")
+    }
+
+    pub(crate) async fn say(&mut self, message: ToShard) {
+        self.sender.send(&message).await.expect("the shard listens");
+    }
+
+    pub(crate) async fn hear(&mut self) -> FromShard {
+        let heard = timeout(PATIENCE, self.receiver.recv())
+            .await
+            .expect("in time");
+        heard.expect("the shard speaks")
+    }
+
+    /// Loads a fixture and allocates its blocks.
+    pub(crate) async fn prepare(&mut self, fixture: &str) {
+        self.say(ToShard::Load(load(fixture))).await;
+        let mut progress = Vec::new();
+        let loaded = loop {
+            match self.hear().await {
+                FromShard::Progress {
+                    bytes_done,
+                    bytes_total,
+                } => {
+                    progress.push((bytes_done, bytes_total));
+                }
+                FromShard::Loaded(loaded) => break loaded,
+                other => panic!("not loaded but {other:?}"),
+            }
+        };
+        let (done, total) = progress.last().copied().expect("progress is reported");
+        assert!(done == total && total == loaded.weight_bytes && progress.is_sorted());
+        self.say(ToShard::Allocate { num_blocks: 32 }).await;
+        let allocated = self.hear().await;
+        let kv_bytes = 32 * loaded.block_bytes;
+        assert_eq!(allocated, FromShard::Allocated { kv_bytes });
+    }
+
+    pub(crate) async fn exit_code(&mut self) -> Option<i32> {
+        let ended = timeout(PATIENCE, self.process.wait())
+            .await
+            .expect("in time");
+        ended.expect("a status").code()
+    }
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "what the shards say helps when a check fails"
+)]
+fn eprint(line: &str) {
+    eprintln!("shard: {line}");
+}
+
+pub(crate) fn load(fixture: &str) -> Load {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    Load {
+        model: ModelLocation::Directory(root.join(fixture).display().to_string()),
+        tensor_parallel_size: 2,
+        dtype: "auto".to_owned(),
+        block_size: 4,
+        max_model_len: 100,
+        max_num_batched_tokens: 64,
+        max_num_seqs: 4,
+    }
+}
+
+/// Two shards.
+pub(crate) struct Group {
+    pub(crate) listener: Listener,
+    pub(crate) ranks: [Shard; 2],
+    pub(crate) epoch: Epoch,
+    next: Step,
+}
+
+impl Group {
+    pub(crate) async fn start(fixture: &str) -> Self {
+        let address = std::net::Ipv4Addr::LOCALHOST.into();
+        let mut listener = Listener::bind(address).expect("a port on loopback");
+        let mut ranks = [
+            Shard::start(&mut listener, 0).await,
+            Shard::start(&mut listener, 1).await,
+        ];
+        for rank in &mut ranks {
+            rank.prepare(fixture).await;
+        }
+        Self {
+            listener,
+            ranks,
+            epoch: Epoch(0),
+            next: Step(0),
+        }
+    }
+
+    /// Enters the next epoch. Returns the communicator's identity.
+    pub(crate) async fn form(&mut self) -> Vec<u8> {
+        self.epoch = self.epoch.next();
+        self.next = Step(0);
+        let epoch = self.epoch;
+        let comm_id = self.make_comm().await;
+        for rank in &mut self.ranks {
+            rank.say(ToShard::JoinComm {
+                epoch,
+                comm_id: comm_id.clone(),
+            })
+            .await;
+        }
+        for rank in &mut self.ranks {
+            assert_eq!(rank.hear().await, FromShard::Joined { epoch });
+        }
+        comm_id
+    }
+
+    pub(crate) async fn make_comm(&mut self) -> Vec<u8> {
+        self.ranks[0]
+            .say(ToShard::MakeComm { epoch: self.epoch })
+            .await;
+        match self.ranks[0].hear().await {
+            FromShard::CommMade { epoch, comm_id } if epoch == self.epoch => comm_id,
+            other => panic!("no communicator but {other:?}"),
+        }
+    }
+
+    /// The plan that computes `tokens[computed..]` and samples.
+    pub(crate) fn plan(&mut self, tokens: &[u32], computed: usize) -> StepPlan {
+        let blocks = u32::try_from(tokens.len().div_ceil(BLOCK_SIZE)).expect("few");
+        let position = |at: usize| u32::try_from(at).expect("short");
+        let sampling = Sampling {
+            position: position(tokens.len()),
+            temperature: 0.8,
+            seed: 5,
+            logprobs: Some(2),
+            ..Sampling::default()
+        };
+        let row = PlanRow {
+            tokens: tokens[computed..].to_vec(),
+            position: position(computed),
+            blocks: (0..blocks).map(BlockId).collect(),
+            sampling: Some(Box::new(sampling)),
+            ..PlanRow::default()
+        };
+        let step = self.next;
+        self.next = step.next();
+        StepPlan {
+            epoch: self.epoch,
+            step,
+            rows: vec![row],
+        }
+    }
+
+    /// One step on both ranks.
+    pub(crate) async fn step(&mut self, plan: StepPlan) -> ScoredToken {
+        for rank in &mut self.ranks {
+            rank.say(ToShard::Run(Box::new(plan.clone()))).await;
+        }
+        let mut answers: Vec<Ran> = Vec::new();
+        for rank in &mut self.ranks {
+            match rank.hear().await {
+                FromShard::Ran(ran) => answers.push(*ran),
+                other => panic!("no result but {other:?}"),
+            }
+        }
+        let digest = plan.digest().expect("a small plan");
+        assert!(
+            answers
+                .iter()
+                .all(|ran| ran.digest == digest && ran.step == plan.step)
+        );
+        assert!(
+            answers
+                .iter()
+                .all(|ran| ran.timings.step_us >= ran.timings.collective_us)
+        );
+        assert!(answers[1].outputs.is_empty());
+        answers[0].outputs[0]
+            .sampled
+            .clone()
+            .expect("a sample was asked for")
+    }
+
+    /// Appends `count` tokens to `tokens`, of which `computed` are in the blocks.
+    pub(crate) async fn generate(
+        &mut self,
+        tokens: &mut Vec<u32>,
+        count: usize,
+    ) -> Vec<ScoredToken> {
+        let mut answers = Vec::new();
+        let mut computed = 0;
+        for _ in 0..count {
+            let plan = self.plan(tokens, computed);
+            computed = tokens.len();
+            let answer = self.step(plan).await;
+            tokens.push(answer.token);
+            answers.push(answer);
+        }
+        answers
+    }
+
+    pub(crate) async fn stop(mut self) {
+        for rank in &mut self.ranks {
+            rank.say(ToShard::Stop).await;
+        }
+        for rank in &mut self.ranks {
+            assert_eq!(rank.exit_code().await, Some(0));
+        }
+    }
+}
