@@ -163,6 +163,8 @@ pub async fn broadcast<'a, M: Encode + 'a>(
 pub struct LinkReceiver<M> {
     main: FrameReader<M>,
     urgent: FrameReader<M>,
+    /// The urgent stream has ended; the main one may still hold messages.
+    urgent_is_over: bool,
 }
 
 impl<M: Decode<()>> LinkReceiver<M> {
@@ -172,11 +174,18 @@ impl<M: Decode<()>> LinkReceiver<M> {
     /// # Errors
     /// [`LinkError`]; the link is of no use afterwards.
     pub async fn recv(&mut self) -> Result<M, LinkError> {
-        tokio::select! {
-            biased;
-            urgent = self.urgent.next() => urgent,
-            message = self.main.next() => message,
+        if !self.urgent_is_over {
+            tokio::select! {
+                biased;
+                urgent = self.urgent.next() => match urgent {
+                    Ok(_) | Err(LinkError::Wire(_)) => return urgent,
+                    // The end of one stream must not hide a last message on the other.
+                    Err(_) => self.urgent_is_over = true,
+                },
+                message = self.main.next() => return message,
+            }
         }
+        self.main.next().await
     }
 
     /// The next message, if it comes within `limit`. Cancel-safe.
@@ -210,6 +219,7 @@ fn pair<Out, In>(connection: Connection, streams: Streams) -> (LinkSender<Out>, 
     let receiver = LinkReceiver {
         main: FrameReader::new(main_reader),
         urgent: FrameReader::new(urgent_reader),
+        urgent_is_over: false,
     };
     (sender, receiver)
 }
