@@ -16,7 +16,7 @@ const MAX_PEAK: usize = MAX_FRAME_BYTES + (64 << 10);
 
 #[test]
 fn ten_million_mutated_frames_do_no_harm() {
-    let seed = seed(0xF7A3E5);
+    let seed = seed(0x00F7_A3E5);
     let work = |thread: u64| move || tamper(seed.wrapping_add(thread), FRAMES / THREADS);
     let threads: Vec<_> = (0..THREADS)
         .map(|thread| thread::spawn(work(thread)))
