@@ -4,7 +4,6 @@
 //! have entered it, or when [`Abort::abort`] is called from another thread; then it returns
 //! [`CommError::Aborted`] and the buffers hold anything. Recovery belongs to the coordinator.
 
-mod segment;
 pub mod shm;
 
 use kernels::backend::Backend;

@@ -4,6 +4,7 @@
 //! tests have those.
 
 mod equivalences;
+mod loading;
 mod references;
 mod support;
 #[path = "../../src/testing.rs"]

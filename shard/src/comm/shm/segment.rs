@@ -2,7 +2,7 @@
 //!
 //! One file in `/dev/shm` with a random name, taken in full when it is made (a full tmpfs is an
 //! error there, not a bus error later) and unlinked as soon as all ranks are attached, so that not
-//! even `kill -9` leaves anything behind. Arithmetic is not done here; see [`super::shm`].
+//! even `kill -9` leaves anything behind. Arithmetic is not done here; see [`super`].
 //!
 //! ```text
 //! header page(s)   identity | gate: rounds completed, sleepers | one line per rank: attached, arrived
@@ -19,8 +19,8 @@
     reason = "memory shared between processes has no safe view"
 )]
 
-use super::{Abort, CommError};
 use crate::clock;
+use crate::comm::{Abort, CommError};
 use memmap2::MmapRaw;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -46,8 +46,9 @@ const MAX_RANKS: u32 = 64;
 /// Above this a slot helps nothing: larger tensors go in pieces.
 const MAX_SLOT_ELEMENTS: usize = 64 << 10;
 
-/// Looks at the gate before sleeping, some 20 µs: a peer on its own core is rarely later.
-const SPINS: u32 = 2_000;
+/// Looks at the gate before sleeping, some 20 µs: a peer on its own core is rarely later, and where
+/// cores are shared after all, longer spinning only keeps others from arriving.
+const SPINS: u32 = 400;
 /// Longest sleep before looking whether the collective was aborted.
 const SLICE: Duration = Duration::from_millis(2);
 

@@ -2,16 +2,18 @@
 //!
 //! Every rank adds up all parts itself, in rank order and in f32, so that all hold the same bits.
 //! That reads `world_size` times the tensor on each rank, which for the few ranks of a CPU host costs
-//! less than a second barrier. The memory and its rounds are [`super::segment`]'s. A dead peer is
+//! less than a second barrier. The memory and its rounds are [`segment`]'s. A dead peer is
 //! not noticed here; only [`Abort`] ends a wait.
 //!
 //! Invariant: the result of an element is `((part_0 + part_1) + part_2) + …`, whatever the tensor's
 //! length and however it was cut into pieces.
 
-use super::segment::{Identity, Segment};
+mod segment;
+
 use super::{Abort, Comm, CommError, CommTimings, Seat};
 use crate::clock;
 use kernels::cpu::{CpuBackend, CpuTensor};
+use segment::{Identity, Segment};
 use std::time::Duration;
 
 /// One rank's end of a group of processes on one host. With one rank it is nothing and costs nothing.
