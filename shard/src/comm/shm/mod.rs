@@ -2,7 +2,7 @@
 //!
 //! Every rank adds up all parts itself, in rank order and in f32, so that all hold the same bits.
 //! That reads `world_size` times the tensor on each rank, which for the few ranks of a CPU host costs
-//! less than a second barrier. The memory and its rounds are [`segment`]'s. A dead peer is
+//! less than a second barrier. The memory and its rounds are `segment`'s. A dead peer is
 //! not noticed here; only [`Abort`] ends a wait.
 //!
 //! Invariant: the result of an element is `((part_0 + part_1) + part_2) + …`, whatever the tensor's
