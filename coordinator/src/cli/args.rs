@@ -36,8 +36,12 @@ pub enum Command {
     #[command(disable_help_flag = true)]
     Bench(Rest),
     /// One shard process; started by `up`, not by people.
-    #[command(hide = true, disable_help_flag = true)]
-    Shard(Rest),
+    #[command(hide = true)]
+    Shard {
+        /// Which log lines it writes to standard error.
+        #[arg(long, default_value = "info")]
+        log: String,
+    },
 }
 
 /// Arguments that another crate reads.
@@ -143,10 +147,10 @@ pub struct Up {
           value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = DEVICES)]
     pub block_size: u32,
 
-    /// Most sequences in one step.
-    #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", default_value_t = 256, value_name = "N",
+    /// Most sequences in one step [default: 256, or --max-num-batched-tokens if that is less].
+    #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = SCHEDULING)]
-    pub max_num_seqs: u32,
+    pub max_num_seqs: Option<u32>,
     /// Most tokens in one step [default: 512 on CPUs, 2048 on GPUs].
     #[arg(long, env = "CLUSTER_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS",
           value_parser = positive_tokens, help_heading = SCHEDULING)]

@@ -133,7 +133,7 @@ pub fn print(command: &Command) -> String {
             }
             text
         }
-        Command::Bench(_) | Command::Shard(_) => String::new(),
+        Command::Bench(_) | Command::Shard { .. } => String::new(),
     }
 }
 
@@ -165,7 +165,7 @@ mod tests {
         );
         let path = file.path().to_str().unwrap();
         let got = up(&["--config", path, "--port", "7000"]).unwrap();
-        assert_eq!((got.port, got.block_size, got.max_num_seqs), (7000, 32, 256));
+        assert_eq!((got.port, got.block_size, got.max_num_queued_reqs), (7000, 32, 1024));
         assert!(!got.enable_prefix_caching);
         assert_eq!(got.model(), Some("m=/x"));
         assert_eq!(got.api_key, ["a", "b"]);

@@ -1,8 +1,135 @@
-//! The command line.
+//! The command line: what a person types, and what the process answers before and after it serves.
+//!
+//! Reading order: [`args`], [`layers`], [`prepare`], [`up`]. The only place that reads the
+//! environment and writes to standard output and error.
 
 pub mod args;
 pub mod layers;
+pub mod prepare;
+mod progress;
+mod report;
+pub mod up;
 pub mod values;
 
-/// What `cluster --version` says beyond the number.
+use anyhow::Context;
+use args::{Cli, Command, LogFormat, Up};
+use layers::LayerError;
+use prepare::Prepared;
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// The revision this binary was built from, where the build was told.
+pub const BUILD: &str = match option_env!("CLUSTER_BUILD") {
+    Some(revision) => revision,
+    None => "local",
+};
+
+/// What `cluster --version` and `/version` say.
 pub const LONG_VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The cluster could not start or could not go on.
+const EXIT_FAULT: u8 = 1;
+/// A flag, the configuration, the model or the port is wrong; nothing was started.
+const EXIT_INPUT: u8 = 2;
+/// A second signal ended it at once.
+const EXIT_NOW: u8 = 130;
+
+/// Reads the command line.
+///
+/// # Errors
+/// The exit code, after whatever there is to say has been said: a mistake, or the help asked for.
+pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, ExitCode> {
+    layers::parse(argv).map_err(|error| match error {
+        LayerError::Usage(usage) => self::usage(&usage),
+        file @ LayerError::File { .. } => complain(&file.into(), EXIT_INPUT),
+    })
+}
+
+/// Prints a mistake on the command line, or the help that was asked for.
+pub fn usage(usage: &clap::Error) -> ExitCode {
+    // It knows whether it belongs on standard output.
+    let _ = usage.print();
+    u8::try_from(usage.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+/// Runs another command that is asynchronous and has nothing to clean up.
+pub fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
+    let runtime = tokio::runtime::Runtime::new().context("cannot start threads");
+    match runtime.and_then(|runtime| runtime.block_on(work)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => complain(&error, EXIT_FAULT),
+    }
+}
+
+/// Runs a command of the coordinator's own: `up` or `plan`.
+pub fn run(command: &Command) -> ExitCode {
+    let (Command::Up(up) | Command::Plan(up)) = command else {
+        unreachable!("the binary runs the other commands itself");
+    };
+    if up.print_config {
+        return say(&layers::print(command));
+    }
+    if let Err(error) = log_to_stderr(up) {
+        return complain(&error, EXIT_INPUT);
+    }
+    if matches!(command, Command::Up(_)) {
+        return up::run(up);
+    }
+    match Prepared::new(up) {
+        Ok(prepared) => say(&plan(&prepared)),
+        Err(error) => complain(&error, EXIT_INPUT),
+    }
+}
+
+/// What `cluster plan` shows.
+fn plan(prepared: &Prepared) -> String {
+    let shape = &prepared.model.shape;
+    let mut text = format!(
+        "{}: {}, {} layers, {} query and {} KV heads, {} stored\n",
+        prepared.model.names[0],
+        shape.architecture,
+        shape.num_layers,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.dtype.name(),
+    );
+    for (rank, device) in prepared.placement.ranks() {
+        text += &format!("rank {rank}: {device}\n");
+    }
+    for warning in &prepared.placement.warnings {
+        text += &format!("warning: {warning}\n");
+    }
+    text + &prepared.report.to_string() + "\n"
+}
+
+fn log_to_stderr(up: &Up) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&up.log_level).map_err(|e| {
+        anyhow::anyhow!("--log-level {}: {e}; give a level such as info", up.log_level)
+    })?;
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal());
+    // Fails where a test has set one, which then serves.
+    let _ = match up.log_format {
+        LogFormat::Text => subscriber.try_init(),
+        LogFormat::Json => subscriber.json().try_init(),
+    };
+    Ok(())
+}
+
+fn say(text: &str) -> ExitCode {
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// One sentence on standard error, and the exit code.
+fn complain(error: &anyhow::Error, code: u8) -> ExitCode {
+    // Nothing is left to do where even this cannot be written.
+    let _ = writeln!(io::stderr(), "cluster: {error:#}");
+    ExitCode::from(code)
+}

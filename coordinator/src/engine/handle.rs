@@ -182,11 +182,12 @@ impl EngineHandle {
 
     /// Where the cluster stands now.
     pub fn readiness(&self) -> Readiness {
-        if self.submissions.is_closed() {
+        let state = self.readiness.borrow().clone();
+        if self.submissions.is_closed() && !matches!(state, Readiness::Failed(_)) {
             // The engine is gone without a word; what it said last is not true any more.
             return Readiness::Failed("the engine has stopped".into());
         }
-        self.readiness.borrow().clone()
+        state
     }
 
     /// Hands `choices` to the engine; all are taken or none.

@@ -72,7 +72,14 @@ impl<G: Group> Engine<G> {
     /// # Errors
     /// The [`Fault`] that ended it.
     pub async fn run(mut self) -> Result<(), Fault> {
-        self.readiness.send_replace(Readiness::Ready);
+        // Whoever ends the process before it served has said so already.
+        self.readiness.send_if_modified(|state| {
+            let loading = *state == Readiness::Loading;
+            if loading {
+                *state = Readiness::Ready;
+            }
+            loading
+        });
         let shutdown = self.shutdown.clone();
         let ended = tokio::select! {
             ended = self.turns() => ended,

@@ -1,0 +1,334 @@
+//! Everything that can be found wrong before a process is started.
+//!
+//! Reads the model's small files and headers, places ranks, and does the memory's arithmetic; loads
+//! nothing and starts nothing. Invariant: what comes out can be started, as far as can be known
+//! here; every error is one sentence that says what to change.
+
+use super::args::{DtypeArg, Up};
+use super::values::{self, AutoTokens};
+use crate::builtin;
+use crate::scheduler::{Scheduler, SchedulerConfig};
+use crate::text::TextModel;
+use crate::text::config::GenerationDefaults;
+use anyhow::{Context, Result, bail, ensure};
+use std::borrow::Cow;
+use std::fs;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use topology::checkpoint::Checkpoint;
+use topology::fit::{FitError, FitReport, Memory, RankNeeds, Sizes, fit};
+use topology::host::{HostCores, HostMemory};
+use topology::model_files::ModelFiles;
+use topology::model_shape::{Dtype, ModelShape};
+use topology::partition::Partition;
+use topology::placement::{Device, DeviceRequest, Placement, place};
+use topology::wire::{Load, ModelLocation};
+
+/// Most tokens in one step on CPUs: a step of this size takes a blink with a small model.
+const CPU_BATCHED_TOKENS: u32 = 512;
+/// Most sequences in one step, unless said otherwise.
+const MAX_NUM_SEQS: u32 = 256;
+/// `--max-model-len auto` is not lowered below this many tokens.
+const LEAST_AUTO_LEN: u32 = 256;
+
+/// A model's files and names.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Where they are read.
+    pub files: ModelFiles,
+    /// The same for shards.
+    pub location: ModelLocation,
+    /// What the API calls it; the first name is shown.
+    pub names: Vec<String>,
+    /// Its `config.json`.
+    pub shape: ModelShape,
+}
+
+/// What `up` starts and `plan` shows.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// The model.
+    pub model: Model,
+    /// Where ranks are.
+    pub placement: Placement,
+    /// Memory before loading, and what fits.
+    pub memory: Memory,
+    /// What fits, by estimate.
+    pub report: FitReport,
+    /// What shards load.
+    pub load: Load,
+    /// Limits of the scheduler; `num_blocks` is the estimate.
+    pub scheduler: SchedulerConfig,
+    /// Keys that clients must present; none: everyone is served.
+    pub keys: Vec<String>,
+    /// Where to serve.
+    pub address: SocketAddr,
+}
+
+impl Prepared {
+    /// Checks flags, files and memory.
+    ///
+    /// # Errors
+    /// A sentence that says what to change.
+    pub fn new(up: &Up) -> Result<Self> {
+        let keys = keys(up)?;
+        let address = address(up, !keys.is_empty())?;
+        let placement = placement(up)?;
+        let model = Model::open(up)?;
+        let world_size = placement.world_size();
+        let partitions = Partition::all(&model.shape, world_size)?;
+        let memory = Memory::Shared {
+            free_bytes: HostMemory::read().context("ask for free memory")?.free_bytes,
+        };
+        let (sizes, report) = sizes(up, &model.shape, &partitions, &memory)?;
+        let num_blocks = up.num_gpu_blocks_override.unwrap_or(report.num_blocks);
+        let load = Load {
+            model: model.location.clone(),
+            tensor_parallel_size: world_size,
+            dtype: up.dtype.name().to_owned(),
+            block_size: sizes.block_size,
+            max_model_len: sizes.max_model_len,
+            max_num_batched_tokens: sizes.max_num_batched_tokens,
+            max_num_seqs: sizes.max_num_seqs,
+        };
+        let scheduler = scheduler_config(up, &sizes, model.shape.vocab_size, num_blocks);
+        // Nothing is kept of it: it says whether the limits make sense together.
+        Scheduler::new(scheduler.clone())?;
+        Ok(Self {
+            model,
+            placement,
+            memory,
+            report,
+            load,
+            scheduler,
+            keys,
+            address,
+        })
+    }
+
+    /// How many KV blocks each rank gets, now that shards have said what they need.
+    ///
+    /// # Errors
+    /// A sentence with the arithmetic.
+    pub fn choose_blocks(&self, up: &Up, needs: &[RankNeeds]) -> Result<u32, FitError> {
+        let report = fit(needs, &self.memory, up.kv_cache_memory_bytes, &self.report.sizes)?;
+        Ok(up.num_gpu_blocks_override.unwrap_or(report.num_blocks))
+    }
+
+    /// Reads tokenizer, template and defaults. Takes a second for the largest vocabularies.
+    ///
+    /// # Errors
+    /// A sentence naming the file.
+    pub fn load_text(&self, up: &Up) -> Result<TextModel> {
+        let mut text = TextModel::load(&|name| self.text_file(up, name), &self.model.shape.eos_token_ids)?;
+        if up.generation_config == "vllm" {
+            // The model's proposals are not wanted; its ends of text still are.
+            text.defaults = GenerationDefaults::default();
+        }
+        Ok(text)
+    }
+
+    fn text_file(&self, up: &Up, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        let elsewhere = match name {
+            "chat_template.jinja" => up.chat_template.clone(),
+            "generation_config.json" if !["auto", "vllm"].contains(&&*up.generation_config) => {
+                Some(Path::new(&up.generation_config).join(name))
+            }
+            _ => None,
+        };
+        if let Some(path) = elsewhere {
+            let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            return Ok(Some(bytes.into()));
+        }
+        let files = &self.model.files;
+        Ok(if files.exists(name) {
+            Some(files.read(name)?)
+        } else {
+            None
+        })
+    }
+}
+
+impl Model {
+    /// Finds the model and checks that its configuration, weights and tokenizer are there and fit
+    /// each other.
+    fn open(up: &Up) -> Result<Self> {
+        let (name, files, location) = match up.model() {
+            None => (
+                builtin::NAME.to_owned(),
+                ModelFiles::BuiltIn(builtin::FILES),
+                ModelLocation::BuiltIn,
+            ),
+            Some(given) => {
+                let (name, dir) = values::model(given);
+                let files = ModelFiles::directory(dir)?;
+                let path = fs::canonicalize(dir).with_context(|| format!("cannot open {dir}"))?;
+                let text = path.to_str().context("the model directory's name is not UTF-8")?;
+                let last = path.file_name().and_then(|name| name.to_str());
+                let name = name.or(last).unwrap_or(text).to_owned();
+                (name, files, ModelLocation::Directory(text.to_owned()))
+            }
+        };
+        let mut names = up.served_model_name.clone();
+        if names.is_empty() {
+            names.push(name);
+            // As in `vllm serve`, the model also answers to what was typed.
+            names.extend(up.model().map(|given| values::model(given).1.to_owned()));
+        }
+        names.dedup();
+        let config = files.read_json("config.json")?;
+        let shape = ModelShape::from_config(&config)
+            .with_context(|| format!("{files} cannot be served"))?;
+        let weights = Checkpoint::open(&files).and_then(|weights| weights.check(&shape));
+        weights.with_context(|| format!("{files} cannot be served"))?;
+        ensure!(
+            files.exists("tokenizer.json"),
+            "{files} has no tokenizer.json; convert its tokenizer with `transformers` \
+             (`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`)"
+        );
+        for path in [&up.chat_template, &generation_config_dir(up)].into_iter().flatten() {
+            ensure!(
+                path.exists(),
+                "{} does not exist; give a path that does",
+                path.display()
+            );
+        }
+        Ok(Self {
+            files,
+            location,
+            names,
+            shape,
+        })
+    }
+}
+
+fn generation_config_dir(up: &Up) -> Option<PathBuf> {
+    let named = !["auto", "vllm"].contains(&&*up.generation_config);
+    named.then(|| Path::new(&up.generation_config).join("generation_config.json"))
+}
+
+fn placement(up: &Up) -> Result<Placement> {
+    let gpus = up.gpus.as_deref().map(str::parse).transpose().context("--gpus")?;
+    let cpus = up.cpus.as_deref().map(str::parse).transpose().context("--cpus")?;
+    let request = DeviceRequest {
+        gpus,
+        cpus,
+        tensor_parallel_size: up.tensor_parallel_size,
+    };
+    let cores = HostCores::read().context("ask which cores may be used")?;
+    let placement = place(&request, &cores)?;
+    if placement
+        .devices
+        .iter()
+        .any(|device| matches!(device, Device::Gpu { .. }))
+    {
+        bail!(
+            "--gpus needs a build with CUDA, and this one computes on the CPU only; leave out \
+             --gpus, or give --cpus"
+        );
+    }
+    Ok(placement)
+}
+
+/// Sizes of the server, and what fits with them. `--max-model-len auto` gives way to the memory.
+fn sizes(
+    up: &Up,
+    shape: &ModelShape,
+    partitions: &[Partition],
+    memory: &Memory,
+) -> Result<(Sizes, FitReport)> {
+    let longest = shape.max_position_embeddings;
+    let (max_model_len, may_shrink) = match up.max_model_len {
+        AutoTokens::Auto => (longest, true),
+        AutoTokens::Tokens(tokens) if tokens <= longest => (tokens, false),
+        AutoTokens::Tokens(tokens) => bail!(
+            "--max-model-len {tokens} is more than the {longest} positions the model was made for; \
+             lower it to {longest} or less"
+        ),
+    };
+    let max_num_batched_tokens = up.max_num_batched_tokens.unwrap_or(CPU_BATCHED_TOKENS);
+    let mut sizes = Sizes {
+        block_size: up.block_size,
+        max_model_len,
+        max_num_batched_tokens,
+        max_num_seqs: up.max_num_seqs.unwrap_or(MAX_NUM_SEQS.min(max_num_batched_tokens)),
+    };
+    let dtype = match up.dtype {
+        DtypeArg::Auto => shape.dtype,
+        DtypeArg::Float32 => Dtype::Float32,
+        DtypeArg::Bfloat16 => Dtype::Bfloat16,
+        DtypeArg::Float16 => Dtype::Float16,
+    };
+    loop {
+        let needs = partitions.iter().map(|partition| {
+            // CPU shards keep keys and values as they compute them, in 32 bits.
+            RankNeeds::estimate(shape, partition, (dtype, Dtype::Float32), &sizes)
+        });
+        let needs: Vec<RankNeeds> = needs.collect();
+        match fit(&needs, memory, up.kv_cache_memory_bytes, &sizes) {
+            Ok(report) => return Ok((sizes, report)),
+            Err(FitError::Sequence { .. }) if may_shrink && sizes.max_model_len > LEAST_AUTO_LEN => {
+                sizes.max_model_len = (sizes.max_model_len / 2).max(LEAST_AUTO_LEN);
+            }
+            Err(refused) => return Err(refused.into()),
+        }
+    }
+}
+
+fn scheduler_config(up: &Up, sizes: &Sizes, vocab_size: u32, num_blocks: u32) -> SchedulerConfig {
+    SchedulerConfig {
+        num_blocks,
+        block_size: sizes.block_size,
+        max_num_seqs: sizes.max_num_seqs,
+        max_num_batched_tokens: sizes.max_num_batched_tokens,
+        max_model_len: sizes.max_model_len,
+        vocab_size,
+        max_num_queued_reqs: up.max_num_queued_reqs as usize,
+        max_num_queued_tokens: up.max_num_queued_tokens as usize,
+        long_prefill_token_threshold: up.long_prefill_token_threshold,
+        enable_prefix_caching: up.enable_prefix_caching,
+    }
+}
+
+/// Keys of the command line and of the file.
+fn keys(up: &Up) -> Result<Vec<String>> {
+    let mut keys = up.api_key.clone();
+    if let Some(file) = &up.api_key_file {
+        let text = fs::read_to_string(file)
+            .with_context(|| format!("cannot read --api-key-file {}", file.display()))?;
+        let lines = text.lines().map(str::trim);
+        let found: Vec<&str> = lines
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .collect();
+        ensure!(
+            !found.is_empty(),
+            "--api-key-file {} holds no key; write one on a line of its own",
+            file.display()
+        );
+        keys.extend(found.into_iter().map(str::to_owned));
+    }
+    ensure!(
+        keys.iter().all(|key| !key.is_empty()),
+        "an API key is empty; leave it out or give one"
+    );
+    Ok(keys)
+}
+
+/// Where to serve; other machines are served only with a key, or on demand.
+fn address(up: &Up, have_keys: bool) -> Result<SocketAddr> {
+    let resolved = match up.host.parse::<IpAddr>() {
+        Ok(ip) => Some(SocketAddr::new(ip, up.port)),
+        Err(_) => (&*up.host, up.port)
+            .to_socket_addrs()
+            .with_context(|| format!("--host {} is neither an address nor a known name", up.host))?
+            .next(),
+    };
+    let address = resolved.with_context(|| format!("--host {} has no address", up.host))?;
+    ensure!(
+        address.ip().is_loopback() || have_keys || up.insecure_no_api_key,
+        "--host {} lets other machines in, and no API key is set; give --api-key or --api-key-file, \
+         or --insecure-no-api-key if everyone who can reach it may use it",
+        up.host
+    );
+    Ok(address)
+}

@@ -1,0 +1,358 @@
+//! `cluster up`: from a command line to a served model, and from a signal to no process left.
+//!
+//! Wires the parts together and decides nothing about requests or shards. Independent things happen
+//! at the same time: shards start while the tokenizer is read. Invariant: however it ends, shard
+//! processes are gone when the exit code is returned.
+
+use super::args::Up;
+use super::prepare::Prepared;
+use super::progress::Progress;
+use super::report::Report;
+use super::{EXIT_FAULT, EXIT_INPUT, EXIT_NOW, complain};
+use crate::clock::{now, since};
+use crate::engine::handle::{EngineHandle, Readiness, Submission};
+use crate::engine::{Connections, DrainDeadline, Engine};
+use crate::fleet::{Cause, Fault, Fleet, Limits, Ready, Setup};
+use crate::http::auth::ApiKeys;
+use crate::http::limits::ServerLimits;
+use crate::http::{ServedModel, ServerConfig, router, server};
+use crate::metrics::{Metrics, Subject, UPKEEP_INTERVAL};
+use crate::scheduler::{Scheduler, SchedulerConfig};
+use anyhow::{Context, Result};
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+/// How long answers may still take to reach their clients once the engine has ended.
+const FLUSH_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long tasks get to end the processes they own when the runtime is torn down.
+const TEARDOWN_LIMIT: Duration = Duration::from_secs(2);
+
+/// Why serving ended early.
+enum Failure {
+    /// The user's to change; nothing was served.
+    Input(anyhow::Error),
+    /// The cluster's.
+    Fault(Fault),
+    /// A second signal.
+    Now,
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// Starts a cluster and serves it until it is told to end.
+pub fn run(up: &Up) -> ExitCode {
+    let begun = now();
+    let prepared = match Prepared::new(up) {
+        Ok(prepared) => prepared,
+        Err(error) => return complain(&error, EXIT_INPUT),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime.context("cannot start threads") {
+        Ok(runtime) => runtime,
+        Err(error) => return complain(&error, EXIT_FAULT),
+    };
+    let ended = runtime.block_on(serve(up, prepared, begun));
+    runtime.shutdown_timeout(TEARDOWN_LIMIT);
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Input(error)) => complain(&error, EXIT_INPUT),
+        Err(Failure::Fault(fault)) => complain(&fault.into(), EXIT_FAULT),
+        Err(Failure::Now) => ExitCode::from(EXIT_NOW),
+    }
+}
+
+async fn serve(up: &Up, prepared: Prepared, begun: Instant) -> Result<(), Failure> {
+    for warning in &prepared.placement.warnings {
+        note(warning);
+    }
+    let listener = bind(prepared.address).await.map_err(Failure::Input)?;
+    let address = listener
+        .local_addr()
+        .map_err(|e| Failure::Input(e.into()))?;
+    let mut signals = Signals::new().map_err(Failure::Input)?;
+    let metrics = Arc::new(Metrics::new(&Subject {
+        model_name: prepared.model.names[0].clone(),
+        max_model_len: prepared.load.max_model_len,
+        world_size: prepared.placement.world_size(),
+        build: super::BUILD.to_owned(),
+    }));
+    tokio::spawn(upkeep(metrics.clone()));
+    let (readiness, state) = watch::channel(Readiness::Loading);
+    let (handle, submissions) = EngineHandle::new(state);
+    let site = Site {
+        handle,
+        metrics: metrics.clone(),
+        listener,
+    };
+    // Both begin now; whichever fails ends the other.
+    let starting = async { tokio::try_join!(open(up, &prepared, site), start(up, &prepared)) };
+    let (door, (fleet, ready)) = tokio::select! {
+        started = starting => started?,
+        () = signals.next() => return Ok(()),
+    };
+    record_start(&metrics, &prepared, &ready, since(begun));
+    let scheduler = SchedulerConfig {
+        num_blocks: ready.num_blocks,
+        ..prepared.scheduler.clone()
+    };
+    let scheduler = Scheduler::new(scheduler).map_err(|e| Failure::Input(e.into()))?;
+    let report = Report {
+        address: reachable(address),
+        model_name: &prepared.model.names[0],
+        chat: door.chat,
+        key_needed: !prepared.keys.is_empty(),
+        ranks: &ready.ranks,
+        num_blocks: ready.num_blocks,
+        block_size: prepared.load.block_size,
+        max_model_len: prepared.load.max_model_len,
+        phases: &ready.phases,
+        startup: since(begun),
+    };
+    let limit = Duration::from_secs(up.shutdown_timeout.into());
+    let connections = Wiring {
+        submissions,
+        readiness,
+        metrics,
+    };
+    run_engine(scheduler, fleet, connections, (&report, limit), &mut signals, door).await
+}
+
+/// What the engine is made of besides scheduler and fleet.
+struct Wiring {
+    submissions: mpsc::Receiver<Submission>,
+    readiness: watch::Sender<Readiness>,
+    metrics: Arc<Metrics>,
+}
+
+/// Serves until a signal or a fault; then lets answers reach their clients.
+async fn run_engine(
+    scheduler: Scheduler,
+    fleet: Fleet,
+    wiring: Wiring,
+    (report, shutdown_limit): (&Report<'_>, Duration),
+    signals: &mut Signals,
+    door: Door,
+) -> Result<(), Failure> {
+    let (shutdown, on_shutdown) = watch::channel::<DrainDeadline>(None);
+    let connections = Connections {
+        submissions: wiring.submissions,
+        shutdown: on_shutdown,
+        readiness: wiring.readiness.clone(),
+        metrics: wiring.metrics.clone(),
+    };
+    let mut engine = tokio::spawn(Engine::new(scheduler, fleet, connections).run());
+    let mut state = wiring.readiness.subscribe();
+    // An engine that ended before it was ready says why below.
+    let _ = state.wait_for(|state| *state != Readiness::Loading).await;
+    // Standard output may be closed; the cluster serves all the same.
+    let _ = writeln!(io::stdout(), "{report}");
+    let ended = tokio::select! {
+        ended = &mut engine => ended,
+        () = signals.next() => {
+            wiring.readiness.send_replace(Readiness::Draining);
+            shutdown.send_replace(Some(tokio::time::Instant::now() + shutdown_limit));
+            note("finishing running requests; Ctrl-C again ends them");
+            tokio::select! {
+                ended = &mut engine => ended,
+                () = signals.next() => {
+                    // The tasks that own the processes kill them when the runtime ends.
+                    engine.abort();
+                    return Err(Failure::Now);
+                }
+            }
+        }
+    };
+    wiring.metrics.engine.ranks_ready.set(0.0);
+    door.close().await;
+    match ended {
+        Ok(ended) => Ok(ended?),
+        Err(panicked) => Err(Failure::Fault(Fault::group(Cause::Coordinator(
+            panicked.to_string(),
+        )))),
+    }
+}
+
+/// What the HTTP server is made of.
+struct Site {
+    handle: EngineHandle,
+    metrics: Arc<Metrics>,
+    listener: TcpListener,
+}
+
+/// The HTTP server at work.
+struct Door {
+    /// Whether the model has a chat template.
+    chat: bool,
+    close: oneshot::Sender<()>,
+    server: JoinHandle<io::Result<()>>,
+}
+
+impl Door {
+    /// Takes no more connections and gives open answers a moment to be read.
+    async fn close(self) {
+        // An error means that the server has ended already.
+        let _ = self.close.send(());
+        let _ = self.server.await;
+    }
+}
+
+/// Reads what text needs and opens the door: until shards are ready it answers 503.
+async fn open(up: &Up, prepared: &Prepared, site: Site) -> Result<Door, Failure> {
+    let (owned_up, owned) = (up.clone(), prepared.clone());
+    let text = tokio::task::spawn_blocking(move || owned.load_text(&owned_up)).await;
+    let text = text.context("reading the tokenizer panicked");
+    let text = text.and_then(|text| text).map_err(Failure::Input)?;
+    let chat = text.template.is_some();
+    let limits = ServerLimits {
+        drain_timeout: FLUSH_LIMIT,
+        ..ServerLimits::default()
+    };
+    let metrics = site.metrics;
+    let router = router(ServerConfig {
+        engine: site.handle,
+        model: ServedModel {
+            names: prepared.model.names.clone(),
+            text,
+            max_model_len: prepared.load.max_model_len,
+            vocab_size: prepared.model.shape.vocab_size,
+        },
+        keys: ApiKeys::new(&prepared.keys),
+        limits: limits.clone(),
+        allowed_origins: up.allowed_origins.clone(),
+        version: super::LONG_VERSION.to_owned(),
+        metrics: Box::new(move || metrics.render()),
+    });
+    let (close, closed) = oneshot::channel();
+    let closed = async {
+        // Dropped or sent: both mean close.
+        let _ = closed.await;
+    };
+    let server = tokio::spawn(server::serve(site.listener, router, limits, closed));
+    Ok(Door {
+        chat,
+        close,
+        server,
+    })
+}
+
+async fn start(up: &Up, prepared: &Prepared) -> Result<(Fleet, Ready), Failure> {
+    let program = std::env::current_exe().context("cannot find this program's own file");
+    let setup = Setup {
+        program: program.map_err(Failure::Input)?.into(),
+        log_level: up.log_level.clone(),
+        devices: prepared.placement.devices.clone(),
+        load: prepared.load.clone(),
+        limits: Limits {
+            startup: Duration::from_secs(up.startup_timeout.into()),
+            step: Duration::from_secs(up.step_timeout.into()),
+        },
+    };
+    let mut progress = Progress::new(prepared.placement.world_size());
+    let choose = |needs: &[_]| prepared.choose_blocks(up, needs).map_err(|e| e.to_string());
+    let started = Fleet::start(&setup, choose, |event| progress.show(&event)).await;
+    progress.finish();
+    Ok(started?)
+}
+
+fn record_start(metrics: &Metrics, prepared: &Prepared, ready: &Ready, total: Duration) {
+    let load = &prepared.load;
+    metrics.set_cache_config(
+        load.block_size,
+        ready.num_blocks,
+        &load.dtype,
+        prepared.scheduler.enable_prefix_caching,
+    );
+    for (phase, took) in &ready.phases {
+        metrics.set_startup(phase.name(), *took);
+    }
+    metrics.set_startup("total", total);
+    for rank in &ready.ranks {
+        for (usage, bytes) in [
+            ("weights", rank.weight_bytes),
+            ("workspace", rank.workspace_bytes),
+            ("kv_blocks", rank.kv_bytes),
+            ("free", rank.free_bytes),
+        ] {
+            metrics.set_rank_memory(rank.rank.0, usage, bytes);
+        }
+    }
+    metrics.engine.ranks_ready.set(ready.ranks.len() as f64);
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let (ip, port) = (address.ip(), address.port());
+        match error.kind() {
+            io::ErrorKind::AddrInUse => anyhow::anyhow!(
+                "port {port} of {ip} is in use; give another --port, or 0 for a free one"
+            ),
+            io::ErrorKind::PermissionDenied => anyhow::anyhow!(
+                "port {port} may not be used by this user; give a --port above 1023"
+            ),
+            io::ErrorKind::AddrNotAvailable => anyhow::anyhow!(
+                "{ip} is no address of this machine; give --host one that is"
+            ),
+            _ => anyhow::anyhow!("cannot serve on {address}: {error}"),
+        }
+    })
+}
+
+/// Who listens everywhere is reached at home too.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        SocketAddr::new(Ipv4Addr::LOCALHOST.into(), address.port())
+    } else {
+        address
+    }
+}
+
+/// Ctrl-C and SIGTERM.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+async fn upkeep(metrics: Arc<Metrics>) {
+    let mut every = tokio::time::interval(UPKEEP_INTERVAL);
+    loop {
+        every.tick().await;
+        metrics.upkeep();
+    }
+}
+
+/// A line for whoever watches the start and the end.
+fn note(text: &str) {
+    // A closed standard error must not stop the cluster.
+    let _ = writeln!(io::stderr(), "{text}");
+}
