@@ -6,9 +6,13 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{StatusCode, header};
 use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
+
+/// Bytes beyond the limit that are read and dropped. A client that is still sending when the
+/// connection closes sees a reset, not the answer that says why.
+const DISCARDED_BYTES: usize = 16 << 20;
 
 /// Reads the whole body.
 ///
@@ -20,20 +24,45 @@ pub async fn read(state: &ServerState, request: Request) -> Result<Bytes, ApiErr
         .headers()
         .get(header::CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if declared.is_some_and(|length| length > limit as u64) {
+    let declared = declared.unwrap_or(0);
+    if declared > (limit + DISCARDED_BYTES) as u64 {
         return Err(too_large(limit));
     }
-    let body: Body = request.into_body();
-    let collected = Limited::new(body, limit).collect();
-    match tokio::time::timeout(state.limits.body_timeout, collected).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
-        Ok(Err(_)) => Err(ApiError::bad_request("The request's body broke off.")),
+    match tokio::time::timeout(
+        state.limits.body_timeout,
+        collect(request.into_body(), limit),
+    )
+    .await
+    {
+        Ok(collected) => collected,
         Err(_) => Err(ApiError::status(
             StatusCode::REQUEST_TIMEOUT,
             "The request's body did not arrive in time.",
         )),
     }
+}
+
+async fn collect(mut body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    let mut bytes = Vec::new();
+    let mut seen = 0;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError::bad_request("The request's body broke off."))?;
+        let Ok(data) = frame.into_data() else {
+            continue; // trailers
+        };
+        seen += data.len();
+        if seen <= limit {
+            bytes.extend_from_slice(&data);
+        } else if seen <= limit + DISCARDED_BYTES {
+            bytes = Vec::new();
+        } else {
+            break;
+        }
+    }
+    if seen > limit {
+        return Err(too_large(limit));
+    }
+    Ok(bytes.into())
 }
 
 fn too_large(limit: usize) -> ApiError {

@@ -35,7 +35,10 @@ impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         let mut message = message.into();
         if message.len() > MESSAGE_BYTES {
-            let end = message.floor_char_boundary(MESSAGE_BYTES);
+            let mut end = MESSAGE_BYTES;
+            while !message.is_char_boundary(end) {
+                end -= 1;
+            }
             message.truncate(end);
             message.push('…');
         }

@@ -261,10 +261,4 @@ impl ServerState {
             )),
         }
     }
-
-    /// A seed for a request that gives none. The one place where chance enters.
-    fn draw_seed(&self) -> u64 {
-        let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
-        high ^ low.rotate_left(32)
-    }
 }

@@ -176,9 +176,7 @@ mod tests {
     /// Random tokens: mostly a few kinds that interact (bytes of characters, spaces, specials).
     fn random_tokens(rng: &mut Rng, size: usize) -> Vec<u32> {
         let size = u32::try_from(size).unwrap();
-        let pool: Vec<u32> = (0..1 + rng.below(12))
-            .map(|_| rng.below(size + 2))
-            .collect();
+        let pool: Vec<u32> = (0..=rng.below(12)).map(|_| rng.below(size + 2)).collect();
         (0..rng.below(40))
             .map(|_| match rng.below(4) {
                 0 => rng.below(size + 2), // two ids beyond the vocabulary, too
@@ -200,7 +198,7 @@ mod tests {
     fn deltas_make_the_text_of_all_tokens_at_every_cut() {
         for family in Family::ALL {
             let tokenizer = tokenizer(family);
-            for seed in 0..3000 {
+            for seed in 0..1000 {
                 let mut rng = Rng::new(seed);
                 let tokens = random_tokens(&mut rng, tokenizer.pieces().len());
                 let skip = seed % 2 == 0;

@@ -101,7 +101,7 @@ impl Pieces {
             }
             let start = pieces.bytes.len();
             if plan.joining == Joining::Bytes {
-                let mapped: Option<Vec<u8>> = token.chars().map(|c| byte_of(c)).collect();
+                let mapped: Option<Vec<u8>> = token.chars().map(&byte_of).collect();
                 pieces
                     .bytes
                     .extend(mapped.unwrap_or_else(|| token.into_bytes()));

@@ -6,6 +6,7 @@
 use minijinja::value::{Kwargs, Serde, ValueKind};
 use minijinja::{Error, ErrorKind, Output, State, Value, escape_formatter};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use std::fmt::Write;
 
 /// What `[::-1]` is rewritten to.
 const REVERSED: &str = "__reversed__";
@@ -123,6 +124,10 @@ fn float(number: f64) -> String {
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=…, separators=…, sort_keys=…)`; minijinja's
 /// own filter is for HTML and escapes `<`, `>`, `&` and `'`.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja hands keyword arguments over by value"
+)]
 pub(super) fn tojson(value: &Value, args: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = args.get("indent")?;
     let sort_keys: Option<bool> = args.get("sort_keys")?;
@@ -203,7 +208,7 @@ impl JsonStyle {
                 text.push(c);
             } else {
                 for unit in c.encode_utf16(&mut units) {
-                    text.push_str(&format!("\\u{unit:04x}"));
+                    write!(text, "\\u{unit:04x}").expect("writing to a String cannot fail");
                 }
             }
         }
@@ -262,27 +267,27 @@ pub(super) fn strftime(seconds: u64, format: &str) -> String {
             text.push(c);
             continue;
         }
-        match chars.next() {
-            Some('Y') => text += &year.to_string(),
-            Some('y') => text += &format!("{:02}", year % 100),
-            Some('m') => text += &format!("{month:02}"),
-            Some('d') => text += &format!("{day:02}"),
-            Some('e') => text += &format!("{day:2}"),
-            Some('B') => text += month_name,
-            Some('b' | 'h') => text += &month_name[..3],
-            Some('A') => text += weekday,
-            Some('a') => text += &weekday[..3],
-            Some('H') => text += &format!("{hour:02}"),
-            Some('I') => text += &format!("{:02}", (hour + 11) % 12 + 1),
-            Some('p') => text += if hour < 12 { "AM" } else { "PM" },
-            Some('M') => text += &format!("{minute:02}"),
-            Some('S') => text += &format!("{second:02}"),
-            Some('F') => text += &format!("{year}-{month:02}-{day:02}"),
-            Some('T') => text += &format!("{hour:02}:{minute:02}:{second:02}"),
-            Some('%') => text.push('%'),
-            Some(other) => text.extend(['%', other]),
-            None => text.push('%'),
-        }
+        let piece = match chars.next() {
+            Some('Y') => year.to_string(),
+            Some('y') => format!("{:02}", year % 100),
+            Some('m') => format!("{month:02}"),
+            Some('d') => format!("{day:02}"),
+            Some('e') => format!("{day:2}"),
+            Some('B') => month_name.to_owned(),
+            Some('b' | 'h') => month_name[..3].to_owned(),
+            Some('A') => weekday.to_owned(),
+            Some('a') => weekday[..3].to_owned(),
+            Some('H') => format!("{hour:02}"),
+            Some('I') => format!("{:02}", (hour + 11) % 12 + 1),
+            Some('p') => if hour < 12 { "AM" } else { "PM" }.to_owned(),
+            Some('M') => format!("{minute:02}"),
+            Some('S') => format!("{second:02}"),
+            Some('F') => format!("{year}-{month:02}-{day:02}"),
+            Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
+            Some('%') | None => "%".to_owned(),
+            Some(other) => format!("%{other}"),
+        };
+        text.push_str(&piece);
     }
     text
 }

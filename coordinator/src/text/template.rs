@@ -189,7 +189,8 @@ impl ChatTemplate {
 struct Raised;
 
 fn explain(error: &Error) -> TemplateError {
-    let raised = std::error::Error::source(error).is_some_and(|source| source.is::<Raised>());
+    let raised =
+        std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<Raised>);
     match error.detail() {
         Some(detail) if raised => TemplateError::Raised(detail.to_owned()),
         // The kind and the template's line are enough; details may quote other users' data.

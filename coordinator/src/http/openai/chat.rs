@@ -5,7 +5,7 @@
 use super::logprobs::{self, ChatToken};
 use super::params::{Extra, Params};
 use super::prompt::encode;
-use super::{StreamUsage, UsageBody, finish_fields, unsupported};
+use super::{ChunkUsage, StreamUsage, UsageBody, finish_fields, unsupported};
 use crate::http::auth::Tenant;
 use crate::http::error::ApiError;
 use crate::http::generate::{Delta, Generation, StopReason, Usage};
@@ -259,8 +259,8 @@ struct Chunk<'a> {
     created: u64,
     model: &'a str,
     choices: Vec<ChunkChoice>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<UsageBody>>,
+    #[serde(skip_serializing_if = "ChunkUsage::is_absent")]
+    usage: ChunkUsage,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [u32]>,
 }
@@ -291,7 +291,7 @@ struct ChunkLogprobs {
 }
 
 impl Writer {
-    fn chunk(&self, choices: Vec<ChunkChoice>, usage: Option<Option<UsageBody>>) -> Chunk<'_> {
+    fn chunk(&self, choices: Vec<ChunkChoice>, usage: ChunkUsage) -> Chunk<'_> {
         Chunk {
             id: &self.id,
             object: "chat.completion.chunk",
@@ -317,8 +317,10 @@ impl Dialect for Writer {
                 delta,
                 ..ChunkChoice::default()
             };
-            let mut usage = Usage::default();
-            usage.prompt_tokens = self.prompt.len();
+            let usage = Usage {
+                prompt_tokens: self.prompt.len(),
+                ..Usage::default()
+            };
             let mut chunk = self.chunk(vec![choice], self.usage.chunk(usage));
             chunk.prompt_token_ids = (self.token_ids && index == 0).then_some(&*self.prompt);
             frames.data(&chunk);
@@ -357,7 +359,7 @@ impl Dialect for Writer {
 
     fn close(&mut self, usage: Usage, frames: &mut Frames) {
         if self.usage.at_end {
-            frames.data(&self.chunk(Vec::new(), Some(Some(usage.into()))));
+            frames.data(&self.chunk(Vec::new(), ChunkUsage::Counts(usage.into())));
         }
         frames.literal("data: [DONE]\n\n");
     }

@@ -5,7 +5,7 @@
 use super::logprobs::{self, Legacy};
 use super::params::{Extra, Params};
 use super::prompt::{Prompt, PromptInput};
-use super::{StreamUsage, UsageBody, finish_fields, unsupported};
+use super::{ChunkUsage, StreamUsage, finish_fields, unsupported};
 use crate::http::auth::Tenant;
 use crate::http::error::ApiError;
 use crate::http::generate::{Delta, Generation, StopReason, Usage};
@@ -98,12 +98,16 @@ async fn whole(mut generation: Generation, mut writer: Writer) -> Result<Respons
         created: writer.created,
         model: &writer.model,
         choices,
-        usage: Some(Some(generation.usage().into())),
+        usage: ChunkUsage::Counts(generation.usage().into()),
     };
     Ok((StatusCode::OK, Json(body)).into_response())
 }
 
 /// Turns deltas into pieces of choices.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a field of the request, independent of the others"
+)]
 #[derive(Debug)]
 struct Writer {
     id: String,
@@ -151,8 +155,8 @@ struct Answer<'a> {
     created: u64,
     model: &'a str,
     choices: Vec<Piece>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<UsageBody>>,
+    #[serde(skip_serializing_if = "ChunkUsage::is_absent")]
+    usage: ChunkUsage,
 }
 
 impl Piece {
@@ -258,7 +262,7 @@ impl Writer {
         }
     }
 
-    fn answer(&self, choices: Vec<Piece>, usage: Option<Option<UsageBody>>) -> Answer<'_> {
+    fn answer(&self, choices: Vec<Piece>, usage: ChunkUsage) -> Answer<'_> {
         Answer {
             id: &self.id,
             object: "text_completion",
@@ -282,7 +286,7 @@ impl Dialect for Writer {
 
     fn close(&mut self, usage: Usage, frames: &mut Frames) {
         if self.usage.at_end {
-            frames.data(&self.answer(Vec::new(), Some(Some(usage.into()))));
+            frames.data(&self.answer(Vec::new(), ChunkUsage::Counts(usage.into())));
         }
         frames.literal("data: [DONE]\n\n");
     }

@@ -53,13 +53,30 @@ struct StreamUsage {
 }
 
 impl StreamUsage {
-    /// The `usage` field of a chunk: absent, `null`, or a count.
-    fn chunk(self, usage: Usage) -> Option<Option<UsageBody>> {
-        if self.continuous {
-            Some(Some(usage.into()))
-        } else {
-            self.at_end.then_some(None)
+    /// The `usage` field of a chunk.
+    fn chunk(self, usage: Usage) -> ChunkUsage {
+        match self {
+            Self {
+                continuous: true, ..
+            } => ChunkUsage::Counts(usage.into()),
+            Self { at_end: true, .. } => ChunkUsage::Null,
+            _ => ChunkUsage::Absent,
         }
+    }
+}
+
+/// The `usage` field of a chunk.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum ChunkUsage {
+    Absent,
+    Null,
+    Counts(UsageBody),
+}
+
+impl ChunkUsage {
+    fn is_absent(&self) -> bool {
+        matches!(self, Self::Absent)
     }
 }
 

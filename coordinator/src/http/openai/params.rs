@@ -149,7 +149,7 @@ impl Params {
     ) -> Result<GenerateRequest, ApiError> {
         let model = &state.model;
         let n = self.choices()?;
-        let least = if extra.echo { 0 } else { 1 };
+        let least = i64::from(!extra.echo);
         let mut max_tokens = extra
             .default_max_tokens
             .or(model.text.defaults.max_new_tokens);
@@ -268,7 +268,7 @@ impl Params {
         }
         let seed = match self.seed {
             // As in `vllm`, -1 is a way to say nothing.
-            None | Some(Whole(-1)) => state.draw_seed(),
+            None | Some(Whole(-1)) => draw_seed(),
             Some(Whole(seed)) => seed.cast_unsigned(),
         };
         Ok(SamplingParams {
@@ -294,6 +294,12 @@ impl Params {
             logprobs,
         })
     }
+}
+
+/// A seed for a request that gives none. The one place where chance enters.
+fn draw_seed() -> u64 {
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    high ^ low.rotate_left(32)
 }
 
 /// Dividing by a temperature near 0 overflows: below 0.00001 is greedy, below 0.01 is 0.01.

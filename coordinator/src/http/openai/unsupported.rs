@@ -118,7 +118,7 @@ impl<'de> Deserialize<'de> for Asked {
                         match key.as_str() {
                             "tools" => asked.tools = map.next_value::<Presence>()?.given,
                             "tool_choice" => {
-                                asked.tool_choice = map.next_value::<Presence>()?.word()
+                                asked.tool_choice = map.next_value::<Presence>()?.word();
                             }
                             "response_format" => {
                                 asked.response_format = map.next_value::<Presence>()?.word();

@@ -1,0 +1,258 @@
+//! Connections: clients that leave, clients that do not read or write, failures, the end.
+
+use super::client::{parse, read_until};
+use super::support::{Script, Server, Setup, lock};
+use coordinator::http::limits::ServerLimits;
+use serde_json::{Value, json};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep};
+
+fn stream_body() -> Vec<u8> {
+    json!({"prompt": "hi", "max_tokens": 4000, "stream": true})
+        .to_string()
+        .into_bytes()
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_cancels_its_request() {
+    let server = Setup::always(Script::Endless(2)).start().await;
+    let mut expected = 0;
+    // In the middle of a stream, and of an answer that is collected.
+    for n in [1, 3] {
+        let body = json!({"prompt": "hi", "max_tokens": 4000, "stream": true, "n": n}).to_string();
+        let mut stream = server
+            .open("POST", "/v1/completions", &[], body.as_bytes())
+            .await;
+        read_until(&mut stream, "data: ").await;
+        drop(stream);
+        expected += n;
+        server.until_cancelled(expected).await;
+        let body = json!({"prompt": "hi", "max_tokens": 4000, "n": n}).to_string();
+        let stream = server
+            .open("POST", "/v1/completions", &[], body.as_bytes())
+            .await;
+        while lock(&server.seen).requests.len() < expected + n {
+            sleep(Duration::from_millis(1)).await;
+        }
+        drop(stream);
+        expected += n;
+        server.until_cancelled(expected).await;
+    }
+    assert_eq!(server.get("/load").await.json(), json!({"server_load": 0}));
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_while_queued_cancels_its_request() {
+    let server = Setup::always(Script::Hang).start().await;
+    for body in [
+        stream_body(),
+        json!({"prompt": "hi"}).to_string().into_bytes(),
+    ] {
+        let before = lock(&server.seen).cancelled.len();
+        let stream = server.open("POST", "/v1/completions", &[], &body).await;
+        while lock(&server.seen).requests.len() == before {
+            sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(server.get("/load").await.json(), json!({"server_load": 1}));
+        drop(stream);
+        server.until_cancelled(before + 1).await;
+    }
+}
+
+#[tokio::test]
+async fn a_broken_stream_says_so_and_has_no_done() {
+    for script in [Script::Fail("ab".into()), Script::Vanish("ab".into())] {
+        let server = Setup::always(script.clone()).start().await;
+        let answer = server
+            .send("POST", "/v1/completions", &[], &stream_body())
+            .await;
+        assert_eq!(answer.status, 200);
+        let events = answer.events();
+        let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+        assert_eq!(last["error"]["type"], "server_error", "{script:?}");
+        assert!(!answer.text().contains("[DONE]"), "{}", answer.text());
+        let texts: Vec<Value> = events[..events.len() - 1]
+            .iter()
+            .map(|event| {
+                serde_json::from_str::<Value>(event).unwrap()["choices"][0]["text"].clone()
+            })
+            .collect();
+        assert_eq!(texts, ["a", "b"], "what was said stays said");
+        let answer = server
+            .post("/v1/completions", &json!({"prompt": "hi"}))
+            .await;
+        assert_eq!(answer.status, 500, "{}", answer.text());
+        assert_eq!(answer.json()["error"]["type"], "server_error");
+    }
+}
+
+#[tokio::test]
+async fn an_idle_stream_is_kept_open_by_comments() {
+    let limits = ServerLimits {
+        keep_alive_interval: Duration::from_millis(30),
+        ..ServerLimits::default()
+    };
+    let server = Setup {
+        limits,
+        ..Setup::always(Script::Hang)
+    }
+    .start()
+    .await;
+    let mut stream = server
+        .open("POST", "/v1/completions", &[], &stream_body())
+        .await;
+    let seen = read_until(&mut stream, ": keep-alive\n\n").await;
+    assert!(!seen.contains("data:"), "{seen}");
+    read_until(&mut stream, ": keep-alive\n\n").await;
+}
+
+/// Time until the server closes a connection on which `bytes` were sent.
+async fn closed_after(server: &Server, bytes: &[u8]) -> (Duration, Vec<u8>) {
+    let mut stream = TcpStream::connect(server.address).await.expect("connect");
+    let start = Instant::now();
+    stream.write_all(bytes).await.expect("send");
+    let mut answer = Vec::new();
+    let read = stream.read_to_end(&mut answer);
+    let _ = tokio::time::timeout(Duration::from_secs(20), read)
+        .await
+        .expect("closed in time");
+    (start.elapsed(), answer)
+}
+
+#[tokio::test]
+async fn half_sent_heads_and_bodies_are_closed() {
+    let limits = ServerLimits {
+        header_timeout: Duration::from_millis(300),
+        body_timeout: Duration::from_millis(300),
+        ..ServerLimits::default()
+    };
+    let server = Setup {
+        limits,
+        ..Setup::says("x")
+    }
+    .start()
+    .await;
+    for half in [
+        "",
+        "GET /health HT",
+        "GET /health HTTP/1.1\r\nhost: x\r\nx-slow: ",
+    ] {
+        let (took, _) = closed_after(&server, half.as_bytes()).await;
+        assert!(took > Duration::from_millis(200), "{half:?} after {took:?}");
+        assert!(took < Duration::from_secs(5), "{half:?} after {took:?}");
+    }
+    let half = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"prompt\"";
+    let (took, answer) = closed_after(&server, half.as_bytes()).await;
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert_eq!(parse(&answer).status, 408);
+    // The same with heads that come byte by byte for ever.
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    let start = Instant::now();
+    while stream.write_all(b"a").await.is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(5), "still open");
+        sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(server.get("/health").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_closed_and_cancelled() {
+    let limits = ServerLimits {
+        stall_timeout: Duration::from_millis(400),
+        ..ServerLimits::default()
+    };
+    // Without the engine's own cut, the channel alone holds the tokens back.
+    let server = Setup {
+        limits,
+        ..Setup::always(Script::Endless(0))
+    }
+    .start()
+    .await;
+    let body =
+        json!({"prompt": vec![1; 40], "n": 16, "max_tokens": 4000, "stream": true, "logprobs": 20});
+    let stream = server
+        .open("POST", "/v1/completions", &[], body.to_string().as_bytes())
+        .await;
+    let start = Instant::now();
+    server.until_cancelled(16).await;
+    assert!(
+        start.elapsed() > Duration::from_millis(300),
+        "{:?}",
+        start.elapsed()
+    );
+    for (_, sent) in &lock(&server.seen).cancelled {
+        assert!(*sent < 4000, "the whole answer was buffered somewhere");
+    }
+    drop(stream);
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait() {
+    let limits = ServerLimits {
+        connections: 2,
+        header_timeout: Duration::from_millis(500),
+        ..ServerLimits::default()
+    };
+    let server = Setup {
+        limits,
+        ..Setup::says("x")
+    }
+    .start()
+    .await;
+    let mut idle = Vec::new();
+    for _ in 0..2 {
+        idle.push(TcpStream::connect(server.address).await.unwrap());
+    }
+    sleep(Duration::from_millis(50)).await;
+    let start = Instant::now();
+    assert_eq!(server.get("/health").await.status, 200);
+    assert!(
+        start.elapsed() > Duration::from_millis(200),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn shutdown_lets_answers_end_and_takes_no_more() {
+    let text = "t".repeat(100);
+    let mut server = Setup::new(move |_| vec![Script::Endless(5)]).start().await;
+    let body = json!({"prompt": "hi", "max_tokens": text.len(), "stream": true}).to_string();
+    let mut stream = server
+        .open("POST", "/v1/completions", &[], body.as_bytes())
+        .await;
+    read_until(&mut stream, "data: ").await;
+    server.begin_stop();
+    let rest = read_until(&mut stream, "[DONE]").await;
+    assert!(rest.contains("\"finish_reason\":\"length\""), "{rest}");
+    assert!(
+        TcpStream::connect(server.address).await.is_err(),
+        "it still listens"
+    );
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn shutdown_does_not_wait_for_ever() {
+    let limits = ServerLimits {
+        drain_timeout: Duration::from_millis(200),
+        ..ServerLimits::default()
+    };
+    let server = Setup {
+        limits,
+        ..Setup::always(Script::Hang)
+    }
+    .start()
+    .await;
+    let _open = server
+        .open("POST", "/v1/completions", &[], &stream_body())
+        .await;
+    while lock(&server.seen).requests.is_empty() {
+        sleep(Duration::from_millis(1)).await;
+    }
+    let start = Instant::now();
+    server.stop().await;
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
