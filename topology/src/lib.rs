@@ -2,7 +2,8 @@
 //! that carries it; how shard processes are started.
 //!
 //! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`model_shape`],
-//! [`wire`].
+//! [`partition`], [`checkpoint`] for models; [`spec`], [`placement`], [`fit`] for machines; [`wire`],
+//! [`link`], [`launch`] for processes.
 
 pub mod checkpoint;
 pub mod fit;

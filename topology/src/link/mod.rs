@@ -27,6 +27,7 @@ use bincode::{Decode, Encode};
 use frame::{FrameReader, FrameWriter};
 use futures_util::future::join_all;
 use quinn::{Connection, ConnectionError, Endpoint, SendStream, TransportConfig, VarInt};
+use rustix::net::sockopt;
 use std::io;
 use std::marker::PhantomData;
 use std::net::IpAddr;
@@ -48,9 +49,13 @@ const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes that may be on their way on one connection: half a largest frame, many plans.
 const WINDOW_BYTES: u32 = 8 << 20;
 
-/// Largest datagram over loopback, where the operating system sets no lower limit: fewer packets
-/// for a plan.
-const LOOPBACK_MTU: u16 = 16 << 10;
+/// Largest datagram over loopback, where nothing else limits it: fewer packets for a plan. Ten of
+/// them, which quinn hands to the system in one call, must stay below the 64 KiB that such a call
+/// may carry; above, they are lost, and quinn falls back to 1,200 bytes for good.
+const LOOPBACK_MTU: u16 = 6_500;
+
+/// Bytes that the operating system keeps for a process that is busy: several plans.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// Spoken by both ends; raised if the meaning of streams changes.
 const ALPN: &[u8] = b"cluster/1";
@@ -255,6 +260,8 @@ fn endpoint(ip: IpAddr, server: Option<quinn::ServerConfig>) -> Result<Endpoint,
             .map_err(|e| setup(&e))?;
     }
     let socket = std::net::UdpSocket::bind((ip, 0)).map_err(|e| setup(&e))?;
+    // As far as the system allows; a smaller buffer works, but large plans lose packets.
+    let _ = sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER_BYTES);
     let runtime = Arc::new(quinn::TokioRuntime);
     Endpoint::new(config, server, socket, runtime).map_err(|e| setup(&e))
 }
