@@ -59,7 +59,10 @@ fn a_million_operations_keep_every_invariant() {
         seen.scored_prompts,
     ];
     let rarest = rarest.iter().min().copied().unwrap_or(0);
-    assert!(worlds < 40 || rarest >= worlds, "something hardly happened: {seen:?}");
+    assert!(
+        worlds < 40 || rarest >= worlds,
+        "something hardly happened: {seen:?}"
+    );
 }
 
 #[test]
