@@ -298,7 +298,7 @@ def errors(server):
     raises(bad, lambda: server.chat(logit_bias={"99999999": 1}), param="logit_bias")
     raises(bad, lambda: server.chat(max_tokens=100_000_000), "context_length_exceeded")
     raises(bad, lambda: server.complete([10**8]), param="prompt")
-    raises(bad, lambda: server.complete(""), param="prompt")
+    raises(bad, lambda: server.complete([]), param="prompt")
     raises(bad, lambda: server.complete("x", logprobs=1000), param="logprobs")
     raises(bad, lambda: server.chat(tools=[{"type": "function", "function": {"name": "f"}}]), param="tools")
     raises(openai.NotFoundError, lambda: server.client.post("/no/such/route", cast_to=object, body={}))
