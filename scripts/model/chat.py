@@ -5,7 +5,8 @@ alone, so that it can be checked letter by letter. Does not know about tokens or
 
 Invariant (what "held out" means): `held_out(text)` picks about a tenth of all question texts by hash.
 A single question whose exact text is held out is never put into training, neither alone nor inside
-a conversation; a dialogue is held out by the text of all its user turns together.
+a conversation; a dialogue is held out by the text of all its user turns together, but the same
+turns may be part of a longer dialogue of the training.
 """
 
 import hashlib
@@ -206,9 +207,9 @@ def months(rng):
     return form.format(o=ORDINALS[index], n=index + 1), f"{w.MONTHS[index]} is the {ORDINALS[index]} month of the year."
 
 
-def single(rng, task=None, want_held_out=False):
+def single(rng, task=None, want_held_out=False, late=False):
     """One question of a task (or of any), on the asked side of the held-out line."""
-    task = task or rng.choices(list(TASKS), [weight for _, weight in TASKS.values()])[0]
+    task = task or rng.choices(list(TASKS), [weights[late] for _, weights in TASKS.values()])[0]
     while True:
         question, answer = TASKS[task][0](rng)
         if held_out(question) == want_held_out:
@@ -380,8 +381,10 @@ def story_request(rng):
     return form.format(s=subject), text
 
 
-TASKS = {"sums": (sums, 18), "opposites": (opposites, 8), "sounds": (sounds, 7), "colours": (colours, 8), "repeat": (repeat, 15),
-         "sort numbers": (sort_numbers, 15), "sort words": (sort_words, 15), "days": (days, 6), "months": (months, 8)}
+# Each task with how often it is drawn, first early and then late in the training: what is hard gains.
+TASKS = {"sums": (sums, (18, 20)), "opposites": (opposites, (8, 6)), "sounds": (sounds, (7, 5)), "colours": (colours, (8, 4)),
+         "repeat": (repeat, (15, 14)), "sort numbers": (sort_numbers, (15, 24)), "sort words": (sort_words, (15, 20)),
+         "days": (days, (6, 4)), "months": (months, (8, 6))}
 
 SYSTEM = ["You are a helpful assistant.", "You are a friendly assistant.", "Answer briefly.", "You are a kind teacher.",
           "You are a helpful assistant. Answer in one sentence.", "You tell stories and answer simple questions.", "Be polite.",

@@ -2,8 +2,9 @@
 
     corpus.py --out target/model [--tokens 12500000] [--seed 1]
 
-Writes `tokens.bin` (u16), `weights.bin` (u8, 1 where a token counts for the loss) and, for the last
-phase, `long_tokens.bin` / `long_weights.bin`, beside the tokenizer's files. Downloads nothing.
+Writes `early_tokens.bin` (u16) and `early_weights.bin` (u8, 1 where a token counts for the loss), the
+same for the phases `late` (more questions) and `long` (conversations as long as the context), and
+the tokenizer's files and the held-out questions beside them. Downloads nothing.
 Does not train. Invariant: the same arguments give the same bytes.
 """
 
@@ -41,13 +42,13 @@ def system_turn(rng):
     return SYSTEM + rng.choice(chat.SYSTEM) + END if rng.random() < 0.25 else ""
 
 
-def exchanges(rng, units):
+def exchanges(rng, units, late=False):
     """`units` exchanges as (text, counts for the loss) pieces; each answer counts, no question does."""
     pieces = []
     for _ in range(units):
         pick = rng.random()
         if pick < 0.72:
-            turns = [chat.single(rng)]
+            turns = [chat.single(rng, late=late)]
         elif pick < 0.94:
             turns = chat.dialogue(rng)
         else:
@@ -57,9 +58,12 @@ def exchanges(rng, units):
     return pieces
 
 
-def document(rng):
-    """One document: a story, a scene, a story told on request, or a conversation of a few exchanges."""
-    pick = rng.random()
+def document(rng, late=False):
+    """One document: a story, a scene, a story told on request, or a conversation of a few exchanges.
+
+    Late in the training fewer stories, for sentences are learnt before sorting is.
+    """
+    pick = rng.random() * (2.6 if late else 1.0)
     if pick < 0.13:
         return [(BOS, False), (stories.story(rng)[1] + EOS, True)]
     if pick < 0.18:
@@ -67,7 +71,12 @@ def document(rng):
     if pick < 0.26:
         question, text = chat.story_request(rng)
         return [(BOS + system_turn(rng) + USER + question + END + ASSISTANT, False), (text + END, True)]
-    return [(BOS + system_turn(rng), False)] + exchanges(rng, rng.choice([1, 1, 1, 1, 1, 2, 2, 3, 4]))
+    return [(BOS + system_turn(rng), False)] + exchanges(rng, rng.choice([1, 1, 1, 1, 1, 2, 2, 3, 4]), late)
+
+
+def late_document(rng):
+    """A document for the second part of the training."""
+    return document(rng, late=True)
 
 
 def long_document(rng):
@@ -164,6 +173,7 @@ def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--out", type=pathlib.Path, default=pathlib.Path("target/model"))
     args.add_argument("--tokens", type=int, default=12_500_000)
+    args.add_argument("--late-tokens", type=int, default=6_000_000)
     args.add_argument("--long-tokens", type=int, default=1_200_000)
     args.add_argument("--seed", type=int, default=1)
     args = args.parse_args()
@@ -173,11 +183,12 @@ def main():
     print("vocabulary", tokenizer.get_vocab_size(), flush=True)
     rows = held_out_questions(args.seed + 1)
     (args.out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for prefix, make, limit, seed in (("", document, args.tokens, args.seed + 2), ("long_", long_document, args.long_tokens, args.seed + 3)):
-        ids, flags = encode(tokenizer, forever(make, random.Random(seed)), limit)
-        ids.tofile(args.out / f"{prefix}tokens.bin")
-        flags.tofile(args.out / f"{prefix}weights.bin")
-        print(f"{prefix or 'short '}{len(ids)} tokens, {flags.mean():.2f} of them count", flush=True)
+    phases = [("early", document, args.tokens), ("long", long_document, args.long_tokens), ("late", late_document, args.late_tokens)]
+    for number, (phase, make, limit) in enumerate(phases):
+        ids, flags = encode(tokenizer, forever(make, random.Random(args.seed + 2 + number)), limit)
+        ids.tofile(args.out / f"{phase}_tokens.bin")
+        flags.tofile(args.out / f"{phase}_weights.bin")
+        print(f"{phase}: {len(ids)} tokens, {flags.mean():.2f} of them count", flush=True)
 
 
 if __name__ == "__main__":

@@ -121,5 +121,6 @@ def export(model, out):
     out.mkdir(parents=True, exist_ok=True)
     tensors = {"model." + name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     for name, value in (("config.json", CONFIG), ("generation_config.json", GENERATION)):
         (out / name).write_text(json.dumps(value, indent=2) + "\n")

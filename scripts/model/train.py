@@ -1,6 +1,6 @@
 """Trains the built-in model on the corpus that `corpus.py` wrote.
 
-    train.py --data target/model --out coordinator/builtin [--steps 4600] [--threads 2]
+    train.py --data target/model --out coordinator/builtin [--threads 2]
 
 Resumes from the last checkpoint in the data directory, prints loss and tokens per second, and at the
 end (and with `--export-every`, on the way) writes the published files to `--out` and prints the
@@ -20,8 +20,12 @@ import torch
 import evaluate
 from llama import CONFIG, Llama, export
 
-LENGTH = 256          # of a training row, but for the last phase
-LONG_LENGTH = 1024    # of a row in the last phase: the whole context
+# The phases: the corpus files, read in turns, and the step before which the phase ends.
+PHASES = [(["early"], 1600), (["late"], 3760), (["long"], 4000), (["late"], 5200), (["long"], 5400), (["late", "long"], 6000)]
+LENGTHS = {"early": 256, "late": 256, "long": 1024}  # of a file's rows
+# The cycles of the learning rate: its height, the step at which it starts to fall, the step at which it is nothing.
+CYCLES = [(2e-3, 2400, 4000), (1.2e-3, 4100, 5400), (1e-3, 5500, 6000)]
+WARM_UP = 100  # steps at the start of a cycle
 CHECKPOINT_SECONDS = 150
 COPIED = ["tokenizer.json", "tokenizer_config.json", "heldout.jsonl"]
 
@@ -30,22 +34,22 @@ def parse():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--data", type=pathlib.Path, default=pathlib.Path("target/model"))
     args.add_argument("--out", type=pathlib.Path, default=pathlib.Path("coordinator/builtin"))
-    args.add_argument("--steps", type=int, default=4600)
     args.add_argument("--batch-tokens", type=int, default=2048)
-    args.add_argument("--lr", type=float, default=2e-3)
-    args.add_argument("--long-share", type=float, default=0.06, help="share of the steps with rows of the whole context")
-    args.add_argument("--decay-share", type=float, default=0.4, help="share of the steps over which the rate falls to nothing")
     args.add_argument("--export-every", type=int, default=1000)
     args.add_argument("--threads", type=int, default=2)
     args.add_argument("--seed", type=int, default=1)
     return args.parse_args()
 
 
-def rate(step, args):
-    """Warm-up, a plateau, then half a cosine down to nothing."""
-    start = args.steps * (1 - args.decay_share)
-    fall = max(0.0, (step - start) / (args.steps - start))
-    return args.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * fall))
+def rate(step):
+    """The learning rate: in each cycle a warm-up, a plateau, then half a cosine down to nothing."""
+    begin = 0
+    for height, fall, end in CYCLES:
+        if step < end:
+            fallen = max(0.0, (step - fall) / (end - fall))
+            return height * min(1.0, (step - begin + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * fallen))
+        begin = end
+    raise ValueError(f"step {step} is after the last cycle")
 
 
 def set_threads(threads):
@@ -57,9 +61,9 @@ def set_threads(threads):
 class Rows:
     """Fixed-length rows of a token file, in a shuffled order that (seed, pass) determines."""
 
-    def __init__(self, data, prefix, length, seed):
-        tokens = np.fromfile(data / f"{prefix}tokens.bin", dtype=np.uint16)
-        counts = np.fromfile(data / f"{prefix}weights.bin", dtype=np.uint8)
+    def __init__(self, data, phase, length, seed):
+        tokens = np.fromfile(data / f"{phase}_tokens.bin", dtype=np.uint16)
+        counts = np.fromfile(data / f"{phase}_weights.bin", dtype=np.uint8)
         rows = len(tokens) // (length + 1)
         self.tokens = tokens[: rows * (length + 1)].reshape(rows, length + 1)
         self.counts = counts[: rows * (length + 1)].reshape(rows, length + 1)
@@ -99,7 +103,7 @@ def main():
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98), fused=True)
+                                  lr=CYCLES[0][0], betas=(0.9, 0.98), fused=True)
     checkpoint, first, seconds = args.data / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint)
@@ -107,17 +111,17 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
         print(f"resumed at step {first}", flush=True)
-    short, long = Rows(args.data, "", LENGTH, args.seed), Rows(args.data, "long_", LONG_LENGTH, args.seed)
-    last_short = round(args.steps * (1 - args.long_share))
+    rows_of = {name: Rows(args.data, name, length, args.seed) for name, length in LENGTHS.items()}
+    steps = PHASES[-1][1]
     begin = saved = shown = time.monotonic()
     total, shown_step = 0.0, first
-    for step in range(first, args.steps):
-        if step < last_short:
-            tokens, counts = short.batch(step, args.batch_tokens // LENGTH)
-        else:
-            tokens, counts = long.batch(step - last_short, args.batch_tokens // LONG_LENGTH)
+    for step in range(first, steps):
+        names = next(names for names, end in PHASES if step < end)
+        name = names[step % len(names)]
+        # Every phase reads its own shuffled rows; which ones depends on the step alone.
+        tokens, counts = rows_of[name].batch(step, args.batch_tokens // LENGTHS[name])
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
+            group["lr"] = rate(step)
         set_threads(args.threads)
         loss = model.loss(tokens, counts)
         model.zero_grad(set_to_none=True)
@@ -132,13 +136,13 @@ def main():
             print(f"step {done} loss {total / (done - shown_step):.4f} {speed:.0f} tokens/s "
                   f"{(seconds + now - begin) / 60:.1f} min", flush=True)
             total, shown_step, shown = 0.0, done, now
-        if now - saved > CHECKPOINT_SECONDS or done == args.steps:
+        if now - saved > CHECKPOINT_SECONDS or done == steps:
             save(checkpoint, model, optimizer, done, seconds + now - begin)
             saved = now
-        if done % args.export_every == 0 and done != args.steps:
+        if done % args.export_every == 0 and done != steps:
             publish(model, args, show_wrong=8)
             shown = time.monotonic()
-    print(f"trained {args.steps} steps, {args.steps * args.batch_tokens} tokens, "
+    print(f"trained {steps} steps, {steps * args.batch_tokens} tokens, "
           f"{(seconds + time.monotonic() - begin) / 60:.1f} minutes", flush=True)
     publish(model, args, show_wrong=30)
 

@@ -99,7 +99,7 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
           "November", "December"]
 
-# Words for lists to repeat and to sort. Sorting uses the first 64 of them in a fixed, seedless choice.
+# Words for lists to repeat; the first 64 of them are those that are sorted.
 LIST_WORDS = """apple ball cat dog egg fish goat hat ice jam king lamp moon nest owl pig queen rain sun tree uncle van
 wolf yard zebra ant bear cake duck ear farm garden horse island juice kite leaf milk nut ocean pear river snow table
 umbrella village water bread cloud door flower grass house jar lion mouse night orange pen rose star train window
