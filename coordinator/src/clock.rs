@@ -6,7 +6,10 @@
 use std::time::{Duration, Instant};
 
 /// Now.
-#[expect(clippy::disallowed_methods, reason = "this is the edge where time enters")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the edge where time enters"
+)]
 pub fn now() -> Instant {
     Instant::now()
 }
@@ -17,7 +20,10 @@ pub fn since(start: Instant) -> Duration {
 }
 
 /// Seconds since 1970 in UTC, for time stamps in answers; never for measuring.
-#[expect(clippy::disallowed_methods, reason = "this is the edge where time enters")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the edge where time enters"
+)]
 pub fn unix_seconds() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)

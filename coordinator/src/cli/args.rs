@@ -90,8 +90,9 @@ pub enum LogFormat {
     Json,
 }
 
-/// Flags of `cluster up`.
+/// Flags of `cluster up`. Of a flag that is given twice the last counts.
 #[derive(Args, Clone, Debug, Serialize)]
+#[command(args_override_self = true)]
 #[serde(rename_all = "kebab-case")]
 pub struct Up {
     /// Directory of the model, or NAME=DIR; without one, the built-in demo model.
@@ -119,9 +120,9 @@ pub struct Up {
     /// Chat template to use instead of the model's own.
     #[arg(long, env = "CLUSTER_CHAT_TEMPLATE", value_name = "FILE", help_heading = MODEL)]
     pub chat_template: Option<PathBuf>,
-    /// Base of the seeds of requests that give none.
-    #[arg(long, env = "CLUSTER_SEED", default_value_t = 0, help_heading = MODEL)]
-    pub seed: u64,
+    /// Seeds of requests that give none follow from this one; without it, from chance.
+    #[arg(long, env = "CLUSTER_SEED", help_heading = MODEL)]
+    pub seed: Option<u64>,
 
     /// GPUs to use: 0,1,2,3.
     #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", conflicts_with = "cpus",

@@ -97,7 +97,11 @@ fn from_file(
             };
             let values: Vec<String> =
                 values.ok_or_else(|| format!("`{key}` must be a text, a number, true or false"))?;
-            extra.extend(values.iter().map(|value| format!("--{name}={value}").into()));
+            extra.extend(
+                values
+                    .iter()
+                    .map(|value| format!("--{name}={value}").into()),
+            );
         }
     }
     Ok(extra)
@@ -165,7 +169,10 @@ mod tests {
         );
         let path = file.path().to_str().unwrap();
         let got = up(&["--config", path, "--port", "7000"]).unwrap();
-        assert_eq!((got.port, got.block_size, got.max_num_queued_reqs), (7000, 32, 1024));
+        assert_eq!(
+            (got.port, got.block_size, got.max_num_queued_reqs),
+            (7000, 32, 1024)
+        );
         assert!(!got.enable_prefix_caching);
         assert_eq!(got.model(), Some("m=/x"));
         assert_eq!(got.api_key, ["a", "b"]);
@@ -190,12 +197,23 @@ mod tests {
             let error = up(&["--config", file.path().to_str().unwrap()]).unwrap_err();
             assert!(error.contains(said), "{text}: {error}");
         }
-        assert!(up(&["--config", "/no/such"]).unwrap_err().contains("cannot be read"));
+        assert!(
+            up(&["--config", "/no/such"])
+                .unwrap_err()
+                .contains("cannot be read")
+        );
     }
 
     #[test]
     fn printed_settings_read_back_the_same() {
-        let args = ["/m", "-tp", "2", "--no-enable-prefix-caching", "--max-model-len", "32k"];
+        let args = [
+            "/m",
+            "-tp",
+            "2",
+            "--no-enable-prefix-caching",
+            "--max-model-len",
+            "32k",
+        ];
         let argv = ["cluster", "up"].iter().chain(&args).map(OsString::from);
         let printed = print(&parse(argv).unwrap().command);
         let file = file(&printed);
@@ -210,6 +228,9 @@ mod tests {
     fn keys_are_never_printed() {
         let argv = ["cluster", "up", "--api-key", "s3cret"].map(OsString::from);
         let printed = print(&parse(argv).unwrap().command);
-        assert!(!printed.contains("s3cret") && printed.contains("not shown"), "{printed}");
+        assert!(
+            !printed.contains("s3cret") && printed.contains("not shown"),
+            "{printed}"
+        );
     }
 }

@@ -16,6 +16,7 @@ use args::{Cli, Command, LogFormat, Up};
 use layers::LayerError;
 use prepare::Prepared;
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -96,17 +97,20 @@ fn plan(prepared: &Prepared) -> String {
         shape.dtype.name(),
     );
     for (rank, device) in prepared.placement.ranks() {
-        text += &format!("rank {rank}: {device}\n");
+        let _ = writeln!(text, "rank {rank}: {device}"); // strings do not fail
     }
     for warning in &prepared.placement.warnings {
-        text += &format!("warning: {warning}\n");
+        let _ = writeln!(text, "warning: {warning}");
     }
     text + &prepared.report.to_string() + "\n"
 }
 
 fn log_to_stderr(up: &Up) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&up.log_level).map_err(|e| {
-        anyhow::anyhow!("--log-level {}: {e}; give a level such as info", up.log_level)
+        anyhow::anyhow!(
+            "--log-level {}: {e}; give a level such as info",
+            up.log_level
+        )
     })?;
     let subscriber = tracing_subscriber::fmt()
         .with_writer(io::stderr)

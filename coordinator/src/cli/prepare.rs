@@ -78,7 +78,9 @@ impl Prepared {
         let world_size = placement.world_size();
         let partitions = Partition::all(&model.shape, world_size)?;
         let memory = Memory::Shared {
-            free_bytes: HostMemory::read().context("ask for free memory")?.free_bytes,
+            free_bytes: HostMemory::read()
+                .context("ask for free memory")?
+                .free_bytes,
         };
         let (sizes, report) = sizes(up, &model.shape, &partitions, &memory)?;
         let num_blocks = up.num_gpu_blocks_override.unwrap_or(report.num_blocks);
@@ -111,7 +113,12 @@ impl Prepared {
     /// # Errors
     /// A sentence with the arithmetic.
     pub fn choose_blocks(&self, up: &Up, needs: &[RankNeeds]) -> Result<u32, FitError> {
-        let report = fit(needs, &self.memory, up.kv_cache_memory_bytes, &self.report.sizes)?;
+        let report = fit(
+            needs,
+            &self.memory,
+            up.kv_cache_memory_bytes,
+            &self.report.sizes,
+        )?;
         Ok(up.num_gpu_blocks_override.unwrap_or(report.num_blocks))
     }
 
@@ -120,7 +127,10 @@ impl Prepared {
     /// # Errors
     /// A sentence naming the file.
     pub fn load_text(&self, up: &Up) -> Result<TextModel> {
-        let mut text = TextModel::load(&|name| self.text_file(up, name), &self.model.shape.eos_token_ids)?;
+        let mut text = TextModel::load(
+            &|name| self.text_file(up, name),
+            &self.model.shape.eos_token_ids,
+        )?;
         if up.generation_config == "vllm" {
             // The model's proposals are not wanted; its ends of text still are.
             text.defaults = GenerationDefaults::default();
@@ -137,7 +147,8 @@ impl Prepared {
             _ => None,
         };
         if let Some(path) = elsewhere {
-            let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let bytes =
+                fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
             return Ok(Some(bytes.into()));
         }
         let files = &self.model.files;
@@ -163,7 +174,9 @@ impl Model {
                 let (name, dir) = values::model(given);
                 let files = ModelFiles::directory(dir)?;
                 let path = fs::canonicalize(dir).with_context(|| format!("cannot open {dir}"))?;
-                let text = path.to_str().context("the model directory's name is not UTF-8")?;
+                let text = path
+                    .to_str()
+                    .context("the model directory's name is not UTF-8")?;
                 let last = path.file_name().and_then(|name| name.to_str());
                 let name = name.or(last).unwrap_or(text).to_owned();
                 (name, files, ModelLocation::Directory(text.to_owned()))
@@ -186,7 +199,10 @@ impl Model {
             "{files} has no tokenizer.json; convert its tokenizer with `transformers` \
              (`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`)"
         );
-        for path in [&up.chat_template, &generation_config_dir(up)].into_iter().flatten() {
+        for path in [&up.chat_template, &generation_config_dir(up)]
+            .into_iter()
+            .flatten()
+        {
             ensure!(
                 path.exists(),
                 "{} does not exist; give a path that does",
@@ -208,8 +224,18 @@ fn generation_config_dir(up: &Up) -> Option<PathBuf> {
 }
 
 fn placement(up: &Up) -> Result<Placement> {
-    let gpus = up.gpus.as_deref().map(str::parse).transpose().context("--gpus")?;
-    let cpus = up.cpus.as_deref().map(str::parse).transpose().context("--cpus")?;
+    let gpus = up
+        .gpus
+        .as_deref()
+        .map(str::parse)
+        .transpose()
+        .context("--gpus")?;
+    let cpus = up
+        .cpus
+        .as_deref()
+        .map(str::parse)
+        .transpose()
+        .context("--cpus")?;
     let request = DeviceRequest {
         gpus,
         cpus,
@@ -251,7 +277,9 @@ fn sizes(
         block_size: up.block_size,
         max_model_len,
         max_num_batched_tokens,
-        max_num_seqs: up.max_num_seqs.unwrap_or(MAX_NUM_SEQS.min(max_num_batched_tokens)),
+        max_num_seqs: up
+            .max_num_seqs
+            .unwrap_or(MAX_NUM_SEQS.min(max_num_batched_tokens)),
     };
     let dtype = match up.dtype {
         DtypeArg::Auto => shape.dtype,
@@ -267,7 +295,9 @@ fn sizes(
         let needs: Vec<RankNeeds> = needs.collect();
         match fit(&needs, memory, up.kv_cache_memory_bytes, &sizes) {
             Ok(report) => return Ok((sizes, report)),
-            Err(FitError::Sequence { .. }) if may_shrink && sizes.max_model_len > LEAST_AUTO_LEN => {
+            Err(FitError::Sequence { .. })
+                if may_shrink && sizes.max_model_len > LEAST_AUTO_LEN =>
+            {
                 sizes.max_model_len = (sizes.max_model_len / 2).max(LEAST_AUTO_LEN);
             }
             Err(refused) => return Err(refused.into()),

@@ -38,7 +38,11 @@ impl Progress {
                 let bar = bar.with_prefix(format!("rank {rank}"));
                 RankLine {
                     // Off a terminal a bar would draw nothing but still cost a redraw timer.
-                    bar: if terminal { bars.add(bar) } else { ProgressBar::hidden() },
+                    bar: if terminal {
+                        bars.add(bar)
+                    } else {
+                        ProgressBar::hidden()
+                    },
                     device: String::new(),
                     tenth: 0,
                 }

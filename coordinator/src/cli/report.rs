@@ -35,7 +35,11 @@ pub(super) struct Report<'a> {
 
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} is served at http://{}/v1", self.model_name, self.address)?;
+        writeln!(
+            f,
+            "{} is served at http://{}/v1",
+            self.model_name, self.address
+        )?;
         writeln!(f)?;
         writeln!(f, "  {}", self.curl_line())?;
         writeln!(f)?;
@@ -87,7 +91,10 @@ impl Report<'_> {
         let name = name.replace('\'', r"'\''");
         let (path, body) = if self.chat {
             let messages = r#"[{"role": "user", "content": "What is 7 plus 5?"}]"#;
-            ("chat/completions", format!(r#"{{"model": {name}, "messages": {messages}, "temperature": 0}}"#))
+            (
+                "chat/completions",
+                format!(r#"{{"model": {name}, "messages": {messages}, "temperature": 0}}"#),
+            )
         } else {
             let prompt = r#""Once upon a time""#;
             let body = format!(r#"{{"model": {name}, "prompt": {prompt}, "max_tokens": 32}}"#);
@@ -152,7 +159,10 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
-        let curl: Vec<&str> = text.lines().filter(|line| line.trim().starts_with("curl ")).collect();
+        let curl: Vec<&str> = text
+            .lines()
+            .filter(|line| line.trim().starts_with("curl "))
+            .collect();
         assert_eq!(curl.len(), 1);
         assert!(!curl[0].contains("Bearer"));
         report.key_needed = true;

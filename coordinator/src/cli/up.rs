@@ -128,7 +128,15 @@ async fn serve(up: &Up, prepared: Prepared, begun: Instant) -> Result<(), Failur
         readiness,
         metrics,
     };
-    run_engine(scheduler, fleet, connections, (&report, limit), &mut signals, door).await
+    run_engine(
+        scheduler,
+        fleet,
+        connections,
+        (&report, limit),
+        &mut signals,
+        door,
+    )
+    .await
 }
 
 /// What the engine is made of besides scheduler and fleet.
@@ -218,6 +226,7 @@ async fn open(up: &Up, prepared: &Prepared, site: Site) -> Result<Door, Failure>
     let text = text.and_then(|text| text).map_err(Failure::Input)?;
     let chat = text.template.is_some();
     let limits = ServerLimits {
+        max_logprobs: up.max_logprobs,
         drain_timeout: FLUSH_LIMIT,
         ..ServerLimits::default()
     };
@@ -233,6 +242,7 @@ async fn open(up: &Up, prepared: &Prepared, site: Site) -> Result<Door, Failure>
         keys: ApiKeys::new(&prepared.keys),
         limits: limits.clone(),
         allowed_origins: up.allowed_origins.clone(),
+        seed: up.seed,
         version: super::LONG_VERSION.to_owned(),
         metrics: Box::new(move || metrics.render()),
     });
@@ -303,9 +313,9 @@ async fn bind(address: SocketAddr) -> Result<TcpListener> {
             io::ErrorKind::PermissionDenied => anyhow::anyhow!(
                 "port {port} may not be used by this user; give a --port above 1023"
             ),
-            io::ErrorKind::AddrNotAvailable => anyhow::anyhow!(
-                "{ip} is no address of this machine; give --host one that is"
-            ),
+            io::ErrorKind::AddrNotAvailable => {
+                anyhow::anyhow!("{ip} is no address of this machine; give --host one that is")
+            }
             _ => anyhow::anyhow!("cannot serve on {address}: {error}"),
         }
     })

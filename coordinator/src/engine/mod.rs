@@ -91,7 +91,10 @@ impl<G: Group> Engine<G> {
                 self.fleet.stop().await;
             }
             Err(fault) => {
-                tracing::error!(rank = fault.rank.map(|rank| rank.0), "the cluster fails: {fault}");
+                tracing::error!(
+                    rank = fault.rank.map(|rank| rank.0),
+                    "the cluster fails: {fault}"
+                );
                 let sentence = format!("the cluster failed: {fault}");
                 self.readiness
                     .send_replace(Readiness::Failed(sentence.clone()));
@@ -170,7 +173,9 @@ impl<G: Group> Engine<G> {
     fn deliver(&mut self, planned: Instant, outcome: &StepOutcome) {
         let answered = outcome.answered;
         for event in self.scheduler.take_events() {
-            let slow = self.streams.deliver(event, planned, answered, &self.metrics);
+            let slow = self
+                .streams
+                .deliver(event, planned, answered, &self.metrics);
             if let Some(slow) = slow {
                 self.scheduler.cancel(slow);
             }

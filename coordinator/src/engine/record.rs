@@ -36,10 +36,16 @@ impl<G> Engine<G> {
         engine.num_requests_running.set(stats.running as f64);
         engine.num_requests_waiting.set(stats.waiting as f64);
         let total = stats.blocks_total.max(1) as f64;
-        engine.kv_cache_usage_perc.set(stats.blocks_used as f64 / total);
-        engine.prefill_backlog_tokens.set(stats.waiting_tokens as f64);
+        engine
+            .kv_cache_usage_perc
+            .set(stats.blocks_used as f64 / total);
+        engine
+            .prefill_backlog_tokens
+            .set(stats.waiting_tokens as f64);
         engine.kv_tokens_used.set(stats.kv_tokens_used() as f64);
-        engine.kv_tokens_evictable.set(stats.kv_tokens_evictable() as f64);
+        engine
+            .kv_tokens_evictable
+            .set(stats.kv_tokens_evictable() as f64);
         engine.kv_tokens_free.set(stats.kv_tokens_free() as f64);
         engine.kv_tokens_total.set(stats.kv_tokens_total() as f64);
         // The scheduler counts over its whole life, so its numbers replace the metric's.
@@ -57,7 +63,9 @@ impl<G> Engine<G> {
         let requests = &self.metrics.requests;
         requests.params_n.record(choices.len() as f64);
         for choice in choices {
-            requests.params_max_tokens.record(f64::from(choice.max_tokens));
+            requests
+                .params_max_tokens
+                .record(f64::from(choice.max_tokens));
         }
     }
 

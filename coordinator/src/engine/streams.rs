@@ -74,7 +74,11 @@ impl Streams {
             // One choice is cancelled alone when a stop string was found in its text; a client that
             // goes away closes the channel of all.
             let stopped = stream.cancelled.contains(stream.choice);
-            let outcome = if stopped { Outcome::Stop } else { Outcome::Abort };
+            let outcome = if stopped {
+                Outcome::Stop
+            } else {
+                Outcome::Abort
+            };
             stream.count_end(outcome, now, metrics);
         }
         abandoned
@@ -186,7 +190,9 @@ impl Stream {
                     requests.inter_token_latency_seconds.record(now - last);
                 } else {
                     self.first_token = Some(now);
-                    requests.time_to_first_token_seconds.record(now - self.arrived);
+                    requests
+                        .time_to_first_token_seconds
+                        .record(now - self.arrived);
                 }
                 self.last_token = Some(now);
             }
@@ -198,7 +204,9 @@ impl Stream {
     fn count_end(&self, outcome: Outcome, now: Instant, metrics: &Metrics) {
         let requests = &metrics.requests;
         metrics.finished(outcome);
-        requests.e2e_request_latency_seconds.record(now - self.arrived);
+        requests
+            .e2e_request_latency_seconds
+            .record(now - self.arrived);
         requests.prompt_tokens.record(self.prompt_tokens as f64);
         requests.generation_tokens.record(f64::from(self.generated));
         if let Some(started) = self.started {

@@ -35,7 +35,10 @@ impl Group for Counting {
         self.rows.store(plan.rows.len() as u64, Ordering::SeqCst);
         tokio::time::sleep(self.step_takes).await;
         if self.fails_at.is_some_and(|at| step >= at) {
-            return Err(Fault::of(Rank(1), Cause::Exited("signal: 9 (SIGKILL)".into())));
+            return Err(Fault::of(
+                Rank(1),
+                Cause::Exited("signal: 9 (SIGKILL)".into()),
+            ));
         }
         let answer = |row: &topology::wire::PlanRow| RowOutput {
             sampled: row.sampling.as_ref().map(|_| ScoredToken {
@@ -115,7 +118,10 @@ async fn rig(step_takes: Duration, fails_at: Option<u64>) -> Rig {
         metrics: metrics.clone(),
     };
     let engine = tokio::spawn(Engine::new(scheduler, group, connections).run());
-    ready.wait_for(|state| *state == Readiness::Ready).await.expect("the engine runs");
+    ready
+        .wait_for(|state| *state == Readiness::Ready)
+        .await
+        .expect("the engine runs");
     Rig {
         handle,
         shutdown,
@@ -152,7 +158,9 @@ async fn read_all(mut events: Events, choices: usize) -> Vec<(Vec<u32>, StreamEv
                 assert_eq!(index as usize, tokens.len(), "no gap, no repeat");
                 tokens.push(token);
             }
-            kind @ (StreamEventKind::Finished(_) | StreamEventKind::Failed(_)) => *last = Some(kind),
+            kind @ (StreamEventKind::Finished(_) | StreamEventKind::Failed(_)) => {
+                *last = Some(kind);
+            }
             StreamEventKind::Started { .. } | StreamEventKind::PromptScores(_) => {}
         }
     }
@@ -174,9 +182,18 @@ async fn every_choice_gets_its_tokens_and_one_end() {
         assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
     }
     let text = rig.metrics.render();
-    assert!(text.contains("vllm:generation_tokens_total{model_name=\"test\",engine=\"0\"} 60"), "{text}");
-    assert!(text.contains("vllm:time_to_first_token_seconds_count{model_name=\"test\",engine=\"0\"} 3"));
-    assert!(text.contains("vllm:inter_token_latency_seconds_count{model_name=\"test\",engine=\"0\"} 57"));
+    assert!(
+        text.contains("vllm:generation_tokens_total{model_name=\"test\",engine=\"0\"} 60"),
+        "{text}"
+    );
+    assert!(
+        text.contains("vllm:time_to_first_token_seconds_count{model_name=\"test\",engine=\"0\"} 3")
+    );
+    assert!(
+        text.contains(
+            "vllm:inter_token_latency_seconds_count{model_name=\"test\",engine=\"0\"} 57"
+        )
+    );
     assert!(text.contains("vllm:num_requests_running{model_name=\"test\",engine=\"0\"} 0"));
 }
 
@@ -185,7 +202,11 @@ async fn an_idle_engine_computes_nothing_and_wakes_at_once() {
     let rig = rig(MS, None).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
     assert_eq!(rig.steps.load(Ordering::SeqCst), 0);
-    let events = rig.handle.submit(vec![request(&rig.handle, 1, 1)]).await.unwrap();
+    let events = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 1)])
+        .await
+        .unwrap();
     assert_eq!(read_all(events, 1).await[0].0, [2]);
     assert_eq!(rig.steps.load(Ordering::SeqCst), 1);
 }
@@ -193,9 +214,20 @@ async fn an_idle_engine_computes_nothing_and_wakes_at_once() {
 #[tokio::test(start_paused = true)]
 async fn who_stops_listening_is_cancelled_within_two_steps() {
     let rig = rig(MS, None).await;
-    let stays = rig.handle.submit(vec![request(&rig.handle, 1, 200)]).await.unwrap();
-    let mut goes = rig.handle.submit(vec![request(&rig.handle, 2, 10_000)]).await.unwrap();
-    while !matches!(goes.recv().await.unwrap().kind, StreamEventKind::Token { index: 9, .. }) {}
+    let stays = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 200)])
+        .await
+        .unwrap();
+    let mut goes = rig
+        .handle
+        .submit(vec![request(&rig.handle, 2, 10_000)])
+        .await
+        .unwrap();
+    while !matches!(
+        goes.recv().await.unwrap().kind,
+        StreamEventKind::Token { index: 9, .. }
+    ) {}
     assert_eq!(rig.rows.load(Ordering::SeqCst), 2);
     drop(goes);
     let before = rig.steps.load(Ordering::SeqCst);
@@ -212,15 +244,26 @@ async fn who_does_not_read_is_cut_with_a_sentence() {
     let rig = rig(MS, None).await;
     let choices = vec![request(&rig.handle, 1, 10_000), request(&rig.handle, 2, 3)];
     let mut slow = rig.handle.submit(choices).await.unwrap();
-    let quick = rig.handle.submit(vec![request(&rig.handle, 3, 5000)]).await.unwrap();
+    let quick = rig
+        .handle
+        .submit(vec![request(&rig.handle, 3, 5000)])
+        .await
+        .unwrap();
     let quick = tokio::spawn(read_all(quick, 1));
-    assert_eq!(quick.await.unwrap()[0].0.len(), 5000, "a slow client holds no one up");
+    assert_eq!(
+        quick.await.unwrap()[0].0.len(),
+        5000,
+        "a slow client holds no one up"
+    );
     let mut last = [None, None];
     while let Some(event) = slow.recv().await {
         last[event.choice] = Some(event.kind);
     }
     assert_eq!(last[0], Some(StreamEventKind::Failed(SLOW_CLIENT.into())));
-    assert_eq!(last[1], Some(StreamEventKind::Finished(FinishReason::Length)));
+    assert_eq!(
+        last[1],
+        Some(StreamEventKind::Finished(FinishReason::Length))
+    );
     let text = rig.metrics.render();
     assert!(text.contains("cluster_slow_streams_cut_total 1"), "{text}");
 }
@@ -228,29 +271,46 @@ async fn who_does_not_read_is_cut_with_a_sentence() {
 #[tokio::test(start_paused = true)]
 async fn a_fault_ends_every_stream_with_a_sentence() {
     let mut rig = rig(MS, Some(7)).await;
-    let choices = (0..3).map(|first| request(&rig.handle, first, 100)).collect();
+    let choices = (0..3)
+        .map(|first| request(&rig.handle, first, 100))
+        .collect();
     let events = rig.handle.submit(choices).await.unwrap();
     for (tokens, last) in read_all(events, 3).await {
         assert_eq!(tokens.len(), 7);
         let StreamEventKind::Failed(sentence) = last else {
             panic!("ended with {last:?}");
         };
-        assert!(sentence.contains("rank 1") && sentence.contains("SIGKILL"), "{sentence}");
+        assert!(
+            sentence.contains("rank 1") && sentence.contains("SIGKILL"),
+            "{sentence}"
+        );
     }
     let fault = rig.engine.await.unwrap().unwrap_err();
     assert_eq!(fault.rank, Some(Rank(1)));
     assert_eq!(*rig.ended.borrow_and_update(), Some("killed"));
-    let refused = rig.handle.submit(vec![request(&rig.handle, 1, 1)]).await.unwrap_err();
+    let refused = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 1)])
+        .await
+        .unwrap_err();
     assert!(matches!(refused, SubmitError::NotReady(why) if why.contains("rank 1")));
 }
 
 #[tokio::test(start_paused = true)]
 async fn draining_finishes_what_runs_and_takes_nothing_new() {
     let rig = rig(MS, None).await;
-    let events = rig.handle.submit(vec![request(&rig.handle, 1, 500)]).await.unwrap();
+    let events = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 500)])
+        .await
+        .unwrap();
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
     rig.shutdown.send_replace(Some(deadline));
-    let refused = rig.handle.submit(vec![request(&rig.handle, 2, 5)]).await.unwrap_err();
+    let refused = rig
+        .handle
+        .submit(vec![request(&rig.handle, 2, 5)])
+        .await
+        .unwrap_err();
     assert_eq!(refused, SubmitError::Draining);
     let (tokens, last) = read_all(events, 1).await.remove(0);
     assert_eq!(tokens.len(), 500);
@@ -262,23 +322,42 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
 #[tokio::test(start_paused = true)]
 async fn what_does_not_finish_in_time_is_told_so() {
     let rig = rig(Duration::from_secs(60), None).await;
-    let events = rig.handle.submit(vec![request(&rig.handle, 1, 500)]).await.unwrap();
+    let events = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 500)])
+        .await
+        .unwrap();
     let started = tokio::time::Instant::now();
-    rig.shutdown.send_replace(Some(started + Duration::from_secs(5)));
+    rig.shutdown
+        .send_replace(Some(started + Duration::from_secs(5)));
     let (_, last) = read_all(events, 1).await.remove(0);
     assert_eq!(last, StreamEventKind::Failed(CUT_BY_SHUTDOWN.into()));
     assert_eq!(rig.engine.await.unwrap(), Ok(()));
-    assert!(started.elapsed() < Duration::from_secs(6), "a long step is not waited for");
+    assert!(
+        started.elapsed() < Duration::from_secs(6),
+        "a long step is not waited for"
+    );
     assert_eq!(*rig.ended.borrow(), Some("stopped"));
 }
 
 #[tokio::test(start_paused = true)]
 async fn refusals_reach_who_asked_and_are_counted() {
     let rig = rig(MS, None).await;
-    let too_long = rig.handle.submit(vec![request(&rig.handle, 1, 20_000)]).await;
+    let too_long = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 20_000)])
+        .await;
     assert!(matches!(too_long, Err(SubmitError::Refused(refusal)) if !refusal.is_temporary()));
-    let blocker = rig.handle.submit(vec![request(&rig.handle, 1, 100)]).await.unwrap();
-    let many = |from: u32| (from..from + 60).map(|f| request(&rig.handle, f % VOCAB, 50)).collect();
+    let blocker = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 100)])
+        .await
+        .unwrap();
+    let many = |from: u32| {
+        (from..from + 60)
+            .map(|f| request(&rig.handle, f % VOCAB, 50))
+            .collect()
+    };
     let first = rig.handle.submit(many(0)).await.unwrap();
     let second = rig.handle.submit(many(60)).await;
     assert!(matches!(second, Err(SubmitError::Refused(refusal)) if refusal.is_temporary()));
@@ -286,5 +365,4 @@ async fn refusals_reach_who_asked_and_are_counted() {
     assert_eq!(read_all(blocker, 1).await.len(), 1);
     let text = rig.metrics.render();
     assert!(text.contains("reason=\"max_num_queued_reqs\"} 1"), "{text}");
-    
 }

@@ -71,13 +71,13 @@ impl Inbox {
             let (rank, message) = next?;
             match take(rank, message) {
                 Ok(None) => {}
-                Ok(Some(value)) => match values.get_mut(rank.index()) {
-                    Some(place @ None) => *place = Some(value),
-                    _ => {
-                        let message = "a second answer".to_owned();
+                Ok(Some(value)) => {
+                    let Some(place @ None) = values.get_mut(rank.index()) else {
+                        let message = "an answer that was not asked for".to_owned();
                         return Err(Fault::of(rank, Cause::Unexpected { phase, message }));
-                    }
-                },
+                    };
+                    *place = Some(value);
+                }
                 Err(message) => return Err(unexpected(rank, phase, &message)),
             }
         }
@@ -147,7 +147,9 @@ mod tests {
     use topology::ids::Epoch;
 
     fn joined(epoch: u32) -> Heard {
-        Heard::Message(FromShard::Joined { epoch: Epoch(epoch) })
+        Heard::Message(FromShard::Joined {
+            epoch: Epoch(epoch),
+        })
     }
 
     fn take(_: Rank, message: FromShard) -> Result<Option<u32>, FromShard> {
@@ -163,20 +165,35 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn answers_come_in_rank_order() {
         let (mut inbox, outlet) = Inbox::new(3);
-        let progress = FromShard::Progress { bytes_done: 1, bytes_total: 2 };
-        outlet.send((Rank(1), Heard::Message(progress))).await.unwrap();
+        let progress = FromShard::Progress {
+            bytes_done: 1,
+            bytes_total: 2,
+        };
+        outlet
+            .send((Rank(1), Heard::Message(progress)))
+            .await
+            .unwrap();
         for (rank, value) in [(2, 12), (0, 10), (1, 11)] {
             outlet.send((Rank(rank), joined(value))).await.unwrap();
         }
-        assert_eq!(inbox.gather(0..3, Phase::Join, LIMIT, take).await, Ok(vec![10, 11, 12]));
+        assert_eq!(
+            inbox.gather(0..3, Phase::Join, LIMIT, take).await,
+            Ok(vec![10, 11, 12])
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_silent_rank_is_named_after_the_deadline() {
         let (mut inbox, outlet) = Inbox::new(2);
         outlet.send((Rank(0), joined(0))).await.unwrap();
-        let fault = inbox.gather(0..2, Phase::Join, LIMIT, take).await.unwrap_err();
-        let cause = Cause::Deadline { phase: Phase::Join, limit: LIMIT };
+        let fault = inbox
+            .gather(0..2, Phase::Join, LIMIT, take)
+            .await
+            .unwrap_err();
+        let cause = Cause::Deadline {
+            phase: Phase::Join,
+            limit: LIMIT,
+        };
         assert_eq!(fault, Fault::of(Rank(1), cause));
         assert_eq!(fault.to_string(), "rank 1: no answer within 5s (join)");
     }
@@ -187,20 +204,33 @@ mod tests {
         let lost = || Heard::Gone(Cause::LinkLost("timed out".into()));
         outlet.send((Rank(1), lost())).await.unwrap();
         let exited = Cause::Exited("signal: 9 (SIGKILL)".into());
-        outlet.send((Rank(1), Heard::Gone(exited.clone()))).await.unwrap();
+        outlet
+            .send((Rank(1), Heard::Gone(exited.clone())))
+            .await
+            .unwrap();
         assert_eq!(inbox.fault().await, Fault::of(Rank(1), exited.clone()));
-        assert_eq!(inbox.fault().await, Fault::of(Rank(1), exited), "it does not pass");
+        assert_eq!(
+            inbox.fault().await,
+            Fault::of(Rank(1), exited),
+            "it does not pass"
+        );
         let (mut inbox, outlet) = Inbox::new(2);
         outlet.send((Rank(0), lost())).await.unwrap();
         let fault = inbox.fault().await;
-        assert_eq!(fault, Fault::of(Rank(0), Cause::LinkLost("timed out".into())));
+        assert_eq!(
+            fault,
+            Fault::of(Rank(0), Cause::LinkLost("timed out".into()))
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_fault_is_not_lost_with_who_waited_for_it() {
         let (mut inbox, outlet) = Inbox::new(1);
         let lost = Cause::LinkLost("timed out".into());
-        outlet.send((Rank(0), Heard::Gone(lost.clone()))).await.unwrap();
+        outlet
+            .send((Rank(0), Heard::Gone(lost.clone())))
+            .await
+            .unwrap();
         let cut = timeout(EXIT_GRACE / 2, inbox.fault()).await;
         assert!(cut.is_err(), "it waits for a better reason");
         assert_eq!(inbox.fault().await, Fault::of(Rank(0), lost));
@@ -211,13 +241,36 @@ mod tests {
         let (mut inbox, outlet) = Inbox::new(1);
         outlet.send((Rank(0), joined(3))).await.unwrap();
         let fault = inbox.fault().await;
-        assert!(matches!(fault.cause, Cause::Unexpected { phase: Phase::Idle, .. }), "{fault}");
+        assert!(
+            matches!(
+                fault.cause,
+                Cause::Unexpected {
+                    phase: Phase::Idle,
+                    ..
+                }
+            ),
+            "{fault}"
+        );
         outlet.send((Rank(0), joined(3))).await.unwrap();
         outlet.send((Rank(0), joined(3))).await.unwrap();
-        assert_eq!(inbox.gather(0..1, Phase::Join, LIMIT, take).await, Ok(vec![3]));
-        let failed = FromShard::Failed { reason: "no memory".into() };
-        outlet.send((Rank(0), Heard::Message(failed))).await.unwrap();
-        assert_eq!(inbox.fault().await.cause.to_string(), "unexpected message (idle): Joined { epoch: Epoch(3) }");
-        assert_eq!(inbox.fault().await, Fault::of(Rank(0), Cause::Failed("no memory".into())));
+        assert_eq!(
+            inbox.gather(0..1, Phase::Join, LIMIT, take).await,
+            Ok(vec![3])
+        );
+        let failed = FromShard::Failed {
+            reason: "no memory".into(),
+        };
+        outlet
+            .send((Rank(0), Heard::Message(failed)))
+            .await
+            .unwrap();
+        assert_eq!(
+            inbox.fault().await.cause.to_string(),
+            "unexpected message (idle): Joined { epoch: Epoch(3) }"
+        );
+        assert_eq!(
+            inbox.fault().await,
+            Fault::of(Rank(0), Cause::Failed("no memory".into()))
+        );
     }
 }

@@ -37,8 +37,7 @@ pub struct Fleet {
 /// What the engine's loop needs of a group of shards; its tests bring their own.
 pub trait Group: Send {
     /// Has all ranks compute `plan`. An error means that nothing of the step counts.
-    fn step(&mut self, plan: StepPlan)
-    -> impl Future<Output = Result<StepOutcome, Fault>> + Send;
+    fn step(&mut self, plan: StepPlan) -> impl Future<Output = Result<StepOutcome, Fault>> + Send;
 
     /// Waits until something goes wrong while no step is under way. Cancel-safe.
     fn fault(&mut self) -> impl Future<Output = Fault> + Send;

@@ -156,13 +156,18 @@ impl Fleet {
             epoch: Epoch::default(),
             step_limit: setup.limits.step,
         };
-        let hellos = fleet.admit(children, &mut listener, &outlet, &mut tell).await;
+        let hellos = fleet
+            .admit(children, &mut listener, &outlet, &mut tell)
+            .await;
         let hellos = match hellos {
             Ok(hellos) => hellos,
             Err(fault) => return Err(fleet.give_up(fault).await),
         };
         watch.done(Phase::Admit);
-        match fleet.prepare(setup, choose_blocks, &mut watch, &mut tell).await {
+        match fleet
+            .prepare(setup, choose_blocks, &mut watch, &mut tell)
+            .await
+        {
             Ok((num_blocks, loaded, kv_bytes)) => {
                 let ready = Ready {
                     num_blocks,
@@ -211,7 +216,12 @@ impl Fleet {
                     admitted.insert(hello.rank, (member, hello));
                 }
                 Err(fault) => {
-                    join_all(children.into_values().map(|child| child.end(Duration::ZERO))).await;
+                    join_all(
+                        children
+                            .into_values()
+                            .map(|child| child.end(Duration::ZERO)),
+                    )
+                    .await;
                     self.members = admitted.into_values().map(|(member, _)| member).collect();
                     return Err(fault);
                 }
@@ -236,22 +246,26 @@ impl Fleet {
         self.send_all(&ToShard::Welcome { world_size }).await?;
         self.send_all(&ToShard::Load(setup.load.clone())).await?;
         let limit = setup.limits.startup;
-        let loading = self.inbox.gather(all.clone(), Phase::Load, limit, |rank, message| {
-            match message {
-                FromShard::Progress {
-                    bytes_done: done,
-                    bytes_total: total,
-                } => {
-                    tell(StartEvent::Loading { rank, done, total });
-                    Ok(None)
-                }
-                FromShard::Loaded(loaded) => {
-                    tell(StartEvent::Loaded { rank });
-                    Ok(Some(loaded))
-                }
-                other => Err(other),
-            }
-        });
+        let loading =
+            self.inbox.gather(
+                all.clone(),
+                Phase::Load,
+                limit,
+                |rank, message| match message {
+                    FromShard::Progress {
+                        bytes_done: done,
+                        bytes_total: total,
+                    } => {
+                        tell(StartEvent::Loading { rank, done, total });
+                        Ok(None)
+                    }
+                    FromShard::Loaded(loaded) => {
+                        tell(StartEvent::Loaded { rank });
+                        Ok(Some(loaded))
+                    }
+                    other => Err(other),
+                },
+            );
         let loaded = loading.await?;
         watch.done(Phase::Load);
 
@@ -267,7 +281,9 @@ impl Fleet {
             FromShard::Allocated { kv_bytes } => Ok(Some(kv_bytes)),
             other => Err(other),
         };
-        let gathering = self.inbox.gather(all.clone(), Phase::Allocate, ALLOCATE_LIMIT, take);
+        let gathering = self
+            .inbox
+            .gather(all.clone(), Phase::Allocate, ALLOCATE_LIMIT, take);
         let kv_bytes = gathering.await?;
         watch.done(Phase::Allocate);
 
@@ -286,7 +302,10 @@ impl Fleet {
             FromShard::CommMade { epoch: of, comm_id } if of == epoch => Ok(Some(comm_id)),
             other => Err(other),
         };
-        let made = self.inbox.gather(0..1, Phase::Join, JOIN_LIMIT, made).await?;
+        let made = self
+            .inbox
+            .gather(0..1, Phase::Join, JOIN_LIMIT, made)
+            .await?;
         let comm_id = made.into_iter().next().unwrap_or_default();
         self.send_all(&ToShard::JoinComm { epoch, comm_id }).await?;
         let joined = |_, message| match message {
@@ -294,7 +313,9 @@ impl Fleet {
             other => Err(other),
         };
         let all = 0..self.members.len();
-        self.inbox.gather(all, Phase::Join, JOIN_LIMIT, joined).await?;
+        self.inbox
+            .gather(all, Phase::Join, JOIN_LIMIT, joined)
+            .await?;
         Ok(())
     }
 }

@@ -12,8 +12,6 @@ use std::time::Duration;
 
 /// Sequences of one request: prompts times `n`. OpenAI's own bound on `n`.
 pub const MAX_CHOICES: usize = 128;
-/// Alternatives for each token; each costs 8 bytes on the wire and 100 in JSON. As in `vllm`.
-pub const MAX_LOGPROBS: i64 = 20;
 /// Entries of `logit_bias`; they travel to the shard with every step.
 pub const MAX_LOGIT_BIAS: usize = 1024;
 /// Entries of `allowed_token_ids`; they travel to the shard with every step.
@@ -32,6 +30,9 @@ pub const MAX_PARTS: usize = 1024;
 /// Bounds of the process, settable from the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerLimits {
+    /// Alternatives for each token (`--max-logprobs`); each costs 8 bytes on the wire and 100 in
+    /// JSON.
+    pub max_logprobs: u32,
     /// Bytes of a request's body. 4 MiB is a prompt of a million tokens.
     pub body_bytes: usize,
     /// Bytes of a request's head, and of what hyper buffers for writing.
@@ -56,6 +57,7 @@ pub struct ServerLimits {
 impl Default for ServerLimits {
     fn default() -> Self {
         Self {
+            max_logprobs: 20,
             body_bytes: 4 << 20,
             header_bytes: 32 << 10,
             header_timeout: Duration::from_secs(5),

@@ -31,11 +31,11 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post};
 use error::ApiError;
-use limits::ServerLimits;
+use limits::{MAX_CHOICES, ServerLimits};
 use pace::Pace;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
 
 /// Header that names a request, ours or the client's.
@@ -72,6 +72,8 @@ pub struct ServerConfig {
     pub limits: ServerLimits,
     /// Origins of web pages that may call; empty: none, `*`: all.
     pub allowed_origins: Vec<String>,
+    /// Seeds of requests that give none follow from this; `None`: from chance.
+    pub seed: Option<u64>,
     /// What `/version` says.
     pub version: String,
     /// What `/metrics` answers.
@@ -88,6 +90,7 @@ pub struct ServerState {
     metrics: RenderMetrics,
     /// When the server was made, in seconds since 1970: the model's `created`.
     created: u64,
+    seeds: Seeds,
     in_flight: Arc<AtomicUsize>,
     pace: Pace,
 }
@@ -109,6 +112,27 @@ impl fmt::Debug for ServerConfig {
             .field("keys", &self.keys)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
+    }
+}
+
+/// Seeds of requests that give none.
+#[derive(Debug)]
+struct Seeds {
+    base: Option<u64>,
+    drawn: AtomicU64,
+}
+
+impl Seeds {
+    /// The next one. The one place where chance enters, unless the operator gave a seed.
+    fn draw(&self) -> u64 {
+        let Some(base) = self.base else {
+            let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+            return high ^ low.rotate_left(32);
+        };
+        // Consecutive requests of one server differ, and two servers with one seed agree. Choices
+        // of a request take the seeds after its own, so requests keep a distance.
+        let number = self.drawn.fetch_add(1, Ordering::Relaxed);
+        base.wrapping_add(number.wrapping_mul(MAX_CHOICES as u64))
     }
 }
 
@@ -161,6 +185,10 @@ pub fn router(config: ServerConfig) -> Router {
         version: config.version,
         metrics: config.metrics,
         created: clock::unix_seconds(),
+        seeds: Seeds {
+            base: config.seed,
+            drawn: AtomicU64::new(0),
+        },
         in_flight: Arc::default(),
         pace: Pace::default(),
     });

@@ -60,7 +60,10 @@ fn families(text: &str) -> BTreeMap<String, (String, bool, Vec<String>)> {
             }
             _ => {
                 let series = line.split(['{', ' ']).next().expect("a line has a name");
-                assert!(series.starts_with(&current), "{series} stands under {current}");
+                assert!(
+                    series.starts_with(&current),
+                    "{series} stands under {current}"
+                );
                 let family = families.get_mut(&current).expect("typed before sampled");
                 family.2.push(line.to_owned());
             }
@@ -78,25 +81,51 @@ fn names_types_and_help_follow_the_rules() {
         assert!(help, "{name} has no help text");
         assert!(!samples.is_empty(), "{name} has no sample");
         let own = name.starts_with("cluster_");
-        assert!(own || name.starts_with("vllm:"), "{name} has no known prefix");
         assert!(
-            name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == ':'),
+            own || name.starts_with("vllm:"),
+            "{name} has no known prefix"
+        );
+        assert!(
+            name.chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == ':'),
             "{name} has odd characters"
         );
-        assert!(["counter", "gauge", "histogram"].contains(&&**kind), "{name} is a {kind}");
+        assert!(
+            ["counter", "gauge", "histogram"].contains(&&**kind),
+            "{name} is a {kind}"
+        );
         if !FIXED_BY_OTHERS.contains(&&**name) {
-            assert_eq!(kind == "counter", name.ends_with("_total"), "{name} is a {kind}");
+            assert_eq!(
+                kind == "counter",
+                name.ends_with("_total"),
+                "{name} is a {kind}"
+            );
         }
         if own && kind == "histogram" {
-            assert!(name.ends_with("_seconds") || name.ends_with("_bytes"), "{name}: base unit");
+            assert!(
+                name.ends_with("_seconds") || name.ends_with("_bytes"),
+                "{name}: base unit"
+            );
         }
-        let bad_unit = ["_ms", "_us", "_milliseconds", "_kb", "_mb", "_gb", "_percent"]
-            .into_iter()
-            .find(|unit| name.ends_with(unit));
+        let bad_unit = [
+            "_ms",
+            "_us",
+            "_milliseconds",
+            "_kb",
+            "_mb",
+            "_gb",
+            "_percent",
+        ]
+        .into_iter()
+        .find(|unit| name.ends_with(unit));
         assert_eq!(bad_unit, None, "{name}: use seconds and bytes");
         let labels: BTreeSet<&str> = ["model_name=\"demo\"", "engine=\"0\""].into();
         let has = |label: &&str| samples.iter().all(|sample| sample.contains(*label));
-        assert_eq!(!own, labels.iter().all(has), "{name}: labels of {samples:?}");
+        assert_eq!(
+            !own,
+            labels.iter().all(has),
+            "{name}: labels of {samples:?}"
+        );
     }
 }
 
@@ -133,12 +162,22 @@ fn names_that_gateways_and_dashboards_read_are_there_from_the_start() {
         "cluster_kv_tokens{",
         "cluster_rank_wait_seconds_bucket{",
     ] {
-        assert!(text.lines().any(|line| line.starts_with(series)), "{series} is missing");
+        assert!(
+            text.lines().any(|line| line.starts_with(series)),
+            "{series} is missing"
+        );
     }
     assert!(text.contains("block_size=\"16\"") && text.contains("num_gpu_blocks=\"100\""));
     assert!(text.contains("finished_reason=\"stop\"} 1"), "{text}");
-    let tokens = |le: &str| text.contains(&format!("vllm:request_prompt_tokens_bucket{{model_name=\"demo\",engine=\"0\",le=\"{le}\"}}"));
-    assert!(tokens("1000") && !tokens("2000"), "token buckets end at the model's length");
+    let tokens = |le: &str| {
+        text.contains(&format!(
+            "vllm:request_prompt_tokens_bucket{{model_name=\"demo\",engine=\"0\",le=\"{le}\"}}"
+        ))
+    };
+    assert!(
+        tokens("1000") && !tokens("2000"),
+        "token buckets end at the model's length"
+    );
 }
 
 #[test]
@@ -154,7 +193,9 @@ fn promtool_finds_nothing_of_ours() {
         return;
     };
     let mut stdin = promtool.stdin.take().expect("stdin is piped");
-    stdin.write_all(exposed().as_bytes()).expect("promtool reads");
+    stdin
+        .write_all(exposed().as_bytes())
+        .expect("promtool reads");
     drop(stdin);
     let output = promtool.wait_with_output().expect("promtool ends");
     let said = [output.stdout, output.stderr].concat();

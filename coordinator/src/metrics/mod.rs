@@ -185,9 +185,9 @@ handles! {
         generation_tokens: Histogram = "vllm:request_generation_tokens",
             "Tokens generated for a request.";
         params_max_tokens: Histogram = "vllm:request_params_max_tokens",
-            "The parameter max_tokens of a request.";
+            "Most tokens that a request asked for.";
         params_n: Histogram = "vllm:request_params_n",
-            "The parameter n of a request.";
+            "Choices that a request asked for.";
     }
 }
 
@@ -275,8 +275,12 @@ impl Metrics {
             ("version", env!("CARGO_PKG_VERSION")),
             ("build", subject.build.as_str()),
         ];
-        r.make::<Gauge>("cluster_build_info", "Always 1; the labels name the build.", &build)
-            .set(1.0);
+        r.make::<Gauge>(
+            "cluster_build_info",
+            "Always 1; the labels name the build.",
+            &build,
+        )
+        .set(1.0);
         r.make::<Gauge>("cluster_ranks", "Ranks of the tensor-parallel group.", &[])
             .set(f64::from(subject.world_size));
         let finished = Outcome::ALL.map(|(outcome, label)| {
@@ -287,7 +291,10 @@ impl Metrics {
         let rejected = Rejection::ALL.map(|(reason, label)| {
             let help = "Requests that were not admitted, by reason.";
             let labels = [("reason", label)];
-            (reason, r.make("vllm:admission_rejections_total", help, &labels))
+            (
+                reason,
+                r.make("vllm:admission_rejections_total", help, &labels),
+            )
         });
         Self {
             requests: RequestMetrics::new(&r, &[]),
@@ -339,7 +346,10 @@ impl Metrics {
             ("block_size", &*block_size.to_string()),
             ("num_gpu_blocks", &*num_blocks.to_string()),
             ("cache_dtype", dtype),
-            ("enable_prefix_caching", if prefix_caching { "True" } else { "False" }),
+            (
+                "enable_prefix_caching",
+                if prefix_caching { "True" } else { "False" },
+            ),
         ];
         let help = "Always 1; the labels say what the KV cache is made of.";
         self.registrar()
@@ -375,7 +385,9 @@ impl Metrics {
         let seconds = |us: u64| us as f64 / 1e6;
         let elsewhere = timings.collective_us + timings.sample_us;
         metrics.step.record(seconds(timings.step_us));
-        metrics.compute.record(seconds(timings.step_us.saturating_sub(elsewhere)));
+        metrics
+            .compute
+            .record(seconds(timings.step_us.saturating_sub(elsewhere)));
         metrics.collective.record(seconds(timings.collective_us));
         metrics.wait.record(seconds(timings.wait_us));
         metrics.sample.record(seconds(timings.sample_us));

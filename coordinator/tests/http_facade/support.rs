@@ -122,6 +122,7 @@ impl Setup {
             keys: ApiKeys::new(self.keys),
             limits: self.limits.clone(),
             allowed_origins: self.origins,
+            seed: None,
             version: "1.2.3".to_owned(),
             metrics: Box::new(|| "up 1\n".to_owned()),
         };

@@ -55,8 +55,8 @@ impl Body {
         })
     }
 
-    fn logprobs(&self) -> Result<Option<u32>, ApiError> {
-        let alternatives = super::params::logprobs("top_logprobs", self.top_logprobs)?;
+    fn logprobs(&self, state: &ServerState) -> Result<Option<u32>, ApiError> {
+        let alternatives = super::params::logprobs(state, "top_logprobs", self.top_logprobs)?;
         if self.logprobs == Some(true) {
             return Ok(Some(alternatives.unwrap_or(0)));
         }
@@ -88,7 +88,7 @@ pub async fn handle(
         let message = "echo is available for /v1/completions only.";
         return Err(ApiError::parameter("echo", message));
     }
-    let (ending, logprobs) = (body.ending()?, body.logprobs()?);
+    let (ending, logprobs) = (body.ending()?, body.logprobs(&state)?);
     let truncate = params.truncate_prompt_tokens(&state)?;
     let text = render(&state, body.messages, ending).await?;
     let mut tokens = encode(&state, text, body.add_special_tokens == Some(true)).await?;
@@ -114,7 +114,7 @@ pub async fn handle(
         prompt,
         usage: streaming.unwrap_or_default(),
     };
-    let prompt_logprobs = params.prompt_logprobs()?.is_some();
+    let prompt_logprobs = params.prompt_logprobs(&state)?.is_some();
     let generation = Generation::start(&state, request).await?;
     if streaming.is_some() {
         let keep_alive = state.limits.keep_alive_interval;

@@ -48,7 +48,7 @@ pub async fn handle(
     let body: Body = body::parse(&bytes)?;
     drop(bytes);
     let echo = body.echo == Some(true);
-    let logprobs = super::params::logprobs("logprobs", body.logprobs)?;
+    let logprobs = super::params::logprobs(&state, "logprobs", body.logprobs)?;
     let truncate = params.truncate_prompt_tokens(&state)?;
     let special = body.add_special_tokens != Some(false);
     let prompts = body.prompt.resolve(&state, special, truncate).await?;
@@ -71,7 +71,7 @@ pub async fn handle(
         prompts,
         echo,
         logprobs: logprobs.is_some(),
-        prompt_logprobs: params.prompt_logprobs()?.is_some(),
+        prompt_logprobs: params.prompt_logprobs(&state)?.is_some(),
         token_ids: params.return_token_ids(),
         usage: streaming.unwrap_or_default(),
     };

@@ -6,7 +6,7 @@ use crate::http::auth::Tenant;
 use crate::http::error::ApiError;
 use crate::http::generate::GenerateRequest;
 use crate::http::limits::{
-    Bounded, MAX_ALLOWED_TOKEN_IDS, MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_BYTES,
+    Bounded, MAX_ALLOWED_TOKEN_IDS, MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_BYTES,
     MAX_STOP_TOKEN_IDS, MAX_STOPS, Whole, number, token_ids, whole,
 };
 use crate::scheduler::request::SamplingParams;
@@ -113,8 +113,8 @@ impl Params {
     ///
     /// # Errors
     /// 400 if out of range.
-    pub(super) fn prompt_logprobs(&self) -> Result<Option<u32>, ApiError> {
-        logprobs("prompt_logprobs", self.prompt_logprobs)
+    pub(super) fn prompt_logprobs(&self, state: &ServerState) -> Result<Option<u32>, ApiError> {
+        logprobs(state, "prompt_logprobs", self.prompt_logprobs)
     }
 
     /// How many tokens at the prompt's end are kept; `None`: all.
@@ -172,7 +172,7 @@ impl Params {
             max_tokens = max_tokens.map(|most| most.min(u32::try_from(left).unwrap_or(u32::MAX)));
         }
         let max_tokens = asked.or(max_tokens);
-        let shown = self.prompt_logprobs()?;
+        let shown = self.prompt_logprobs(state)?;
         let prompt_logprobs = match (extra.echo, extra.logprobs, max_tokens) {
             (true, Some(count), _) => Some(count.max(shown.unwrap_or(0))),
             // Only scoring makes a request of no new tokens one that can be scheduled.
@@ -268,7 +268,7 @@ impl Params {
         }
         let seed = match self.seed {
             // As in `vllm`, -1 is a way to say nothing.
-            None | Some(Whole(-1)) => draw_seed(),
+            None | Some(Whole(-1)) => state.seeds.draw(),
             Some(Whole(seed)) => seed.cast_unsigned(),
         };
         Ok(SamplingParams {
@@ -296,12 +296,6 @@ impl Params {
     }
 }
 
-/// A seed for a request that gives none. The one place where chance enters.
-fn draw_seed() -> u64 {
-    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
-    high ^ low.rotate_left(32)
-}
-
 /// Dividing by a temperature near 0 overflows: below 0.00001 is greedy, below 0.01 is 0.01.
 fn steady(temperature: f32) -> f32 {
     if temperature < 1e-5 {
@@ -312,11 +306,15 @@ fn steady(temperature: f32) -> f32 {
 }
 
 /// A number of alternatives; absent and negative ones ask for nothing.
-pub(super) fn logprobs(param: &str, given: Option<Whole>) -> Result<Option<u32>, ApiError> {
+pub(super) fn logprobs(
+    state: &ServerState,
+    param: &str,
+    given: Option<Whole>,
+) -> Result<Option<u32>, ApiError> {
     let Some(Whole(given)) = given else {
         return Ok(None);
     };
-    let count = whole(param, given, 0..=MAX_LOGPROBS)?;
+    let count = whole(param, given, 0..=i64::from(state.limits.max_logprobs))?;
     Ok(u32::try_from(count).ok())
 }
 

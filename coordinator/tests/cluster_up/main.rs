@@ -1,0 +1,21 @@
+//! Black-box tests of the binary: real processes, real sockets, the built-in model.
+//!
+//! Each test starts its own cluster on a free port. They take turns, because a machine with two
+//! cores has room for one cluster at a time; what runs out of time fails.
+
+mod client;
+mod lifecycle;
+mod process;
+mod serving;
+mod sockets;
+mod wrong_input;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Held by whoever runs a cluster.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Waits for this test's turn. One that failed before must not fail the others.
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,172 @@
+//! One `cluster up` process under test: started on a free port, watched, and never left behind.
+
+use coordinator::clock;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+/// No single wait of these tests is longer; a loaded machine gets ten times what an idle one needs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running cluster.
+pub(crate) struct Cluster {
+    child: Child,
+    /// Where its API is.
+    pub(crate) address: SocketAddr,
+    /// Process ids of its shards, by rank.
+    pub(crate) shards: Vec<u32>,
+    stderr: Arc<Mutex<String>>,
+}
+
+/// The binary with these arguments, its environment free of settings.
+pub(crate) fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cluster"));
+    command.args(arguments);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CLUSTER_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// Runs the binary to its end: exit code, standard output, standard error.
+pub(crate) fn run(arguments: &[&str]) -> (i32, String, String) {
+    let output = command(arguments).output().expect("the binary runs");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");
+    let code = output.status.code().expect("no signal ended it");
+    (code, text(output.stdout), text(output.stderr))
+}
+
+impl Cluster {
+    /// Starts `cluster up --port 0` with further arguments and waits until it serves.
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        let mut child = command(&["up", "--port", "0"])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary runs");
+        let stderr = collect(child.stderr.take().expect("piped"));
+        let lines = lines(child.stdout.take().expect("piped"));
+        let mut report = String::new();
+        while !report.contains("Ctrl-C") {
+            let Ok(line) = lines.recv_timeout(PATIENCE) else {
+                let _ = child.kill();
+                panic!(
+                    "{arguments:?}: no report; {report}{}",
+                    stderr.lock().expect("not poisoned")
+                );
+            };
+            writeln!(report, "{line}").expect("strings grow");
+        }
+        let address = report
+            .split("http://")
+            .nth(1)
+            .and_then(|rest| rest.split('/').next());
+        let address = address.expect("the report has an address").parse();
+        let pid = |part: &str| part.split(')').next().expect("a number").parse();
+        let shards = report.split("(process ").skip(1).map(pid);
+        Self {
+            child,
+            address: address.expect("it is an address"),
+            shards: shards.collect::<Result<_, _>>().expect("process ids"),
+            stderr,
+        }
+    }
+
+    /// The coordinator's process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal to the coordinator.
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        send_signal(self.pid(), signal);
+    }
+
+    /// Waits until the coordinator has ended and all its shards are gone.
+    pub(crate) fn wait(mut self) -> (ExitStatus, String) {
+        let mut status = None;
+        until("the coordinator ends", || {
+            status = self.child.try_wait().expect("it is our child");
+            status.is_some()
+        });
+        // The invariant is "gone when the exit code is there"; a killed process is then at most
+        // waiting for init to collect it.
+        for pid in &self.shards {
+            assert!(!is_running(*pid), "shard {pid} was left behind");
+        }
+        let stderr = self.stderr.lock().expect("not poisoned").clone();
+        (status.expect("it has ended"), stderr)
+    }
+
+    /// Ends it in order.
+    pub(crate) fn stop(self) {
+        self.signal(rustix::process::Signal::TERM);
+        let (status, stderr) = self.wait();
+        assert_eq!(status.code(), Some(0), "{stderr}");
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // For tests that fail half-way; the shards end with their parent's pipe.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until `done`; fails when that takes too long.
+pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = clock::now();
+    while !done() {
+        assert!(clock::since(begun) < PATIENCE, "in vain: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Sends a signal to any process.
+pub(crate) fn send_signal(pid: u32, signal: rustix::process::Signal) {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw);
+    rustix::process::kill_process(pid.expect("a process id"), signal).expect("it is running");
+}
+
+/// Whether a process exists and is not merely waiting to be collected.
+pub(crate) fn is_running(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+    status.is_ok_and(|status| !status.contains("State:\tZ") && !status.contains("State:\tX"))
+}
+
+fn lines(stdout: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+fn collect(mut stderr: impl Read + Send + 'static) -> Arc<Mutex<String>> {
+    let text = Arc::new(Mutex::new(String::new()));
+    let kept = text.clone();
+    thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = stderr.read(&mut bytes) {
+            let part = String::from_utf8_lossy(&bytes[..count]);
+            kept.lock().expect("not poisoned").push_str(&part);
+        }
+    });
+    text
+}

@@ -1,0 +1,78 @@
+//! What listens: one TCP socket for the API and one UDP socket per process, all on loopback.
+
+use crate::client::get;
+use crate::process::Cluster;
+use crate::turn;
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+/// Inodes of the sockets that a process has open.
+fn socket_inodes(pid: u32) -> BTreeSet<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
+    let links = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    let inode = |link: std::path::PathBuf| {
+        let name = link.to_str()?.to_owned();
+        Some(name.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
+    };
+    links.filter_map(inode).collect()
+}
+
+/// Local addresses of these sockets that wait for anyone: TCP in state LISTEN (0A), UDP without a
+/// peer (07).
+fn waiting(table: &str, state: &str, inodes: &BTreeSet<String>) -> Vec<SocketAddr> {
+    let text = fs::read_to_string(format!("/proc/net/{table}")).expect("the kernel lists sockets");
+    let rows = text
+        .lines()
+        .skip(1)
+        .map(|row| row.split_ascii_whitespace().collect::<Vec<_>>());
+    let ours = rows.filter(|row| row[3] == state && inodes.contains(row[9]));
+    ours.map(|row| {
+        let (ip, port) = row[1].split_once(':').expect("address:port");
+        let port = u16::from_str_radix(port, 16).expect("a port");
+        let ip = if table.ends_with('6') {
+            let ip = u128::from_str_radix(ip, 16).expect("an address");
+            IpAddr::from(ip.to_be_bytes()) // only asserted to be absent
+        } else {
+            let ip = u32::from_str_radix(ip, 16).expect("an address");
+            Ipv4Addr::from(ip.to_le_bytes()).into()
+        };
+        SocketAddr::new(ip, port)
+    })
+    .collect()
+}
+
+#[test]
+fn nothing_listens_but_the_api_and_the_control_plane_on_loopback() {
+    let _turn = turn();
+    let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
+    get(cluster.address, "/health");
+    let coordinator = socket_inodes(cluster.pid());
+    assert_eq!(waiting("tcp", "0A", &coordinator), [cluster.address]);
+    let control = waiting("udp", "07", &coordinator);
+    assert_eq!(
+        control.len(),
+        1,
+        "one socket of the control plane: {control:?}"
+    );
+    let mut all = coordinator;
+    for shard in &cluster.shards {
+        let own = socket_inodes(*shard);
+        assert_eq!(waiting("tcp", "0A", &own), [], "a shard listens on TCP");
+        assert_eq!(
+            waiting("udp", "07", &own).len(),
+            1,
+            "a shard has one socket, its link's"
+        );
+        all.extend(own);
+    }
+    for table in ["tcp6", "udp6"] {
+        for state in ["0A", "07"] {
+            assert_eq!(waiting(table, state, &all), [], "{table}");
+        }
+    }
+    for address in waiting("udp", "07", &all) {
+        assert!(address.ip().is_loopback(), "{address} is not on loopback");
+    }
+    cluster.stop();
+}
