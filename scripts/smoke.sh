@@ -31,12 +31,13 @@ for path in health ready v1/models metrics; do
   curl -fsS -o /dev/null "http://127.0.0.1:8000/$path" || { echo "smoke: /$path failed"; exit 1; }
 done
 
-shards=$(pgrep -g "$group" -f 'cluster shard' || true)
+# Shards have process groups of their own; cargo has become the coordinator.
+shards=$(pgrep -P "$group" -f 'cluster shard' || true)
 [ -n "$shards" ] || { echo "smoke: no shard processes were seen"; exit 1; }
 kill -INT -- "-$group"
 wait "$group" || { cat "$log"; echo "smoke: Ctrl-C did not end it with 0"; exit 1; }
 sleep 0.5
-left=$(pgrep -g "$group" || true)
+left=$(pgrep -g "$group" || true; for shard in $shards; do ps -o pid= -p "$shard" || true; done)
 [ -z "$left" ] || { echo "smoke: processes were left behind: $left"; exit 1; }
 group=
 echo "smoke: passed"

@@ -46,7 +46,7 @@ impl Child {
         Self { end, watcher }
     }
 
-    /// Hangs up, gives the process `limit` to end, kills it then, and waits for that.
+    /// Gives the process `limit` to end by itself, kills it then, and waits for that.
     pub(super) async fn end(self, limit: Duration) {
         // An error means that the process ended by itself.
         let _ = self.end.send(limit);
@@ -113,7 +113,7 @@ async fn watch(
         }
         limit = &mut ending => limit.unwrap_or(Duration::ZERO),
     };
-    process.hang_up();
+    // It was told to stop; its pipe stays open, or it would take its parent for dead.
     if timeout(limit, process.wait()).await.is_err() {
         if !limit.is_zero() {
             tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
@@ -125,14 +125,16 @@ async fn watch(
     }
 }
 
-/// Shards write lines such as `2026-01-01T00:00:00Z  INFO shard: text`; here they keep their level.
+/// Shards write lines such as `2026-01-01T00:00:00Z  INFO shard::session: text`; here they keep
+/// level and text.
 async fn forward_log(rank: Rank, mut lines: mpsc::Receiver<String>) {
     let rank = rank.0;
     while let Some(line) = lines.recv().await {
         let mut words = line.split_ascii_whitespace();
         let level = words.by_ref().nth(1).unwrap_or_default();
+        let target = words.next().filter(|word| word.ends_with(':'));
         let text = line
-            .split_once(level)
+            .split_once(target.unwrap_or(level))
             .map_or(&*line, |(_, text)| text.trim_start());
         match level {
             "ERROR" => tracing::error!(target: "shard", rank, "{text}"),
