@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 /// Serves large language models from several devices at once.
 #[derive(Debug, Parser)]
-#[command(name = "cluster", version, long_version = super::LONG_VERSION, after_help = EXIT_CODES)]
+#[command(name = "cluster", version, long_version = super::long_version(), after_help = EXIT_CODES)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -152,11 +152,11 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = SCHEDULING)]
     pub max_num_seqs: Option<u32>,
-    /// Most tokens in one step [default: 512 on CPUs, 2048 on GPUs].
+    /// Most tokens in one step [default: 512].
     #[arg(long, env = "CLUSTER_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS",
           value_parser = positive_tokens, help_heading = SCHEDULING)]
     pub max_num_batched_tokens: Option<u32>,
-    /// Most prompt tokens of one request in one step while others wait; 0 is no limit.
+    /// Most tokens of one request in one step; 0 is no limit.
     #[arg(long, env = "CLUSTER_LONG_PREFILL_TOKEN_THRESHOLD", default_value = "0",
           value_name = "TOKENS", value_parser = tokens, help_heading = SCHEDULING)]
     pub long_prefill_token_threshold: u32,

@@ -19,6 +19,8 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::OnceLock;
+use topology::wire::WIRE_VERSION;
 use tracing_subscriber::EnvFilter;
 
 /// The revision this binary was built from, where the build was told.
@@ -27,8 +29,14 @@ pub const BUILD: &str = match option_env!("CLUSTER_BUILD") {
     None => "local",
 };
 
-/// What `cluster --version` and `/version` say.
-pub const LONG_VERSION: &str = env!("CARGO_PKG_VERSION");
+/// What `/version` and `cluster -V` say.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// What `cluster --version` says: enough to tell whether two binaries may work together.
+fn long_version() -> &'static str {
+    static TEXT: OnceLock<String> = OnceLock::new();
+    TEXT.get_or_init(|| format!("{VERSION} (build {BUILD}, wire {WIRE_VERSION})"))
+}
 
 /// The cluster could not start or could not go on.
 const EXIT_FAULT: u8 = 1;

@@ -28,11 +28,12 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 /// How long answers may still take to reach their clients once the engine has ended.
 const FLUSH_LIMIT: Duration = Duration::from_secs(3);
 
-/// How long tasks get to end the processes they own when the runtime is torn down.
+/// How long shard processes may take to be gone when the cluster was given up.
 const TEARDOWN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why serving ended early.
@@ -65,8 +66,15 @@ pub fn run(up: &Up) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return complain(&error, EXIT_FAULT),
     };
-    let ended = runtime.block_on(serve(up, prepared, begun));
-    runtime.shutdown_timeout(TEARDOWN_LIMIT);
+    let ended = runtime.block_on(async {
+        let (alive, mut all_gone) = mpsc::channel(1);
+        let ended = serve(up, prepared, (begun, alive)).await;
+        // Whatever was given up above is being killed; nothing is ever sent here.
+        let _ = timeout(TEARDOWN_LIMIT, all_gone.recv()).await;
+        ended
+    });
+    // A tokenizer may still be read by a thread that cannot be stopped.
+    runtime.shutdown_background();
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Input(error)) => complain(&error, EXIT_INPUT),
@@ -75,7 +83,11 @@ pub fn run(up: &Up) -> ExitCode {
     }
 }
 
-async fn serve(up: &Up, prepared: Prepared, begun: Instant) -> Result<(), Failure> {
+async fn serve(
+    up: &Up,
+    prepared: Prepared,
+    (begun, alive): (Instant, mpsc::Sender<()>),
+) -> Result<(), Failure> {
     for warning in &prepared.placement.warnings {
         note(warning);
     }
@@ -99,7 +111,8 @@ async fn serve(up: &Up, prepared: Prepared, begun: Instant) -> Result<(), Failur
         listener,
     };
     // Both begin now; whichever fails ends the other.
-    let starting = async { tokio::try_join!(open(up, &prepared, site), start(up, &prepared)) };
+    let starting =
+        async { tokio::try_join!(open(up, &prepared, site), start(up, &prepared, alive)) };
     let (door, (fleet, ready)) = tokio::select! {
         started = starting => started?,
         () = signals.next() => return Ok(()),
@@ -177,8 +190,9 @@ async fn run_engine(
             tokio::select! {
                 ended = &mut engine => ended,
                 () = signals.next() => {
-                    // The tasks that own the processes kill them when the runtime ends.
+                    // With the engine its fleet is dropped, and with that its processes end.
                     engine.abort();
+                    let _ = engine.await;
                     return Err(Failure::Now);
                 }
             }
@@ -243,7 +257,7 @@ async fn open(up: &Up, prepared: &Prepared, site: Site) -> Result<Door, Failure>
         limits: limits.clone(),
         allowed_origins: up.allowed_origins.clone(),
         seed: up.seed,
-        version: super::LONG_VERSION.to_owned(),
+        version: super::VERSION.to_owned(),
         metrics: Box::new(move || metrics.render()),
     });
     let (close, closed) = oneshot::channel();
@@ -259,7 +273,11 @@ async fn open(up: &Up, prepared: &Prepared, site: Site) -> Result<Door, Failure>
     })
 }
 
-async fn start(up: &Up, prepared: &Prepared) -> Result<(Fleet, Ready), Failure> {
+async fn start(
+    up: &Up,
+    prepared: &Prepared,
+    alive: mpsc::Sender<()>,
+) -> Result<(Fleet, Ready), Failure> {
     let program = std::env::current_exe().context("cannot find this program's own file");
     let setup = Setup {
         program: program.map_err(Failure::Input)?.into(),
@@ -270,6 +288,7 @@ async fn start(up: &Up, prepared: &Prepared) -> Result<(Fleet, Ready), Failure> 
             startup: Duration::from_secs(up.startup_timeout.into()),
             step: Duration::from_secs(up.step_timeout.into()),
         },
+        alive,
     };
     let mut progress = Progress::new(prepared.placement.world_size());
     let choose = |needs: &[_]| prepared.choose_blocks(up, needs).map_err(|e| e.to_string());

@@ -36,13 +36,22 @@ pub(super) struct Member {
 }
 
 impl Child {
-    /// Watches `process`; its log lines and its exit are reported under `rank`.
-    pub(super) fn watch(rank: Rank, mut process: Process, outlet: Outlet) -> Self {
+    /// Watches `process`; its log lines and its exit are reported under `rank`. `alive` is held until
+    /// the process is gone.
+    pub(super) fn watch(
+        rank: Rank,
+        mut process: Process,
+        outlet: Outlet,
+        alive: mpsc::Sender<()>,
+    ) -> Self {
         if let Some(lines) = process.lines.take() {
             tokio::spawn(forward_log(rank, lines));
         }
         let (end, ending) = oneshot::channel();
-        let watcher = tokio::spawn(watch(rank, process, outlet, ending));
+        let watcher = tokio::spawn(async move {
+            watch(rank, process, outlet, ending).await;
+            drop(alive);
+        });
         Self { end, watcher }
     }
 

@@ -9,6 +9,8 @@ mod fault;
 mod inbox;
 mod member;
 mod start;
+#[cfg(test)]
+mod tests;
 
 pub use fault::{Cause, Fault, Phase};
 pub use start::{Limits, RankReport, Ready, Setup, StartEvent};

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
 use topology::fit::RankNeeds;
 use topology::ids::{Epoch, Rank};
 use topology::launch::{Launch, local};
@@ -42,6 +43,9 @@ pub struct Setup {
     pub load: Load,
     /// Deadlines.
     pub limits: Limits,
+    /// Held for as long as any shard process may exist: closed when all are gone, whatever became
+    /// of the fleet.
+    pub alive: mpsc::Sender<()>,
 }
 
 /// Deadlines that the operator sets.
@@ -348,7 +352,8 @@ async fn launch_all(
     let children = processes?.into_iter().map(|(rank, process)| {
         let pid = process.pid().unwrap_or_default();
         tell(StartEvent::Launched { rank, pid });
-        (rank, Child::watch(rank, process, outlet.clone()))
+        let alive = setup.alive.clone();
+        (rank, Child::watch(rank, process, outlet.clone(), alive))
     });
     Ok(children.collect())
 }

@@ -248,6 +248,32 @@ fn a_model_that_does_not_fit_is_refused_with_the_arithmetic() {
     );
 }
 
+#[test]
+fn it_says_what_it_is() {
+    let (code, stdout, _) = run(&["--version"]);
+    assert_eq!(code, 0);
+    assert!(
+        stdout.starts_with("cluster 0.") && stdout.contains("build "),
+        "{stdout}"
+    );
+    let (code, stdout, _) = run(&["up", "--help"]);
+    assert_eq!(code, 0);
+    for part in [
+        "--tensor-parallel-size",
+        "CLUSTER_PORT",
+        "--insecure-no-api-key",
+    ] {
+        assert!(stdout.contains(part), "{part}");
+    }
+    assert!(run(&["--help"]).1.contains("Exit codes"));
+    assert_eq!(run(&["bench", "serve", "--no-such"]).0, 2);
+    assert!(
+        run(&["bench", "serve", "--help"])
+            .1
+            .contains("--max-concurrency")
+    );
+}
+
 /// The one file that is read while shards start already: they must be gone all the same.
 #[test]
 fn a_tokenizer_that_cannot_be_read_ends_what_was_started() {

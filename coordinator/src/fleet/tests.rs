@@ -1,0 +1,104 @@
+//! What a fleet refuses: programs that are no shards, answers that do not agree. The rest needs real
+//! shards, and is tested with the binary.
+
+use super::{Cause, Fault, Fleet, Limits, Phase, Setup, check_agreement};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use topology::ids::{Epoch, Rank, Step};
+use topology::placement::Device;
+use topology::wire::{Load, ModelLocation, Ran, StepPlan, StepTimings};
+
+fn setup(program: &str, alive: mpsc::Sender<()>) -> Setup {
+    let cpu = Device::Cpu {
+        threads: 1,
+        cores: Vec::new(),
+    };
+    Setup {
+        program: program.into(),
+        log_level: "warn".into(),
+        devices: vec![cpu.clone(), cpu],
+        load: Load {
+            model: ModelLocation::BuiltIn,
+            tensor_parallel_size: 2,
+            dtype: "auto".into(),
+            block_size: 16,
+            max_model_len: 64,
+            max_num_batched_tokens: 64,
+            max_num_seqs: 4,
+        },
+        limits: Limits {
+            startup: Duration::from_secs(5),
+            step: Duration::from_secs(5),
+        },
+        alive,
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_is_no_shard_is_named_and_nothing_stays() {
+    for (program, said) in [
+        ("/no/such/program", "cannot start /no/such/program"),
+        ("/bin/false", "ended before it announced itself"),
+        ("/bin/echo", "the handshake went wrong"),
+    ] {
+        let (alive, mut all_gone) = mpsc::channel(1);
+        let setup = setup(program, alive);
+        let started = Fleet::start(&setup, |_| Ok(1), |_| {}).await;
+        let fault = started.expect_err("it is no shard");
+        assert!(fault.rank.is_some(), "{fault}");
+        assert!(
+            matches!(&fault.cause, Cause::Launch(why) if why.contains(said)),
+            "{fault}"
+        );
+        drop(setup);
+        assert_eq!(all_gone.recv().await, None);
+    }
+}
+
+#[test]
+fn a_rank_that_computed_something_else_is_named() {
+    let plan = StepPlan {
+        epoch: Epoch(3),
+        step: Step(7),
+        rows: Vec::new(),
+    };
+    let digest = plan.digest().unwrap();
+    let ran = || Ran {
+        epoch: plan.epoch,
+        step: plan.step,
+        digest,
+        outputs: Vec::new(),
+        timings: StepTimings::default(),
+    };
+    let check = |answers: &[Ran]| check_agreement((plan.epoch, plan.step, digest), answers);
+    assert_eq!(check(&[ran(), ran(), ran()]), Ok(()));
+    let mut other = ran();
+    other.digest[5] ^= 1;
+    assert_eq!(
+        check(&[ran(), other]),
+        Err(Fault::of(Rank(1), Cause::Diverged))
+    );
+    for late in [
+        Ran {
+            epoch: Epoch(2),
+            ..ran()
+        },
+        Ran {
+            step: Step(6),
+            ..ran()
+        },
+    ] {
+        let fault = check(&[ran(), ran(), late]).unwrap_err();
+        assert_eq!(fault.rank, Some(Rank(2)));
+        assert!(
+            matches!(
+                fault.cause,
+                Cause::Unexpected {
+                    phase: Phase::Step,
+                    ..
+                }
+            ),
+            "{fault}"
+        );
+    }
+}
