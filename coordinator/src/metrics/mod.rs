@@ -4,7 +4,7 @@
 //! `cluster_` names are ours. The pure core returns statistics and the engine's loop and the HTTP
 //! side record them here: nothing in the scheduler knows of metrics. The recorder is a value, not
 //! a global, so that two clusters (or two tests) in one process do not mix. How handles come to be
-//! is [`registrar`]'s business.
+//! is `registrar`'s business.
 //!
 //! Invariant: every series exists from the start, at zero, so that a rate never misses its first
 //! event; label values come from fixed lists and ranks, never from requests.

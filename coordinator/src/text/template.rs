@@ -3,7 +3,7 @@
 //! Templates are Jinja programs written by whoever made the model. They are compiled once, from
 //! the model's files only (never from a request), and run with bounds on instructions, nesting and output.
 //! Differences between minijinja and the Jinja2 of the model's authors are evened out by
-//! [`super::python`]; a differential test against `transformers` says how well.
+//! `super::python`; a differential test against `transformers` says how well.
 
 use super::python::{self, strftime, tojson};
 use crate::clock::unix_seconds;

@@ -1,6 +1,6 @@
 //! `/v1/completions`: prompts as text or tokens, one or many.
 //!
-//! Streamed and whole answers are made of the same [`Piece`]s, so they cannot differ.
+//! Streamed and whole answers are made of the same `Piece`s, so they cannot differ.
 
 use super::logprobs::{self, Legacy};
 use super::params::{Extra, Params};
