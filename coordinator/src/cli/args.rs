@@ -205,7 +205,7 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_SHUTDOWN_TIMEOUT", default_value_t = 30, value_name = "SECONDS",
           help_heading = SERVER)]
     pub shutdown_timeout: u32,
-    /// Seconds that starting the shards and loading the model may take.
+    /// Seconds that reading the weights may take.
     #[arg(long, env = "CLUSTER_STARTUP_TIMEOUT", default_value_t = 600, value_name = "SECONDS",
           value_parser = clap::value_parser!(u32).range(1..), help_heading = SERVER)]
     pub startup_timeout: u32,

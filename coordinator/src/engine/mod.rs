@@ -159,11 +159,13 @@ impl<G: Group> Engine<G> {
         let answered = if self.shutdown.borrow().is_some() {
             Err(SubmitError::Draining)
         } else {
-            self.record_params(&choices);
             self.scheduler.add(choices).map_err(SubmitError::from)
         };
         match &answered {
-            Ok(()) => self.streams.open(&taken, (&events, &cancelled), now()),
+            Ok(()) => {
+                self.record_params(&taken);
+                self.streams.open(&taken, (&events, &cancelled), now());
+            }
             Err(error) => self.record_rejection(error),
         }
         // Whoever asked may have gone; then the stream is closed too and is cancelled next turn.

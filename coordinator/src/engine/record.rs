@@ -2,10 +2,11 @@
 
 use super::Engine;
 use super::handle::SubmitError;
+use super::streams::Taken;
 use crate::clock::now;
 use crate::fleet::StepOutcome;
 use crate::metrics::Rejection;
-use crate::scheduler::request::{Refusal, Request};
+use crate::scheduler::request::Refusal;
 use std::time::{Duration, Instant};
 
 impl<G> Engine<G> {
@@ -59,7 +60,7 @@ impl<G> Engine<G> {
             .absolute(counters.prefix_cache_hits);
     }
 
-    pub(super) fn record_params(&self, choices: &[Request]) {
+    pub(super) fn record_params(&self, choices: &[Taken]) {
         let requests = &self.metrics.requests;
         requests.params_n.record(choices.len() as f64);
         for choice in choices {

@@ -136,6 +136,8 @@ impl Streams {
 pub(super) struct Taken {
     id: SequenceId,
     prompt_tokens: usize,
+    /// As asked for.
+    pub(super) max_tokens: u32,
 }
 
 impl From<&Request> for Taken {
@@ -143,6 +145,7 @@ impl From<&Request> for Taken {
         Self {
             id: request.id,
             prompt_tokens: request.prompt.len(),
+            max_tokens: request.max_tokens,
         }
     }
 }
