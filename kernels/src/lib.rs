@@ -2,7 +2,7 @@
 //!
 //! Knows nothing of networks, models or ranks. [`backend::Backend`] is the seam; [`batch`] says
 //! what one step works on; `ops` holds each operation's formula, its slow reference and its
-//! fast CPU path side by side; `cpu` is the backend made of them.
+//! fast CPU path side by side, and its CUDA kernel with its launch; `cpu` and `cuda` are the backends made of them.
 
 #![expect(
     clippy::inline_always,
@@ -20,6 +20,8 @@
 pub mod backend;
 pub mod batch;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod ops;
 pub mod sampling;
 #[cfg(test)]

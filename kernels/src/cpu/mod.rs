@@ -7,7 +7,7 @@ mod batch;
 pub(crate) mod element;
 pub(crate) mod exp;
 pub(crate) mod kv_cache;
-mod memory;
+pub(crate) mod memory;
 pub(crate) mod simd;
 mod tensor;
 pub(crate) mod threads;
