@@ -9,7 +9,9 @@
 )]
 
 use bytes::Bytes;
-use kernels::backend::{Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout};
+use kernels::backend::{
+    Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Precision,
+};
 use kernels::batch::Batch;
 use kernels::cpu::CpuBackend;
 use rustix::time::{ClockId, clock_gettime};
@@ -71,9 +73,9 @@ fn linear(
         cols: inputs,
         row_stride: inputs,
     };
-    let weight = cpu.load(&[weight], element)?;
-    let x = cpu.allocate(rows, inputs)?;
-    let mut out = cpu.allocate(rows, outputs)?;
+    let weight = cpu.load(&[weight], element, &mut |_| ())?;
+    let x = cpu.allocate(rows, inputs, Precision::Compute)?;
+    let mut out = cpu.allocate(rows, outputs, Precision::Compute)?;
     let (wall, seconds) = time(|| cpu.linear(&x, &weight, None, &mut out));
     println!(
         "  {rows:4} rows: {:9.1} us, a core: {:6.1} GB/s of weights, {:6.1} GFLOP/s",
@@ -124,7 +126,7 @@ fn attend(
     let mut device = cpu.batch(tokens, sequences, sequences * blocks)?;
     cpu.upload(&batch, &mut device)?;
     let mut cache = cpu.kv_cache(layout)?;
-    let qkv = cpu.allocate(tokens, heads.qkv_width())?;
+    let qkv = cpu.allocate(tokens, heads.qkv_width(), Precision::Compute)?;
     // The system's page of zeros would be read from the cache: write every block once.
     let mut every = cpu.batch(layout.blocks * 16, layout.blocks * 16, 0)?;
     let all = narrow(layout.blocks * 16);
@@ -138,7 +140,7 @@ fn attend(
         ..Batch::default()
     };
     cpu.upload(&fill, &mut every)?;
-    let zeros = cpu.allocate(all as usize, heads.qkv_width())?;
+    let zeros = cpu.allocate(all as usize, heads.qkv_width(), Precision::Compute)?;
     cpu.write_kv(&every, 0, &zeros, heads, &mut cache);
 
     let attention = Attention {
@@ -147,7 +149,7 @@ fn attend(
         scale: 0.1,
         sliding_window: None,
     };
-    let mut out = cpu.allocate(tokens, 32 * 128)?;
+    let mut out = cpu.allocate(tokens, 32 * 128, Precision::Compute)?;
     let (wall, seconds) = time(|| cpu.attend(&device, &attention, &qkv, &cache, &mut out));
     let seen: usize = batch
         .positions

@@ -58,6 +58,15 @@ impl Element {
     }
 }
 
+/// What an activation matrix is stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// What the backend computes in ([`Backend::compute_in`]).
+    Compute,
+    /// f32 on every backend: rotary tables, logits.
+    F32,
+}
+
 /// A piece of a stored matrix, usually inside a memory map. Nothing is copied to describe it.
 #[derive(Clone, Debug)]
 pub struct HostMatrix {
@@ -119,7 +128,7 @@ pub struct Attention {
 /// In all operations `q`, `k`, `v` live side by side in one matrix `qkv` of width
 /// `(local_heads + 2 * local_kv_heads) * head_dim`: all query heads, then keys, then values.
 pub trait Backend: Send + 'static {
-    /// An activation matrix in device memory. Elements are what the backend computes in (f32 on the CPU).
+    /// An activation matrix in device memory.
     type Tensor: Send + std::fmt::Debug;
     /// A weight matrix `[out, in]`, or a vector as `[1, n]`.
     type Weight: Send + std::fmt::Debug;
@@ -134,13 +143,32 @@ pub trait Backend: Send + 'static {
     /// Total and free bytes of the device's memory.
     fn memory(&self) -> (u64, u64);
 
-    /// An activation matrix for up to `rows` rows of `width` elements, zeroed.
-    fn allocate(&self, rows: usize, width: usize) -> Result<Self::Tensor, DeviceError>;
+    /// Says what the model's matrices are stored as, which is what activations of [`Precision::Compute`] shall be.
+    /// Comes before anything is taken. Sums are f32 in any case, and the CPU computes in f32 throughout.
+    fn compute_in(&mut self, element: Element);
 
-    /// Puts the `parts`, stacked by rows, on the device. On the CPU a part may stay where it is.
+    /// Bytes of one element of an activation matrix.
+    fn element_bytes(&self, precision: Precision) -> usize;
+
+    /// An activation matrix for up to `rows` rows of `width` elements, zeroed.
+    fn allocate(
+        &self,
+        rows: usize,
+        width: usize,
+        precision: Precision,
+    ) -> Result<Self::Tensor, DeviceError>;
+
+    /// Puts the `parts`, stacked by rows, on the device. On the CPU a part may stay where it is; its bytes are
+    /// read all the same, so that loading is over when this returns.
     ///
-    /// `store` asks for another element type than the parts have (rounding to nearest even).
-    fn load(&self, parts: &[HostMatrix], store: Element) -> Result<Self::Weight, DeviceError>;
+    /// `store` asks for another element type than the parts have (rounding to nearest even). `progress` gets
+    /// the bytes, as `store`, that have come since it was last called, every few MiB.
+    fn load(
+        &self,
+        parts: &[HostMatrix],
+        store: Element,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self::Weight, DeviceError>;
 
     /// Takes memory for the KV blocks.
     fn kv_cache(&self, layout: KvLayout) -> Result<Self::KvCache, DeviceError>;

@@ -2,7 +2,7 @@
 //!
 //! Not compiled into the library.
 
-use crate::backend::{Backend, Element, HostMatrix};
+use crate::backend::{Backend, Element, HostMatrix, Precision};
 use crate::batch::Batch;
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::simd::Isa;
@@ -72,7 +72,9 @@ pub(crate) fn backends() -> Vec<CpuBackend> {
 
 /// A tensor holding `values: [_, width]`.
 pub(crate) fn tensor(cpu: &CpuBackend, values: &[f32], width: usize) -> CpuTensor {
-    let mut tensor = cpu.allocate(values.len() / width, width).expect("it fits");
+    let mut tensor = cpu
+        .allocate(values.len() / width, width, Precision::Compute)
+        .expect("it fits");
     cpu.write(values, &mut tensor).expect("the shapes agree");
     tensor
 }
@@ -144,7 +146,8 @@ pub(crate) fn weight(
     let values = rng.values(rows * cols);
     let matrix = host_matrix(rng, &values, cols, element);
     (
-        cpu.load(&[matrix], element).expect("it is well formed"),
+        cpu.load(&[matrix], element, &mut |_| ())
+            .expect("it is well formed"),
         rounded(&values, element),
     )
 }

@@ -1,7 +1,7 @@
 //! The operations of a step take no memory: everything was taken at start.
 
 use bytes::Bytes;
-use kernels::backend::{Attention, Backend, Element, Heads, HostMatrix, KvLayout};
+use kernels::backend::{Attention, Backend, Element, Heads, HostMatrix, KvLayout, Precision};
 use kernels::batch::Batch;
 use kernels::cpu::CpuBackend;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -48,7 +48,8 @@ fn weight(cpu: &CpuBackend, rows: usize, cols: usize) -> kernels::cpu::CpuWeight
         cols,
         row_stride: cols,
     };
-    cpu.load(&[part], Element::Bf16).expect("it is well formed")
+    cpu.load(&[part], Element::Bf16, &mut |_| ())
+        .expect("it is well formed")
 }
 
 /// Six tokens of one sequence and two of another.
@@ -68,7 +69,7 @@ fn two_sequences() -> Batch {
 #[test]
 fn a_step_takes_no_memory() {
     let cpu = CpuBackend::new(1, None).expect("it starts");
-    let tensor = |width| cpu.allocate(8, width).expect("it fits");
+    let tensor = |width| cpu.allocate(8, width, Precision::Compute).expect("it fits");
     let (mut x, mut residual, mut qkv) = (tensor(WIDTH), tensor(WIDTH), tensor(HEADS.qkv_width()));
     let (mut normed, mut attended, mut gate_up) = (tensor(WIDTH), tensor(WIDTH), tensor(96));
     let (mut hidden, mut rotary) = (tensor(48), tensor(16));

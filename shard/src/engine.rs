@@ -109,7 +109,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
     /// # Errors
     /// A sentence for the operator: the model's files are wrong, it cannot be split so, or does not fit.
     pub fn load(
-        backend: B,
+        mut backend: B,
         place: Place,
         (files, load): (&ModelFiles, &Load),
         progress: &mut dyn FnMut(u64, u64),
@@ -121,10 +121,11 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let partition = Partition::new(&shape, place.rank, load.tensor_parallel_size)?;
         let dtype = resolve_dtype(&load.dtype, &shape)?;
         let (limits, size) = limits(load, &shape)?;
+        backend.compute_in(weights::element(dtype));
 
         let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, dtype)?;
         let weight_bytes = weights.bytes();
-        let workspace_bytes = Decoder::<B>::workspace_bytes(&shape, &partition, size);
+        let workspace_bytes = Decoder::workspace_bytes(&backend, &shape, &partition, size);
         let fits = refuse_what_does_not_fit(&backend, weight_bytes, workspace_bytes);
         fits.context("load the model")?;
         progress(0, weight_bytes);

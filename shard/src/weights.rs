@@ -23,9 +23,8 @@ use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, ModelShape};
 use topology::partition::{Partition, TensorSpec, tensors};
 
-/// Progress is reported at least this often, in bytes.
-const PROGRESS_BYTES: usize = 16 << 20;
-const PAGE: usize = 4096;
+/// Progress is reported about this often, in bytes.
+const PROGRESS_BYTES: u64 = 16 << 20;
 
 /// The backend's name for a type.
 pub fn element(dtype: Dtype) -> Element {
@@ -90,24 +89,6 @@ impl HostWeight {
         let elements = self.parts.iter().map(|part| (part.rows * part.cols) as u64);
         elements.sum::<u64>() * self.store.bytes() as u64
     }
-
-    /// Reads one byte of each page, so that loading is over when it says so and not during the first
-    /// step. `tick` gets the bytes passed.
-    fn touch(&self, tick: &mut impl FnMut(u64)) {
-        for part in &self.parts {
-            let width = part.element.bytes();
-            for row in 0..part.rows {
-                let start = row * part.row_stride * width;
-                let row = &part.data[start..start + part.cols * width];
-                for piece in row.chunks(PROGRESS_BYTES) {
-                    for page in piece.chunks(PAGE) {
-                        std::hint::black_box(page[0]);
-                    }
-                    tick((piece.len() / width * self.store.bytes()) as u64);
-                }
-            }
-        }
-    }
 }
 
 impl DecoderWeights<HostWeight> {
@@ -167,14 +148,14 @@ impl DecoderWeights<HostWeight> {
     ) -> Result<DecoderWeights<B::Weight>> {
         let (mut done, mut reported) = (0, 0);
         self.try_map(&mut |weight| {
-            weight.touch(&mut |bytes| {
+            let mut passed = |bytes| {
                 done += bytes;
-                if done - reported >= PROGRESS_BYTES as u64 {
+                if done - reported >= PROGRESS_BYTES {
                     reported = done;
                     progress(done);
                 }
-            });
-            Ok(backend.load(&weight.parts, weight.store)?)
+            };
+            Ok(backend.load(&weight.parts, weight.store, &mut passed)?)
         })
     }
 }

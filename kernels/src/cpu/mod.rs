@@ -18,7 +18,9 @@ pub use kv_cache::CpuKvCache;
 pub use tensor::CpuTensor;
 pub use weight::CpuWeight;
 
-use crate::backend::{Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout};
+use crate::backend::{
+    Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Precision,
+};
 use crate::batch::Batch;
 use crate::ops;
 use crate::sampling::{SampleRequest, SampleResult};
@@ -84,13 +86,30 @@ impl Backend for CpuBackend {
         memory::total_and_free()
     }
 
-    fn allocate(&self, rows: usize, width: usize) -> Result<CpuTensor, DeviceError> {
+    // f32, whatever the weights are stored as: narrower activations would be slower here.
+    fn compute_in(&mut self, _element: Element) {}
+
+    fn element_bytes(&self, _precision: Precision) -> usize {
+        size_of::<f32>()
+    }
+
+    fn allocate(
+        &self,
+        rows: usize,
+        width: usize,
+        _precision: Precision,
+    ) -> Result<CpuTensor, DeviceError> {
         let what = format!("an activation matrix [{rows}, {width}]");
         self.reserve(&what, bytes(&[rows, width, size_of::<f32>()]))?;
         Ok(CpuTensor::zeroed(rows, width))
     }
 
-    fn load(&self, parts: &[HostMatrix], store: Element) -> Result<CpuWeight, DeviceError> {
+    fn load(
+        &self,
+        parts: &[HostMatrix],
+        store: Element,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<CpuWeight, DeviceError> {
         // A part of another type is copied; one that is not aligned is, too, but is the rare case.
         let copied = parts.iter().filter(|part| part.element != store);
         let needed = copied
@@ -99,7 +118,11 @@ impl Backend for CpuBackend {
         if needed != Some(0) {
             self.reserve("a copy of a weight", needed)?;
         }
-        CpuWeight::load(parts, store)
+        let weight = CpuWeight::load(parts, store)?;
+        for part in parts {
+            weight::touch(part, store, progress);
+        }
+        Ok(weight)
     }
 
     fn kv_cache(&self, layout: KvLayout) -> Result<CpuKvCache, DeviceError> {

@@ -8,6 +8,10 @@ use super::element::{Stored, by_element};
 use crate::backend::{DeviceError, Element, HostMatrix};
 use bytes::Bytes;
 
+/// Progress is reported about this often.
+const PROGRESS_BYTES: usize = 1 << 20;
+const PAGE: usize = 4096;
+
 /// A matrix `[rows, cols]`, or a vector.
 #[derive(Debug)]
 pub struct CpuWeight {
@@ -145,6 +149,25 @@ fn check(part: &HostMatrix) -> Result<(), String> {
         "a weight [{rows}, {cols}] of {element:?} with row stride {row_stride} in {} bytes",
         data.len()
     ))
+}
+
+/// Reads one byte of each page of `part`, so that loading is over when it says so and not during the first
+/// step. `progress` gets the bytes passed, as `store`.
+pub(crate) fn touch(part: &HostMatrix, store: Element, progress: &mut dyn FnMut(u64)) {
+    let width = part.element.bytes();
+    let mut passed = 0;
+    for row in 0..part.rows {
+        let start = row * part.row_stride * width;
+        for page in part.data[start..start + part.cols * width].chunks(PAGE) {
+            std::hint::black_box(page[0]);
+        }
+        passed += part.cols * store.bytes();
+        if passed >= PROGRESS_BYTES {
+            progress(passed as u64);
+            passed = 0;
+        }
+    }
+    progress(passed as u64);
 }
 
 /// A copy of `parts`, one after the other without gaps, stored as `E`.

@@ -20,7 +20,7 @@ pub(crate) fn gather(cpu: &CpuBackend, batch: &CpuBatch, x: &CpuTensor, out: &mu
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::Backend;
+    use crate::backend::{Backend, Precision};
     use crate::testing::{Rng, backends, tensor, tokens, upload};
 
     #[test]
@@ -34,7 +34,7 @@ mod tests {
                 .collect();
             let wanted = batch.logit_tokens.clone();
             let x = tensor(&cpu, &rng.values(count * width), width);
-            let mut out = cpu.allocate(count, width).unwrap();
+            let mut out = cpu.allocate(count, width, Precision::Compute).unwrap();
             cpu.set_rows(&mut out, wanted.len());
             cpu.gather_logit_rows(&upload(&cpu, &batch), &x, &mut out);
             let expected: Vec<f32> = wanted

@@ -159,7 +159,7 @@ impl<E: Stored> Product<'_, '_, E> {
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::{Backend, Element};
+    use crate::backend::{Backend, Element, Precision};
     use crate::cpu::CpuBackend;
     use crate::testing::{
         ELEMENTS, Rng, assert_close, backends, bits, host_matrix, rounded, tensor, weight,
@@ -193,14 +193,14 @@ mod tests {
                 let biased = rng.pick(&[false, true]);
                 let bias = biased.then_some(&bias);
                 let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
-                let mut out = cpu.allocate(rows, outputs).unwrap();
+                let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
                 cpu.linear(&x, &w, bias, &mut out);
                 let bias_values = biased.then_some(&*bias_values);
                 let expected = reference(x.values(), &w_values, inputs, bias_values);
                 assert_close(out.values(), &expected, 1e-5 * inputs as f32, 1e-5);
                 for row in 0..rows {
                     let one = tensor(&cpu, x.row(row), inputs);
-                    let mut alone = cpu.allocate(1, outputs).unwrap();
+                    let mut alone = cpu.allocate(1, outputs, Precision::Compute).unwrap();
                     cpu.linear(&one, &w, bias, &mut alone);
                     assert_eq!(bits(alone.values()), bits(out.row(row)));
                 }
@@ -217,10 +217,10 @@ mod tests {
             let mut rng = Rng::new(8);
             let (w, _) = weight(&mut rng, &cpu, (outputs, inputs), Element::Bf16);
             let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
-            let mut out = cpu.allocate(rows, outputs).unwrap();
+            let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
             cpu.linear(&x, &w, None, &mut out);
             for row in [0, 13, 49] {
-                let mut alone = cpu.allocate(1, outputs).unwrap();
+                let mut alone = cpu.allocate(1, outputs, Precision::Compute).unwrap();
                 cpu.linear(&tensor(&cpu, x.row(row), inputs), &w, None, &mut alone);
                 assert_eq!(bits(alone.values()), bits(out.row(row)));
             }
@@ -255,14 +255,14 @@ mod tests {
                     biases.push(host_matrix(&mut rng, &bias, size, stored));
                     bias_values.extend(rounded(&rounded(&bias, stored), store));
                 }
-                let w = cpu.load(&parts, store).unwrap();
-                let bias = cpu.load(&biases, store).unwrap();
+                let w = cpu.load(&parts, store, &mut |_| ()).unwrap();
+                let bias = cpu.load(&biases, store, &mut |_| ()).unwrap();
                 assert_eq!(
                     (w.rows(), w.cols(), bias.rows(), bias.cols()),
                     (11, inputs, 1, 11)
                 );
                 let x = tensor(&cpu, &rng.values(2 * inputs), inputs);
-                let mut out = cpu.allocate(2, 11).unwrap();
+                let mut out = cpu.allocate(2, 11, Precision::Compute).unwrap();
                 cpu.linear(&x, &w, Some(&bias), &mut out);
                 let expected = reference(x.values(), &values, inputs, Some(&bias_values));
                 assert_close(out.values(), &expected, 1e-4, 1e-5);

@@ -83,7 +83,7 @@ pub(crate) fn add_rms_norm(
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use crate::backend::Backend;
+    use crate::backend::{Backend, Precision};
     use crate::testing::{ELEMENTS, Rng, assert_close, backends, bits, tensor, weight};
 
     /// `[rows, width]` from `x: [rows, width]`.
@@ -112,7 +112,7 @@ pub(crate) mod tests {
                     .zip(added.values())
                     .map(|(a, b)| a + b)
                     .collect();
-                let mut out = cpu.allocate(rows, width).unwrap();
+                let mut out = cpu.allocate(rows, width, Precision::Compute).unwrap();
                 cpu.rms_norm(&x, &w, 1e-5, &mut out);
                 assert_close(
                     out.values(),
@@ -127,7 +127,7 @@ pub(crate) mod tests {
                 assert_close(out.values(), &reference(&sums, &w_values, 1e-5), 1e-6, 1e-5);
 
                 for row in 0..rows {
-                    let mut alone = cpu.allocate(1, width).unwrap();
+                    let mut alone = cpu.allocate(1, width, Precision::Compute).unwrap();
                     let one = tensor(&cpu, residual.row(row), width);
                     cpu.rms_norm(&one, &w, 1e-5, &mut alone);
                     assert_eq!(bits(alone.values()), bits(out.row(row)));

@@ -36,7 +36,7 @@ pub(crate) fn silu_mul(cpu: &CpuBackend, gate_up: &CpuTensor, out: &mut CpuTenso
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::Backend;
+    use crate::backend::{Backend, Precision};
     use crate::testing::{Rng, assert_close, backends, bits, tensor};
 
     fn reference(gate_up: &[f32]) -> Vec<f32> {
@@ -54,11 +54,11 @@ mod tests {
             let (rows, n) = (rng.within(1..20), rng.within(1..200));
             let before: Vec<f32> = rng.values(rows * 2 * n).iter().map(|x| x * 30.0).collect();
             let gate_up = tensor(&cpu, &before, 2 * n);
-            let mut out = cpu.allocate(rows, n).unwrap();
+            let mut out = cpu.allocate(rows, n, Precision::Compute).unwrap();
             cpu.silu_mul(&gate_up, &mut out);
             for row in 0..rows {
                 assert_close(out.row(row), &reference(gate_up.row(row)), 1e-9, 1e-6);
-                let mut alone = cpu.allocate(1, n).unwrap();
+                let mut alone = cpu.allocate(1, n, Precision::Compute).unwrap();
                 cpu.silu_mul(&tensor(&cpu, gate_up.row(row), 2 * n), &mut alone);
                 assert_eq!(bits(alone.values()), bits(out.row(row)));
             }
@@ -69,7 +69,7 @@ mod tests {
     fn has_the_right_limits() {
         for cpu in backends() {
             let gate_up = tensor(&cpu, &[-1e30, -200.0, 0.0, 200.0, 1.0, 1.0, 1.0, 1.0], 8);
-            let mut out = cpu.allocate(1, 4).unwrap();
+            let mut out = cpu.allocate(1, 4, Precision::Compute).unwrap();
             cpu.silu_mul(&gate_up, &mut out);
             assert_close(&out.values()[1..], &[0.0, 0.0, 200.0], 1e-30, 0.0);
             assert!(out.values()[0].abs() < 1e-7, "{:?}", out.values());

@@ -17,14 +17,12 @@ use super::rope;
 use crate::comm::{Comm, CommError};
 use crate::layers::{column_parallel, row_parallel, vocab_parallel_embedding, vocab_parallel_head};
 use crate::weights::{DecoderWeights, LayerWeights};
-use kernels::backend::{Attention, Backend, DeviceError, Element, Heads, KvLayout};
+use kernels::backend::{Attention, Backend, DeviceError, Element, Heads, KvLayout, Precision};
 use topology::model_shape::ModelShape;
 use topology::partition::Partition;
 
 /// Logits of this many bytes per rank are enough for one piece; scoring a whole prompt takes several.
 const LOGITS_BYTES: usize = 64 << 20;
-/// Widest element a backend computes in: what the workspace is reported as.
-const ACTIVATION_BYTES: usize = 4;
 
 /// What the workspace is sized by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,10 +95,10 @@ impl<B: Backend> Decoder<B> {
         let widths = Widths::of(&shape, partition);
         let logit_rows = widths.logit_rows(size);
         let table = rope::table(&shape.rope, widths.head_dim, size.max_positions);
-        let mut rope = backend.allocate(size.max_positions, widths.head_dim)?;
+        let mut rope = backend.allocate(size.max_positions, widths.head_dim, Precision::F32)?;
         backend.write(&table, &mut rope)?;
-        let tokens = |width| backend.allocate(size.max_tokens, width);
-        let logits = |width| backend.allocate(logit_rows, width);
+        let tokens = |width| backend.allocate(size.max_tokens, width, Precision::Compute);
+        let logits = |width| backend.allocate(logit_rows, width, Precision::F32);
         let space = Workspace {
             residual: tokens(widths.hidden)?,
             normed: tokens(widths.hidden)?,
@@ -109,7 +107,7 @@ impl<B: Backend> Decoder<B> {
             attention: tokens(widths.attention)?,
             gate_up: tokens(2 * widths.intermediate)?,
             activated: tokens(widths.intermediate)?,
-            last: logits(widths.hidden)?,
+            last: backend.allocate(logit_rows, widths.hidden, Precision::Compute)?,
             part: logits(widths.vocab)?,
             logits: logits(widths.gathered_vocab)?,
         };
@@ -125,14 +123,20 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Bytes of workspace and rotary table that [`Self::new`] takes.
-    pub fn workspace_bytes(shape: &ModelShape, partition: &Partition, size: StepSize) -> u64 {
+    pub fn workspace_bytes(
+        backend: &B,
+        shape: &ModelShape,
+        partition: &Partition,
+        size: StepSize,
+    ) -> u64 {
         let w = Widths::of(shape, partition);
+        let logit_rows = w.logit_rows(size);
         let per_token = 3 * w.hidden + w.qkv + w.attention + 3 * w.intermediate;
-        let per_logit_row = w.hidden + w.vocab + w.gathered_vocab;
-        let elements = size.max_tokens * per_token
-            + w.logit_rows(size) * per_logit_row
-            + size.max_positions * w.head_dim;
-        (elements * ACTIVATION_BYTES) as u64
+        let computed = size.max_tokens * per_token + logit_rows * w.hidden;
+        let whole = logit_rows * (w.vocab + w.gathered_vocab) + size.max_positions * w.head_dim;
+        let bytes = computed * backend.element_bytes(Precision::Compute)
+            + whole * backend.element_bytes(Precision::F32);
+        bytes as u64
     }
 
     /// The KV blocks this decoder needs on one rank.
@@ -319,7 +323,7 @@ impl Widths {
     }
 
     fn logit_rows(&self, size: StepSize) -> usize {
-        (LOGITS_BYTES / (self.gathered_vocab * ACTIVATION_BYTES)).clamp(1, size.max_rows)
+        (LOGITS_BYTES / (self.gathered_vocab * size_of::<f32>())).clamp(1, size.max_rows)
     }
 }
 

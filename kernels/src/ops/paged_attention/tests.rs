@@ -1,7 +1,7 @@
 //! Attention against its formula, and the equivalences that the scheduler relies on.
 
 use super::*;
-use crate::backend::{Backend, Heads};
+use crate::backend::{Backend, Heads, Precision};
 use crate::batch::Batch;
 use crate::testing::{ELEMENTS, Rng, assert_close, backends, bits, rounded, tensor, upload};
 
@@ -109,7 +109,9 @@ impl Scene {
         let (batch, qkv) = (upload(cpu, &batch), tensor(cpu, &qkv, width));
         cpu.write_kv(&batch, self.attention.layer, &qkv, self.heads, cache);
         let out_width = self.heads.local_heads * self.heads.head_dim;
-        let mut out = cpu.allocate(qkv.rows(), out_width).unwrap();
+        let mut out = cpu
+            .allocate(qkv.rows(), out_width, Precision::Compute)
+            .unwrap();
         cpu.attend(&batch, &self.attention, &qkv, cache, &mut out);
         let mut rows = out.values().chunks_exact(out_width);
         for (sequence, tokens) in parts {
