@@ -39,15 +39,17 @@ pub enum Device {
     },
     /// A GPU.
     Gpu {
-        /// Its number on this host.
+        /// Its number among those that the process may see, as CUDA counts them.
         index: u32,
+        /// Ranks that compute on it: 1, or more in tests.
+        ranks: u32,
     },
 }
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Gpu { index } => write!(f, "GPU {index}"),
+            Self::Gpu { index, .. } => write!(f, "GPU {index}"),
             Self::Cpu { threads: 1, cores } if cores.is_empty() => f.write_str("CPU, 1 thread"),
             Self::Cpu { threads, cores } if cores.is_empty() => write!(f, "CPU, {threads} threads"),
             Self::Cpu { cores, .. } => {
@@ -100,6 +102,9 @@ pub enum PlacementError {
         /// Ranks asked for.
         ranks: u32,
     },
+    /// More GPUs than there can be ranks.
+    #[error("--gpus names {0} GPUs; at most {MAX_WORLD_SIZE} can work together")]
+    TooManyGpus(usize),
     /// Fewer named cores than ranks.
     #[error(
         "--cpus names {cores} cores for {ranks} ranks; name at least one for each, or lower \
@@ -123,7 +128,7 @@ pub enum PlacementError {
 
 /// Gives every rank its device.
 ///
-/// GPUs: one rank on each. CPU: the cores are divided among the ranks, the first ranks taking what
+/// GPUs: one rank on each, or as many as it is named times. CPU: the cores are divided among the ranks, the first ranks taking what
 /// does not divide; without `--tensor-parallel-size` there are two ranks, or one on a single core.
 ///
 /// # Errors
@@ -147,13 +152,23 @@ fn place_gpus(gpus: &[u32], ranks: Option<u32>) -> Result<Placement, PlacementEr
         let gpus = gpus.len();
         return Err(PlacementError::GpuCount { gpus, ranks });
     }
-    Ok(Placement {
-        devices: gpus
-            .iter()
-            .map(|index| Device::Gpu { index: *index })
-            .collect(),
-        warnings: Vec::new(),
-    })
+    if gpus.len() > MAX_WORLD_SIZE as usize {
+        return Err(PlacementError::TooManyGpus(gpus.len()));
+    }
+    let mut warnings = Vec::new();
+    let mut devices = Vec::new();
+    for (at, index) in gpus.iter().enumerate() {
+        let ranks = gpus.iter().filter(|other| *other == index).count();
+        let ranks = u32::try_from(ranks).unwrap_or(MAX_WORLD_SIZE);
+        if ranks > 1 && !gpus[..at].contains(index) {
+            warnings.push(format!(
+                "--gpus names GPU {index} {ranks} times: its ranks share it, which is meant for tests"
+            ));
+        }
+        let index = *index;
+        devices.push(Device::Gpu { index, ranks });
+    }
+    Ok(Placement { devices, warnings })
 }
 
 fn place_cores(
@@ -316,8 +331,9 @@ mod tests {
         let placement = place(&request, &host(2)).unwrap();
         assert_eq!(
             placement.devices,
-            [Device::Gpu { index: 2 }, Device::Gpu { index: 0 }]
+            [2, 0].map(|index| Device::Gpu { index, ranks: 1 })
         );
+        assert_eq!(placement.warnings, [""; 0]);
         request.tensor_parallel_size = Some(4);
         assert!(
             place(&request, &host(2))
@@ -338,6 +354,32 @@ mod tests {
                 Err(PlacementError::WorldSize(ranks))
             );
         }
+    }
+
+    #[test]
+    fn a_gpu_that_is_named_twice_is_shared_and_warned_about() {
+        let request = DeviceRequest {
+            gpus: Some("1,0,1".parse().unwrap()),
+            ..DeviceRequest::default()
+        };
+        let placement = place(&request, &host(2)).unwrap();
+        let ranks = [(1, 2), (0, 1), (1, 2)];
+        assert_eq!(
+            placement.devices,
+            ranks.map(|(index, ranks)| Device::Gpu { index, ranks })
+        );
+        assert_eq!(placement.warnings.len(), 1, "once for each GPU");
+        assert!(
+            placement.warnings[0].contains("GPU 1 2 times"),
+            "{:?}",
+            placement.warnings
+        );
+        let request = DeviceRequest {
+            gpus: Some("0-1024".parse().unwrap()),
+            ..DeviceRequest::default()
+        };
+        let refused = place(&request, &host(2)).unwrap_err();
+        assert_eq!(refused, PlacementError::TooManyGpus(1025));
     }
 
     #[test]

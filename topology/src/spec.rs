@@ -1,7 +1,7 @@
 //! What the operator writes for devices: `--gpus 0,1`, `--cpus 4`, `--cpus 0-3,6`.
 //!
 //! Text to values, nothing more: whether the devices exist is [`crate::placement`]'s to say.
-//! Invariant: a list that comes out is not empty, has no entry twice and no entry above a limit.
+//! Invariant: a list that comes out is not empty and has no entry above a limit; a core is in it once.
 
 use std::str::FromStr;
 
@@ -55,7 +55,11 @@ impl FromStr for CpuSpec {
         const EXPECTED: &str = "a number of cores such as 4, or a list of cores such as 0-3,6";
         let text = text.trim();
         if text.contains([',', '-']) {
-            return list(text, EXPECTED).map(Self::Cores);
+            let cores = list(text, EXPECTED)?;
+            return match repeated(&cores) {
+                Some(core) => Err(SpecError::Twice(core)),
+                None => Ok(Self::Cores(cores)),
+            };
         }
         match index(text, EXPECTED)? {
             0 => Err(SpecError::None),
@@ -64,7 +68,7 @@ impl FromStr for CpuSpec {
     }
 }
 
-/// `--gpus`: one rank on each.
+/// `--gpus`: one rank for each entry. A GPU that is named twice gets two ranks, which is meant for tests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuSpec(pub Vec<u32>);
 
@@ -87,14 +91,18 @@ fn list(text: &str, expected: &'static str) -> Result<Vec<u32>, SpecError> {
         if first > last {
             return Err(SpecError::Backwards { first, last });
         }
-        for number in first..=last {
-            if found.contains(&number) {
-                return Err(SpecError::Twice(number));
-            }
-            found.push(number);
-        }
+        found.extend(first..=last);
     }
     Ok(found)
+}
+
+/// The first entry that is in the list again.
+fn repeated(list: &[u32]) -> Option<u32> {
+    let again = list
+        .iter()
+        .enumerate()
+        .find(|(at, number)| list[..*at].contains(number));
+    again.map(|(_, number)| *number)
 }
 
 fn index(text: &str, expected: &'static str) -> Result<u32, SpecError> {
@@ -128,6 +136,7 @@ mod tests {
         );
         assert_eq!("1".parse(), Ok(GpuSpec(vec![1])));
         assert_eq!("0,2-3".parse(), Ok(GpuSpec(vec![0, 2, 3])));
+        assert_eq!("0,0".parse(), Ok(GpuSpec(vec![0, 0])), "two ranks");
     }
 
     #[test]
@@ -140,6 +149,7 @@ mod tests {
             ("1,,2", "list of cores"),
             ("3-1", "smaller number first"),
             ("0-3,2", "2 is named twice"),
+            ("0-3,6,5-7", "6 is named twice"),
             ("0-99999999999", "above the largest"),
             ("1-", "list of cores"),
             ("-1", "list of cores"),

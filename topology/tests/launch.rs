@@ -203,7 +203,7 @@ async fn output_waits_and_is_not_lost() {
         coordinator: (Ipv4Addr::LOCALHOST, 1).into(),
         certificate: identity.certificate().clone(),
         rank: Rank(0),
-        device: Device::Gpu { index: 0 },
+        device: Device::Gpu { index: 0, ranks: 1 },
     };
     let mut process = started.launch(&launch).await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;

@@ -12,8 +12,10 @@ use crate::model_shape::{Dtype, ModelShape};
 use crate::partition::{Partition, tensors};
 use crate::wire::Loaded;
 
+mod gpu;
 mod report;
 
+pub use gpu::{GpuMemory, gpu_share};
 pub use report::{Bytes, FitError, FitReport};
 
 /// The sizes that a server is started with.
@@ -45,13 +47,16 @@ pub struct RankNeeds {
     pub weight_bytes: u64,
     /// Activations of the largest step.
     pub workspace_bytes: u64,
+    /// On a GPU, what its libraries and the communicator take; 0 elsewhere.
+    pub runtime_bytes: u64,
     /// One KV block.
     pub block_bytes: u64,
 }
 
 impl RankNeeds {
     /// Before loading. Weights and blocks are exact for weights of `dtype` and keys and values of
-    /// `kv_dtype`; the workspace is an estimate, a few per cent of them.
+    /// `kv_dtype`, which is also what activations are computed in; the workspace is an estimate, a few
+    /// per cent of them.
     pub fn estimate(
         shape: &ModelShape,
         partition: &Partition,
@@ -71,7 +76,8 @@ impl RankNeeds {
         Self {
             rank: partition.rank,
             weight_bytes: elements.saturating_mul(dtype.bytes() as u64),
-            workspace_bytes: workspace(shape, partition, sizes),
+            workspace_bytes: workspace(shape, partition, kv_dtype, sizes),
+            runtime_bytes: 0,
             block_bytes: block_elements.saturating_mul(kv_dtype.bytes() as u64),
         }
     }
@@ -82,28 +88,36 @@ impl RankNeeds {
             rank,
             weight_bytes: loaded.weight_bytes,
             workspace_bytes: loaded.workspace_bytes,
+            runtime_bytes: 0,
             block_bytes: loaded.block_bytes,
         }
     }
 
+    /// Workspace, and what libraries take of a GPU.
+    fn beside_weights(&self) -> u64 {
+        self.workspace_bytes.saturating_add(self.runtime_bytes)
+    }
+
     fn fixed(&self) -> u64 {
-        self.weight_bytes.saturating_add(self.workspace_bytes)
+        self.weight_bytes.saturating_add(self.beside_weights())
     }
 }
 
-/// 32-bit activations of the widest layer, logits of all rows, and the rotary tables.
-fn workspace(shape: &ModelShape, partition: &Partition, sizes: &Sizes) -> u64 {
+/// Activations of the widest layer in `dtype`; in 32 bits logits of all rows and the rotary tables.
+fn workspace(shape: &ModelShape, partition: &Partition, dtype: Dtype, sizes: &Sizes) -> u64 {
     const FLOAT_BYTES: u64 = 4;
     let heads = u64::from(partition.local_heads() * 2 + partition.local_kv_heads() * 2);
     let per_token = 3 * u64::from(shape.hidden_size)
         + heads * u64::from(shape.head_dim)
         + 2 * u64::from(partition.local_intermediate());
     let per_row = u64::from(partition.vocab_width) * u64::from(partition.world_size + 1);
-    let floats = per_token
-        .saturating_mul(sizes.max_num_batched_tokens.into())
-        .saturating_add(per_row.saturating_mul(sizes.max_num_seqs.into()))
+    let floats = per_row
+        .saturating_mul(sizes.max_num_seqs.into())
         .saturating_add(u64::from(shape.head_dim) * u64::from(sizes.max_model_len));
-    floats.saturating_mul(FLOAT_BYTES)
+    per_token
+        .saturating_mul(sizes.max_num_batched_tokens.into())
+        .saturating_mul(dtype.bytes() as u64)
+        .saturating_add(floats.saturating_mul(FLOAT_BYTES))
 }
 
 /// Memory that may be used, in bytes.
@@ -210,13 +224,13 @@ impl Pool<'_> {
             let advice = if self.shared {
                 "use a smaller model, --dtype bfloat16, or a host with more memory"
             } else {
-                "use more ranks (--tensor-parallel-size), or a smaller model"
+                "use more GPUs (--gpus), a smaller model, or a higher --gpu-memory-utilization"
             };
             return Err(FitError::Weights {
                 place: self.place.clone(),
                 free: Bytes(self.free),
                 weights: Bytes(self.total(|rank| rank.weight_bytes)),
-                workspace: Bytes(self.total(|rank| rank.workspace_bytes)),
+                workspace: Bytes(self.total(RankNeeds::beside_weights)),
                 advice,
             });
         }
@@ -254,7 +268,7 @@ impl Pool<'_> {
                 if self.shared { "half of " } else { "" },
                 Bytes(self.free),
                 Bytes(self.total(|rank| rank.weight_bytes)),
-                Bytes(self.total(|rank| rank.workspace_bytes)),
+                Bytes(self.total(RankNeeds::beside_weights)),
             ),
         };
         let tokens = blocks.saturating_mul(sizes.block_size.into());
@@ -266,7 +280,7 @@ impl Pool<'_> {
         let more = if self.shared || kv_bytes.is_some() {
             "raise --kv-cache-memory-bytes"
         } else {
-            "use more ranks (--tensor-parallel-size)"
+            "use more GPUs (--gpus)"
         };
         FitError::Sequence {
             place: self.place.clone(),
@@ -297,6 +311,7 @@ mod tests {
             rank: Rank(rank),
             weight_bytes: 10_000,
             workspace_bytes: 1000,
+            runtime_bytes: 0,
             block_bytes: 100,
         };
         (0..ranks).map(needs).collect()
@@ -344,7 +359,7 @@ mod tests {
         };
         let refused = fit(&needs(2), &poor, None, &SIZES).unwrap_err().to_string();
         assert!(
-            refused.contains("rank 1") && refused.contains("more ranks"),
+            refused.contains("rank 1") && refused.contains("more GPUs"),
             "{refused}"
         );
         assert!(

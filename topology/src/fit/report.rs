@@ -81,15 +81,10 @@ impl fmt::Display for FitReport {
             "{:>4}  {:>10}  {:>10}  {:>10}",
             "rank", "weights", "workspace", "KV cache"
         )?;
-        writeln!(
-            f,
-            "{}",
-            if per_device.is_some() {
-                "        left"
-            } else {
-                ""
-            }
-        )?;
+        if per_device.is_some() {
+            write!(f, "  {:>10}  {:>10}", "libraries", "left")?;
+        }
+        writeln!(f)?;
         for (index, rank) in self.ranks.iter().enumerate() {
             let kv = rank.block_bytes.saturating_mul(self.num_blocks.into());
             let [weights, workspace, kv] =
@@ -100,7 +95,9 @@ impl fmt::Display for FitReport {
                 rank.rank
             )?;
             if let Some(left) = per_device.and_then(|left| left.get(index)) {
-                write!(f, "  {:>10}", Bytes(*left).to_string())?;
+                let [libraries, left] =
+                    [rank.runtime_bytes, *left].map(|bytes| Bytes(bytes).to_string());
+                write!(f, "  {libraries:>10}  {left:>10}")?;
             }
             writeln!(f)?;
         }
@@ -165,6 +162,7 @@ mod tests {
             rank: Rank(rank),
             weight_bytes: 10_000,
             workspace_bytes: 1000,
+            runtime_bytes: 500,
             block_bytes: 100,
         });
         let sizes = Sizes {
@@ -176,6 +174,20 @@ mod tests {
         let memory = Memory::Shared {
             free_bytes: 1 << 20,
         };
+        let own = Memory::PerRank {
+            free_bytes: vec![14_700, 14_600],
+        };
+        let report = fit(&needs, &own, None, &sizes).unwrap().to_string();
+        let expected = "\
+rank     weights   workspace    KV cache   libraries        left
+   0     9.8 KiB      1000 B     3.0 KiB       500 B       100 B
+   1     9.8 KiB      1000 B     3.0 KiB       500 B         0 B
+31 KV blocks of 16 tokens: 496 tokens, 5.0 sequences of 100";
+        assert_eq!(report, expected);
+        let needs = needs.map(|rank| RankNeeds {
+            runtime_bytes: 0,
+            ..rank
+        });
         let report = fit(&needs, &memory, None, &sizes).unwrap().to_string();
         let expected = "\
 rank     weights   workspace    KV cache

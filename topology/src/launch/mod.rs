@@ -17,6 +17,7 @@
 
 pub mod child;
 pub mod local;
+pub mod probe;
 
 use crate::ids::Rank;
 use crate::link::Certificate;

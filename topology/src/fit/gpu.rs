@@ -1,0 +1,186 @@
+//! What a GPU's memory leaves for KV blocks: `--gpu-memory-utilization`, libraries, communicator.
+//!
+//! Pure arithmetic before and after loading. Invariant: ranks that share a GPU never take more than
+//! its utilization together, whatever else was on it when they came.
+
+use super::{Memory, RankNeeds};
+use crate::placement::Device;
+use crate::wire::Loaded;
+
+/// What the driver's context and the matrix library take of a GPU, before it can be measured.
+const LIBRARY_BYTES: u64 = 700 << 20;
+
+/// Kept for NCCL's buffers where there is more than one rank. The communicator is formed after the KV
+/// blocks are taken, so this cannot be measured in time.
+const COMMUNICATOR_BYTES: u64 = 512 << 20;
+
+/// Part of a GPU's `total` bytes that one of the `ranks` on it may take, libraries included.
+/// `utilization` is `--gpu-memory-utilization`, from 0 to 1.
+pub fn gpu_share(total: u64, utilization: f64, ranks: u32) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a part of a number of bytes; rounding one off is nothing"
+    )]
+    let usable = (total as f64 * utilization.clamp(0.0, 1.0)) as u64;
+    usable / u64::from(ranks.max(1))
+}
+
+/// The GPUs of a group of ranks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuMemory {
+    /// One for each rank, in order.
+    pub devices: Vec<Device>,
+    /// Bytes of each rank's GPU.
+    pub total_bytes: Vec<u64>,
+    /// `--gpu-memory-utilization`
+    pub utilization: f64,
+}
+
+impl GpuMemory {
+    /// What each rank may take in all.
+    pub fn usable(&self) -> Memory {
+        let devices = self.devices.iter().zip(&self.total_bytes);
+        let share = |(device, total): (&Device, &u64)| {
+            gpu_share(*total, self.utilization, ranks_on(device))
+        };
+        Memory::PerRank {
+            free_bytes: devices.map(share).collect(),
+        }
+    }
+
+    /// Adds what libraries will take to what a model was estimated to need.
+    pub fn estimated(&self, mut needs: Vec<RankNeeds>) -> Vec<RankNeeds> {
+        let communicator = self.communicator_bytes();
+        for need in &mut needs {
+            need.runtime_bytes = LIBRARY_BYTES + communicator;
+        }
+        needs
+    }
+
+    /// What ranks need, now that they have loaded: whatever a GPU no longer has is taken by somebody.
+    pub fn reported(&self, needs: Vec<RankNeeds>, loaded: &[Loaded]) -> Vec<RankNeeds> {
+        let on_same = |device: &Device| {
+            let ranks = self.devices.iter().zip(loaded).zip(&needs);
+            let same: Vec<_> = ranks
+                .filter(|((other, _), _)| *other == device)
+                .map(|((_, loaded), needs)| (loaded.free_bytes, needs.fixed()))
+                .collect();
+            // Who loaded last saw what all of them took.
+            let free = same.iter().map(|(free, _)| *free).min().unwrap_or(0);
+            let known = same.iter().map(|(_, fixed)| *fixed).sum::<u64>();
+            (free, known, same.len().max(1) as u64)
+        };
+        let devices = self.devices.iter().zip(&self.total_bytes);
+        let runtime: Vec<u64> = devices
+            .map(|(device, total)| {
+                let (free, known, ranks) = on_same(device);
+                let other = total.saturating_sub(free).saturating_sub(known);
+                other / ranks + self.communicator_bytes()
+            })
+            .collect();
+        let with = |(need, runtime_bytes)| RankNeeds {
+            runtime_bytes,
+            ..need
+        };
+        needs.into_iter().zip(runtime).map(with).collect()
+    }
+
+    fn communicator_bytes(&self) -> u64 {
+        if self.devices.len() > 1 {
+            COMMUNICATOR_BYTES
+        } else {
+            0
+        }
+    }
+}
+
+fn ranks_on(device: &Device) -> u32 {
+    match device {
+        Device::Gpu { ranks, .. } => *ranks,
+        Device::Cpu { .. } => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fit::{Sizes, fit};
+    use crate::ids::Rank;
+
+    const GIB: u64 = 1 << 30;
+
+    fn memory(ranks_on_each: u32, gpus: u32) -> GpuMemory {
+        let device = |rank| Device::Gpu {
+            index: rank / ranks_on_each,
+            ranks: ranks_on_each,
+        };
+        let world_size = gpus * ranks_on_each;
+        GpuMemory {
+            devices: (0..world_size).map(device).collect(),
+            total_bytes: vec![80 * GIB; world_size as usize],
+            utilization: 0.9,
+        }
+    }
+
+    fn needs(count: u32) -> Vec<RankNeeds> {
+        let needs = |rank| RankNeeds {
+            rank: Rank(rank),
+            weight_bytes: 8 * GIB,
+            workspace_bytes: GIB,
+            runtime_bytes: 0,
+            block_bytes: 1 << 20,
+        };
+        (0..count).map(needs).collect()
+    }
+
+    fn loaded(free: &[u64]) -> Vec<Loaded> {
+        let loaded = |free: &u64| Loaded {
+            weight_bytes: 8 * GIB,
+            workspace_bytes: GIB,
+            block_bytes: 1 << 20,
+            free_bytes: *free,
+            load_us: 0,
+        };
+        free.iter().map(loaded).collect()
+    }
+
+    #[test]
+    fn what_somebody_else_holds_counts_against_the_utilization() {
+        let one = memory(1, 1);
+        // 80 GiB, of which 9 are ours, 1 the libraries', and 10 another process's.
+        let needs = one.reported(needs(1), &loaded(&[60 * GIB]));
+        assert_eq!(needs[0].runtime_bytes, 11 * GIB);
+        let Memory::PerRank { free_bytes } = one.usable() else {
+            panic!("GPUs have memory of their own");
+        };
+        assert_eq!(free_bytes, [72 * GIB]);
+    }
+
+    #[test]
+    fn ranks_on_one_gpu_share_it_and_keep_room_for_the_communicator() {
+        let sizes = Sizes {
+            block_size: 16,
+            max_model_len: 1024,
+            max_num_batched_tokens: 512,
+            max_num_seqs: 8,
+        };
+        // The first was measured before the second had loaded.
+        let two = memory(2, 1);
+        let needs = two.reported(needs(2), &loaded(&[70 * GIB, 60 * GIB]));
+        assert_eq!(needs[0].runtime_bytes, GIB + COMMUNICATOR_BYTES);
+        assert_eq!(needs[0].runtime_bytes, needs[1].runtime_bytes);
+        let report = fit(&needs, &two.usable(), None, &sizes).unwrap();
+        let blocks = u64::from(report.num_blocks);
+        let taken: u64 = needs.iter().map(|need| need.fixed() + (blocks << 20)).sum();
+        assert!(taken <= 72 * GIB && taken > 71 * GIB, "{taken}");
+    }
+
+    #[test]
+    fn estimates_hold_a_place_for_libraries() {
+        let runtime = |memory: GpuMemory, count| memory.estimated(needs(count))[0].runtime_bytes;
+        assert_eq!(runtime(memory(1, 1), 1), LIBRARY_BYTES);
+        assert_eq!(runtime(memory(1, 2), 2), LIBRARY_BYTES + COMMUNICATOR_BYTES);
+        assert_eq!(gpu_share(100, 2.0, 0), 100, "out of range is put into it");
+    }
+}
