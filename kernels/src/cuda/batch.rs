@@ -7,9 +7,11 @@
 //! Invariant: an upload changes nothing before it has checked the arrays against each other and the memory.
 
 use super::device::{Device, Memory, Pinned};
-use crate::backend::DeviceError;
+use crate::backend::{DeviceError, Element};
 use crate::batch::Batch;
 use crate::cpu::CpuBatch;
+use crate::ops::paged_attention::flashinfer::FlashInfer;
+use std::cell::{RefCell, RefMut};
 use std::ops::Range;
 
 /// Arrays begin at multiples of this many bytes, for wide loads.
@@ -26,6 +28,8 @@ pub struct CudaBatch {
     /// Where each array is, in bytes.
     ranges: [Range<usize>; ARRAYS],
     uploads: u64,
+    /// Where attention keeps what it derives from the arrays; `None` where no shape of this element type is compiled.
+    flashinfer: RefCell<Option<FlashInfer>>,
 }
 
 impl CudaBatch {
@@ -33,17 +37,22 @@ impl CudaBatch {
     pub(crate) fn with_capacity(
         device: &Device,
         (max_tokens, max_rows, max_blocks): (usize, usize, usize),
+        element: Element,
     ) -> Result<Self, DeviceError> {
         // Five arrays of tokens, three of rows (two of them with one more), one of blocks.
         let elements = 5 * max_tokens + 3 * max_rows + 2 + max_blocks;
         let bytes = elements * size_of::<u32>() + ARRAYS * ALIGN;
         let what = "the index arrays of a step";
+        let flashinfer = FlashInfer::is_for(element)
+            .then(|| FlashInfer::new(device, max_tokens, max_rows))
+            .transpose()?;
         Ok(Self {
             host: CpuBatch::with_capacity(max_tokens, max_rows, max_blocks),
             memory: device.allocate(what, bytes)?,
             pinned: device.pinned(what, bytes)?,
             ranges: std::array::from_fn(|_| 0..0),
             uploads: 0,
+            flashinfer: RefCell::new(flashinfer),
         })
     }
 
@@ -74,6 +83,11 @@ impl CudaBatch {
         device.upload(&self.pinned, used, (&mut self.memory, 0))?;
         self.uploads += 1;
         Ok(())
+    }
+
+    /// Where attention keeps its plans of the current step.
+    pub(crate) fn flashinfer(&self) -> RefMut<'_, Option<FlashInfer>> {
+        self.flashinfer.borrow_mut()
     }
 
     /// The arrays on the host.

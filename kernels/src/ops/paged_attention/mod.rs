@@ -10,6 +10,8 @@
 //! (the "online" softmax). Runs end at multiples of sixteen within a block, so their bounds follow from the
 //! position, the window and the block size alone.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod flashinfer;
 #[cfg(test)]
 mod tests;
 
