@@ -21,6 +21,8 @@
 #define CLUSTER_CHECK_ALIGNED(at, bytes)
 #endif
 
+#include <type_traits>
+
 // An expression: launches `kernel` (in parentheses where its template arguments hold a comma) and says what
 // became of it.
 #define CLUSTER_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -171,6 +173,33 @@ __host__ __forceinline__ bool vectors_fit(const T* at, int64_t stride) {
     return reinterpret_cast<uintptr_t>(at) % 16 == 0 && stride % VECTOR<T> == 0;
 }
 
+// Copies `count` items by all threads of the block, four of a thread's on their way at once; zeros where `from`
+// is null.
+template <class Item>
+__device__ __forceinline__ void block_copy(const Item* from, Item* to, int count) {
+    constexpr int AT_ONCE = 4;
+    const int threads = static_cast<int>(blockDim.x);
+    for (int start = static_cast<int>(threadIdx.x); start < count; start += AT_ONCE * threads) {
+        Item items[AT_ONCE] = {};
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (from && start + i * threads < count) items[i] = from[start + i * threads];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (start + i * threads < count) to[start + i * threads] = items[i];
+    }
+}
+
+// Calls `f` with a null pointer to the widest item that rows of `bytes` bytes at these addresses can be copied by:
+// 16, 4 or 2 bytes.
+template <class F>
+int by_item(const void* from, const void* to, int64_t bytes, F&& f) {
+    const uint64_t all = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) | static_cast<uint64_t>(bytes);
+    if (all % 16 == 0) return f(static_cast<const uint4*>(nullptr));
+    if (all % 4 == 0) return f(static_cast<const uint32_t*>(nullptr));
+    return f(static_cast<const uint16_t*>(nullptr));
+}
+
 // ---- Reductions ----------------------------------------------------------------------------------
 
 struct Sum {
@@ -225,6 +254,9 @@ int by_element(int element, F&& f) {
         default: return cudaErrorInvalidValue;
     }
 }
+
+// Bytes of an element, zero where there is no such type.
+inline int64_t element_bytes(int element) { return element == 0 ? 4 : element == 1 || element == 2 ? 2 : 0; }
 
 template <class N, class D>
 constexpr N ceil_div(N n, D d) {

@@ -1,0 +1,36 @@
+// Rows of the embedding table, chosen by token; zeros for tokens of another rank's part. Formula and shapes: embed.rs.
+//
+// A copy: one block for each token, 16 bytes at a time where the rows allow it.
+#include "../cuda/device.cuh"
+
+namespace {
+
+using namespace cluster;
+
+template <class Item>
+__global__ void __launch_bounds__(256) embed(const uint32_t* __restrict__ token_ids, const Item* __restrict__ table,
+                                             Item* __restrict__ out, int items, uint32_t first_token,
+                                             uint32_t table_rows) {
+    const int64_t token = blockIdx.x;
+    // Below the first token this wraps around, to more than any table has.
+    const uint32_t row = token_ids[token] - first_token;
+    const Item* from = row < table_rows ? table + static_cast<int64_t>(row) * items : nullptr;
+    block_copy(from, out + token * items, items);
+}
+
+}  // namespace
+
+// `table: [table_rows, width]` begins with the row of `first_token`; `out: [tokens, width]`.
+extern "C" int cluster_embed(void* stream, int element, const uint32_t* token_ids, const void* table, void* out,
+                             int64_t tokens, int64_t width, uint32_t first_token, uint32_t table_rows) {
+    const int64_t bytes = width * element_bytes(element);
+    if (bytes == 0) return cudaErrorInvalidValue;
+    if (tokens == 0) return cudaSuccess;
+    return by_item(table, out, bytes, [&](auto* item) {
+        using Item = std::remove_cv_t<std::remove_pointer_t<decltype(item)>>;
+        const int64_t items = bytes / static_cast<int64_t>(sizeof(Item));
+        return CLUSTER_LAUNCH(embed<Item>, static_cast<unsigned>(tokens), whole_warps(ceil_div(items, 2), 256), 0, stream,
+                              token_ids, static_cast<const Item*>(table), static_cast<Item*>(out),
+                              static_cast<int>(items), first_token, table_rows);
+    });
+}

@@ -1,0 +1,93 @@
+// RMSNorm over each query and key head, in place. Formula and shapes: head_norm.rs.
+//
+// A head belongs to a group of neighbouring lanes, 16 bytes for each lane, so a warp works on up to four heads and
+// nothing but the lanes' sum is shared.
+#include "../cuda/device.cuh"
+
+namespace {
+
+using namespace cluster;
+
+constexpr int THREADS = 256;
+
+// `lanes` (a power of two) lanes for each head. Vectors of N elements, of which a lane has at most PER_LANE; where
+// that is 0 the head is of any width and read twice.
+template <class T, int N, int PER_LANE>
+__global__ void __launch_bounds__(THREADS)
+    head_norm(T* __restrict__ qkv, const T* __restrict__ query_weight, const T* __restrict__ key_weight,
+              int64_t all_heads, int heads, int normed_heads, int head_dim, int64_t stride, int lanes, float eps) {
+    const int64_t head_index = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / lanes;
+    const int lane = static_cast<int>(threadIdx.x) % lanes;
+    const bool here = head_index < all_heads;
+    const int head = static_cast<int>(head_index % normed_heads);
+    T* values_at = qkv + head_index / normed_heads * stride + static_cast<int64_t>(head) * head_dim;
+    const T* weight_at = head < heads ? query_weight : key_weight;
+
+    constexpr int KEPT = PER_LANE > 0 ? PER_LANE : 1;
+    float values[KEPT][N];
+    Packed<T, N> weights[KEPT];
+    float squares = 0.0F;
+    if constexpr (PER_LANE > 0) {
+#pragma unroll
+        for (int p = 0; p < PER_LANE; ++p) {
+            const int at = (p * lanes + lane) * N;
+            if (!here || at >= head_dim) continue;
+            const auto bits = Packed<T, N>::load(values_at + at);
+            weights[p] = Packed<T, N>::load(weight_at + at);
+            bits.widen_to(values[p]);
+#pragma unroll
+            for (int i = 0; i < N; ++i) squares += values[p][i] * values[p][i];
+        }
+    } else {
+        for (int at = lane; here && at < head_dim; at += lanes) {
+            const float value = widen(values_at[at]);
+            squares += value * value;
+        }
+    }
+    for (int by = lanes / 2; by > 0; by /= 2) squares += __shfl_xor_sync(ALL_LANES, squares, by);
+    const float factor = 1.0F / sqrtf(squares / static_cast<float>(head_dim) + eps);
+    if (!here) return;
+    if constexpr (PER_LANE > 0) {
+#pragma unroll
+        for (int p = 0; p < PER_LANE; ++p) {
+            const int at = (p * lanes + lane) * N;
+            if (at >= head_dim) continue;
+            float weight[N];
+            weights[p].widen_to(weight);
+#pragma unroll
+            for (int i = 0; i < N; ++i) weight[i] *= values[p][i] * factor;
+            Packed<T, N>::from(weight).store(values_at + at);
+        }
+    } else {
+        for (int at = lane; at < head_dim; at += lanes)
+            values_at[at] = narrow<T>(widen(values_at[at]) * factor * widen(weight_at[at]));
+    }
+}
+
+}  // namespace
+
+// `qkv: [tokens, (heads + 2 * kv_heads) * head_dim]`; one weight of `head_dim` for queries and one for keys.
+extern "C" int cluster_head_norm(void* stream, int element, void* qkv, const void* query_weight,
+                                 const void* key_weight, int64_t tokens, int32_t heads, int32_t kv_heads,
+                                 int32_t head_dim, float eps) {
+    return by_element(element, [&](auto tag) -> int {
+        using T = typename decltype(tag)::Type;
+        const int normed = heads + kv_heads;
+        const int64_t all_heads = tokens * normed, stride = static_cast<int64_t>(heads + 2 * kv_heads) * head_dim;
+        if (all_heads == 0 || head_dim == 0) return cudaSuccess;
+        auto* values = static_cast<T*>(qkv);
+        const auto *query = static_cast<const T*>(query_weight), *key = static_cast<const T*>(key_weight);
+        const bool vectors = vectors_fit(values, head_dim) && vectors_fit(query, 0) && vectors_fit(key, 0);
+        const int items = vectors ? head_dim / VECTOR<T> : head_dim;
+        int lanes = 1;
+        while (lanes < items && lanes < WARP_SIZE) lanes *= 2;
+        const auto run = [&](auto* kernel) {
+            const auto blocks = static_cast<unsigned>(ceil_div(all_heads * lanes, THREADS));
+            return CLUSTER_LAUNCH(kernel, blocks, THREADS, 0, stream, values, query, key, all_heads, heads, normed,
+                                  head_dim, stride, lanes, eps);
+        };
+        if (vectors && items <= lanes) return run(&head_norm<T, VECTOR<T>, 1>);
+        if (vectors && items <= 2 * lanes) return run(&head_norm<T, VECTOR<T>, 2>);
+        return run(&head_norm<T, 1, 0>);
+    });
+}
