@@ -12,6 +12,9 @@
 //! 4. The token is the first, by id, at which the running sum of `w` exceeds `u * Σ w`, with
 //!    `u` from [`philox::uniform`].
 //!
+//! Sums are of whole numbers ([`whole`]): they are exact, so their order does not matter and every device draws the
+//! same token from the same logits. What is less than a trillionth as likely as the likeliest counts as 0.
+//!
 //! Ties go to the smaller id, in exactly `top_k` tokens too (`vllm` keeps all that tie with the last).
 //! Filters that remove nothing change nothing. NaN counts as minus infinity. A row without a finite
 //! logit is a uniform one. If all tokens are out, the answer is token 0.
@@ -36,6 +39,12 @@ const GREEDY_BELOW: f32 = 1e-5;
 /// Weights are summed in pieces of this many, and a draw looks for its piece first.
 const PIECE: usize = 1024;
 
+/// A weight of 1, the largest there is, as a whole number: 2^40.
+const ONE: f64 = 1_099_511_627_776.0;
+
+/// The sum of this many weights fits 64 bits.
+const MAX_VOCAB: usize = 1 << 24;
+
 /// Marks a token of the prompt; the bits below count how often it was generated.
 const IN_PROMPT: u32 = 1 << 31;
 
@@ -46,8 +55,8 @@ struct Scratch {
     logits: Vec<f32>,
     /// Unnormalised probabilities. `[vocab]`
     weights: Vec<f32>,
-    /// Sums of `weights` by pieces. `[vocab / PIECE]`
-    sums: Vec<f64>,
+    /// Sums of `weights` by pieces, whole numbers. `[vocab / PIECE]`
+    sums: Vec<u64>,
     /// Tokens in an order that sorts.
     keys: Vec<u64>,
     /// Occurrences of tokens; zero between requests. `[vocab]`
@@ -65,35 +74,45 @@ pub(crate) fn sample(
     vocab: usize,
     requests: &[SampleRequest],
 ) -> Result<Vec<SampleResult>, DeviceError> {
-    let failed = |reason: String| DeviceError::Failed {
-        device: "cpu".into(),
-        reason,
-    };
-    if vocab == 0 || vocab > logits.width() || u32::try_from(vocab).is_err() {
-        let width = logits.width();
-        return Err(failed(format!(
-            "a vocabulary of {vocab} in logits of width {width}"
-        )));
-    }
-    for request in requests {
-        if request.row >= logits.rows() {
-            let (row, rows) = (request.row, logits.rows());
-            return Err(failed(format!("sampling asks for row {row} of {rows}")));
+    check((logits.rows(), logits.width()), vocab, requests).map_err(|reason| {
+        DeviceError::Failed {
+            device: "cpu".into(),
+            reason,
         }
-        if let Choice::Score(token) = request.choice
-            && token as usize >= vocab
-        {
-            return Err(failed(format!(
-                "token {token} of a vocabulary of {vocab} has no score"
-            )));
-        }
-    }
+    })?;
     // Sampling a token costs about as much as eight multiply-adds.
     Ok(cpu.threads.map(requests.len(), 8 * vocab, |i| {
         let request = &requests[i];
         let row = &logits.row(request.row)[..vocab];
         SCRATCH.with_borrow_mut(|scratch| answer(cpu.isa, row, request, scratch))
     }))
+}
+
+/// Says what is wrong with requests to logits of `(rows, width)`.
+fn check(
+    (rows, width): (usize, usize),
+    vocab: usize,
+    requests: &[SampleRequest],
+) -> Result<(), String> {
+    if vocab == 0 || vocab > width || vocab > MAX_VOCAB {
+        return Err(format!(
+            "a vocabulary of {vocab} in logits of width {width}"
+        ));
+    }
+    for request in requests {
+        if request.row >= rows {
+            let row = request.row;
+            return Err(format!("sampling asks for row {row} of {rows}"));
+        }
+        if let Choice::Score(token) = request.choice
+            && token as usize >= vocab
+        {
+            return Err(format!(
+                "token {token} of a vocabulary of {vocab} has no score"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn answer(isa: Isa, row: &[f32], request: &SampleRequest, scratch: &mut Scratch) -> SampleResult {
@@ -108,7 +127,7 @@ fn answer(isa: Isa, row: &[f32], request: &SampleRequest, scratch: &mut Scratch)
 }
 
 fn choose(isa: Isa, row: &[f32], params: &SampleParams, scratch: &mut Scratch) -> u32 {
-    let greedy = params.temperature < GREEDY_BELOW || params.temperature.is_nan();
+    let greedy = is_greedy(params);
     if greedy && !changes_logits(params) {
         return argmax(row);
     }
@@ -117,6 +136,10 @@ fn choose(isa: Isa, row: &[f32], params: &SampleParams, scratch: &mut Scratch) -
         return argmax(&scratch.logits);
     }
     draw(isa, params, scratch)
+}
+
+fn is_greedy(params: &SampleParams) -> bool {
+    params.temperature < GREEDY_BELOW || params.temperature.is_nan()
 }
 
 /// Whether any parameter changes logits before the choice.
@@ -259,13 +282,13 @@ fn draw(isa: Isa, params: &SampleParams, scratch: &mut Scratch) -> u32 {
     let top_k = (1..logits.len())
         .contains(&params.top_k)
         .then_some(params.top_k);
-    let top_p = (params.top_p < 1.0).then_some(f64::from(params.top_p));
+    let top_p = (params.top_p < 1.0).then_some(f64::from(params.top_p.max(0.0)));
     if top_k.is_some() || top_p.is_some() {
         keys.clear();
         let likely = (0_u32..).zip(logits.iter()).zip(weights.iter());
         keys.extend(
             likely
-                .filter(|(_, w)| **w > 0.0)
+                .filter(|(_, w)| whole(**w) > 0)
                 .map(|((id, logit), _)| key(*logit, id)),
         );
     }
@@ -276,14 +299,36 @@ fn draw(isa: Isa, params: &SampleParams, scratch: &mut Scratch) -> u32 {
     }
     let mut total = sum_pieces(weights, sums);
     if let Some(p) = top_p {
-        nucleus(keys, weights, p * total).apply(logits, weights);
+        nucleus(keys, weights, share(p, total)).apply(logits, weights);
         total = sum_pieces(weights, sums);
     }
-    find(
-        weights,
-        sums,
-        philox::uniform(params.seed, params.position) * total,
-    )
+    let u = philox::uniform(params.seed, params.position);
+    find(weights, sums, high_half(u, total))
+}
+
+/// `p * total`, without its fraction. The same on every device: one rounded product.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "p is in [0, 1), and a share of 2^53 or more may be rounded"
+)]
+fn share(p: f64, total: u64) -> u64 {
+    (p * total as f64) as u64
+}
+
+/// `u * total` where `u` is a fraction of 2^64.
+#[expect(clippy::cast_possible_truncation, reason = "the half fits")]
+fn high_half(u: u64, total: u64) -> u64 {
+    ((u128::from(u) * u128::from(total)) >> 64) as u64
+}
+
+/// A weight as a whole number: `weight * 2^40`, rounded to nearest even. Anything but a positive number is 0.
+fn whole(weight: f32) -> u64 {
+    // Added to this, a smaller number is rounded to an integer, which is then in the low bits.
+    const ROUND: f64 = 4_503_599_627_370_496.0; // 2^52
+    let bits = (f64::from(weight) * ONE + ROUND).to_bits() & ((1 << 52) - 1);
+    if weight > 0.0 { bits } else { 0 }
 }
 
 /// `weights = exp((logits - max) * factor)`.
@@ -317,48 +362,25 @@ fn weigh(isa: Isa, scratch: &mut Scratch, max: f32, factor: f32) {
 }
 
 /// Sums of pieces, and their sum.
-fn sum_pieces(weights: &[f32], sums: &mut Vec<f64>) -> f64 {
+fn sum_pieces(weights: &[f32], sums: &mut Vec<u64>) -> u64 {
     sums.clear();
-    sums.extend(weights.chunks(PIECE).map(|piece| {
-        let (vectors, rest) = piece.as_chunks::<8>();
-        let mut lanes = [0.0_f64; 8];
-        for vector in vectors {
-            for (lane, weight) in lanes.iter_mut().zip(vector) {
-                *lane += f64::from(*weight);
-            }
-        }
-        lanes.iter().sum::<f64>() + rest.iter().copied().map(f64::from).sum::<f64>()
-    }));
+    let sum = |piece: &[f32]| piece.iter().map(|&weight| whole(weight)).sum::<u64>();
+    sums.extend(weights.chunks(PIECE).map(sum));
     sums.iter().sum()
 }
 
-/// The first token at which the running sum exceeds `target`, or the last that has any weight.
-fn find(weights: &[f32], sums: &[f64], target: f64) -> u32 {
-    let mut before = 0.0;
-    let mut last = 0;
-    for (piece, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
-        last = piece;
-        if before + sum > target {
-            break;
-        }
-        before += sum;
-    }
-    // Rounding may leave the target just past the end of its piece (or, at the very end, past all): then it
-    // is the piece's last.
-    let start = last * PIECE;
-    let piece = &weights[start..weights.len().min(start + PIECE)];
-    let mut running = before;
-    let mut chosen = start;
-    for (i, &weight) in piece
-        .iter()
-        .enumerate()
-        .filter(|(_, weight)| **weight > 0.0)
-    {
-        running += f64::from(weight);
-        chosen = start + i;
-        if running > target {
-            break;
-        }
-    }
-    u32::try_from(chosen).expect("the vocabulary is below 2^32")
+/// The first token at which the running sum exceeds `target`, which is below the whole sum; 0 where that is 0.
+fn find(weights: &[f32], sums: &[u64], target: u64) -> u32 {
+    let mut before = 0;
+    let mut passes = |sum: u64| {
+        let found = before + sum > target;
+        before += if found { 0 } else { sum };
+        found
+    };
+    let Some(piece) = sums.iter().position(|&sum| passes(sum)) else {
+        return 0;
+    };
+    let start = piece * PIECE;
+    let within = weights[start..].iter().position(|&w| passes(whole(w)));
+    u32::try_from(start + within.unwrap_or(0)).expect("the vocabulary is below 2^32")
 }

@@ -1,9 +1,31 @@
 //! Log-probabilities from the raw logits: what the model said before anyone asked for something else.
 
 use super::select::{id, key};
-use super::{Scratch, maximum, sum_pieces, weigh};
+use super::{ONE, Scratch, maximum, sum_pieces, weigh};
 use crate::cpu::simd::Isa;
 use crate::sampling::Score;
+
+/// What all log-probabilities of a row have in common.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sum {
+    /// The largest logit.
+    pub(super) max: f32,
+    /// `Σ exp(l - max)`, as [`super::whole`] counts.
+    pub(super) total: u64,
+}
+
+impl Sum {
+    /// Log-probability of a token by its logit.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_precision_loss,
+        reason = "log-probabilities are reported in f32"
+    )]
+    pub(super) fn logprob(self, logit: f32) -> f32 {
+        let log_sum = (self.total as f64 / ONE).ln();
+        (f64::from(logit) - f64::from(self.max) - log_sum) as f32
+    }
+}
 
 /// Scores `token`, and the `top` likeliest tokens.
 pub(super) fn score(
@@ -30,13 +52,11 @@ pub(super) fn score(
         keys,
         ..
     } = scratch;
-    let log_sum = sum_pieces(weights, sums).ln();
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "log-probabilities are reported in f32"
-    )]
-    let logprob =
-        |token: u32| (f64::from(logits[token as usize]) - f64::from(max) - log_sum) as f32;
+    let sum = Sum {
+        max,
+        total: sum_pieces(weights, sums),
+    };
+    let logprob = |token: u32| sum.logprob(logits[token as usize]);
 
     let own = key(logits[token as usize], token);
     let better = (0_u32..)

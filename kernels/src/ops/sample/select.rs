@@ -2,6 +2,8 @@
 //!
 //! A token's key sorts by logit and then by smaller id, so keys are never equal and "the first n" is exact.
 
+use super::whole;
+
 /// Larger for a larger logit, and among equals for a smaller id. The logit is not NaN.
 pub(super) fn key(logit: f32, id: u32) -> u64 {
     // Adding zero turns -0 into 0, which is its equal.
@@ -39,8 +41,8 @@ impl Cut {
 }
 
 /// Where the sum of the likeliest tokens' weights first reaches `target`. `keys` are in any order.
-pub(super) fn nucleus(keys: &mut [u64], weights: &[f32], target: f64) -> Cut {
-    let mut sum = 0.0;
+pub(super) fn nucleus(keys: &mut [u64], weights: &[f32], target: u64) -> Cut {
+    let mut sum = 0;
     let mut rest = keys;
     let mut last = Cut(0);
     // Most of the probability is usually in few tokens, so sort few at first.
@@ -52,7 +54,7 @@ pub(super) fn nucleus(keys: &mut [u64], weights: &[f32], target: f64) -> Cut {
         let (head, tail) = rest.split_at_mut(count.min(rest.len()));
         head.sort_unstable_by(|a, b| b.cmp(a));
         for &key in &*head {
-            sum += f64::from(weights[id(key) as usize]);
+            sum += whole(weights[id(key) as usize]);
             last = Cut(key);
             if sum >= target {
                 return last;
@@ -94,16 +96,18 @@ mod tests {
         let mut rng = Rng::new(30);
         for _ in 0..50 {
             let count = rng.within(1..3000);
-            // Whole numbers, so that sums are exact; many of them equal.
-            let weights: Vec<f32> = (0..count).map(|_| rng.within(1..40) as f32).collect();
+            // Many of them equal.
+            let weights: Vec<f32> = (0..count)
+                .map(|_| rng.within(1..40) as f32 / 40.0)
+                .collect();
             let mut keys: Vec<u64> = (0_u32..).zip(&weights).map(|(id, w)| key(*w, id)).collect();
-            let total: f64 = weights.iter().copied().map(f64::from).sum();
-            let target = (total * f64::from(rng.value().abs())).floor();
+            let total: u64 = weights.iter().copied().map(whole).sum();
+            let target = total / 100 * rng.within(0..100) as u64;
             let cut = nucleus(&mut keys.clone(), &weights, target);
             keys.sort_unstable_by(|a, b| b.cmp(a));
-            let mut sum = 0.0;
+            let mut sum = 0;
             let expected = keys.iter().find(|&&key| {
-                sum += f64::from(weights[id(key) as usize]);
+                sum += whole(weights[id(key) as usize]);
                 sum >= target
             });
             assert_eq!(cut, Cut(*expected.unwrap()));
