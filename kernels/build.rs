@@ -150,6 +150,8 @@ impl Compiler {
             "-ffp-contract=off",
             "-Wall",
             "-Wno-unknown-pragmas",
+            // Indices outside shared arrays are told with their place; emulation.h takes the call.
+            "-fsanitize=bounds",
             "-DCLUSTER_CUDA_EMULATION",
             "-Isrc/cuda",
             "-c",

@@ -56,7 +56,10 @@ fn lanes_get_the_values_they_ask_for() {
         assert_eq!(out[32 + lane], input[below]);
         assert_eq!(out[64 + lane], input[lane * 7 % 32]);
         assert_eq!(out[96 + lane], positive as f32);
-        assert_eq!(out[128 + lane], input[if lane < 16 { lane ^ 1 } else { lane }]);
+        assert_eq!(
+            out[128 + lane],
+            input[if lane < 16 { lane ^ 1 } else { lane }]
+        );
         assert_eq!(out[160 + lane], -40.0);
         assert_eq!(out[192 + lane], if lane < 16 { 65535.0 } else { 0.0 });
     }
@@ -108,8 +111,27 @@ fn elements_round_as_on_the_cpu() {
         *value *= 2.0_f32.powi(i as i32 % 60 - 35);
     }
     // Ties, the ends of the ranges, subnormal halves.
-    input.extend([0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e30, -1e30, f32::INFINITY]);
-    input.extend([5.96e-8, 2.98e-8, 2.99e-8, 6.1e-5, 6.097e-5, 1.00390625, 1.01171875, 1.000488281]);
+    input.extend([
+        0.0,
+        -0.0,
+        1.0,
+        65504.0,
+        65519.9,
+        65520.0,
+        1e30,
+        -1e30,
+        f32::INFINITY,
+    ]);
+    input.extend([
+        5.96e-8,
+        2.98e-8,
+        2.99e-8,
+        6.1e-5,
+        6.097e-5,
+        1.00390625,
+        1.01171875,
+        1.000488281,
+    ]);
     let half = |value: f32| half::f16::from_f32(value).to_f32();
     let brain = |value: f32| half::bf16::from_f32(value).to_f32();
     let roundings: [&dyn Fn(f32) -> f32; 3] = [&|value| value, &brain, &half];
@@ -117,7 +139,11 @@ fn elements_round_as_on_the_cpu() {
         let (code, out) = run(which, &input, input.len());
         assert_eq!(code, LAUNCHED);
         for (&value, &out) in input.iter().zip(&out) {
-            assert_eq!(out.to_bits(), round(value).to_bits(), "{value} as kernel {which}");
+            assert_eq!(
+                out.to_bits(),
+                round(value).to_bits(),
+                "{value} as kernel {which}"
+            );
         }
     }
 }

@@ -36,6 +36,60 @@ pub(crate) fn embed(
     });
 }
 
+/// The kernel of `embed.cu`.
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "the launcher is C")]
+pub(crate) mod cuda {
+    use crate::cuda::launch::{long, unsigned};
+    use crate::cuda::{CudaBackend, CudaBatch, CudaTensor, CudaWeight, element_code};
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn cluster_embed(
+            stream: *mut c_void,
+            element: c_int,
+            token_ids: *const u32,
+            table: *const c_void,
+            out: *mut c_void,
+            tokens: i64,
+            width: i64,
+            first_token: u32,
+            table_rows: u32,
+        ) -> c_int;
+    }
+
+    /// Queues it. `table` and `out` are of one element.
+    pub(crate) fn embed(
+        cuda: &CudaBackend,
+        batch: &CudaBatch,
+        table: &CudaWeight,
+        first_token: u32,
+        out: &mut CudaTensor,
+    ) {
+        let (tokens, width) = (batch.num_tokens(), table.cols());
+        assert_eq!(
+            (out.rows(), out.width(), out.element()),
+            (tokens, width, table.element()),
+            "out is [tokens, width] of the table's element"
+        );
+        // SAFETY: the sizes are those of the tensors' memory, and no row of the table is read from outside it.
+        let code = unsafe {
+            cluster_embed(
+                cuda.stream(),
+                element_code(out.element()),
+                batch.token_ids(),
+                table.pointer(),
+                out.pointer_mut(),
+                long(tokens),
+                long(width),
+                first_token,
+                unsigned(table.rows()),
+            )
+        };
+        cuda.launched("embed", code);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::backend::Backend;

@@ -18,6 +18,56 @@ pub(crate) fn gather(cpu: &CpuBackend, batch: &CpuBatch, x: &CpuTensor, out: &mu
     });
 }
 
+/// The kernel of `gather.cu`.
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "the launcher is C")]
+pub(crate) mod cuda {
+    use crate::cuda::launch::long;
+    use crate::cuda::{CudaBackend, CudaBatch, CudaTensor, element_code};
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn cluster_gather_rows(
+            stream: *mut c_void,
+            element: c_int,
+            rows: *const u32,
+            x: *const c_void,
+            out: *mut c_void,
+            count: i64,
+            width: i64,
+        ) -> c_int;
+    }
+
+    /// Queues it. `x` and `out` are of one element.
+    pub(crate) fn gather(
+        cuda: &CudaBackend,
+        batch: &CudaBatch,
+        x: &CudaTensor,
+        out: &mut CudaTensor,
+    ) {
+        let (count, width) = (batch.num_logit_rows(), x.width());
+        assert_eq!(
+            (out.rows(), out.width(), out.element()),
+            (count, width, x.element()),
+            "out is [logit rows, width] of x's element"
+        );
+        assert_eq!(x.rows(), batch.num_tokens(), "a row of x for each token");
+        // SAFETY: the sizes are those of the tensors' memory; the upload checked that the rows are tokens of the step.
+        let code = unsafe {
+            cluster_gather_rows(
+                cuda.stream(),
+                element_code(out.element()),
+                batch.logit_tokens(),
+                x.pointer(),
+                out.pointer_mut(),
+                long(count),
+                long(width),
+            )
+        };
+        cuda.launched("gather", code);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Precision};

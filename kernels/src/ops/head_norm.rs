@@ -38,6 +38,66 @@ pub(crate) fn head_norm(
         });
 }
 
+/// The kernel of `head_norm.cu`.
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "the launcher is C")]
+pub(crate) mod cuda {
+    use crate::backend::Heads;
+    use crate::cuda::launch::{check_qkv, int, long};
+    use crate::cuda::{CudaBackend, CudaTensor, CudaWeight, element_code};
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn cluster_head_norm(
+            stream: *mut c_void,
+            element: c_int,
+            qkv: *mut c_void,
+            query_weight: *const c_void,
+            key_weight: *const c_void,
+            tokens: i64,
+            heads: i32,
+            kv_heads: i32,
+            head_dim: i32,
+            eps: f32,
+        ) -> c_int;
+    }
+
+    /// Queues it. All are of one element.
+    pub(crate) fn head_norm(
+        cuda: &CudaBackend,
+        qkv: &mut CudaTensor,
+        heads: Heads,
+        (query, key): (&CudaWeight, &CudaWeight),
+        eps: f32,
+    ) {
+        check_qkv(qkv.width(), heads);
+        for weight in [query, key] {
+            assert_eq!(
+                (weight.rows(), weight.cols()),
+                (1, heads.head_dim),
+                "one weight for each column of a head"
+            );
+        }
+        let element = qkv.element();
+        // SAFETY: the sizes are those of the memory of tensor and weights.
+        let code = unsafe {
+            cluster_head_norm(
+                cuda.stream(),
+                element_code(element),
+                qkv.pointer_mut(),
+                query.pointer_as(element),
+                key.pointer_as(element),
+                long(qkv.rows()),
+                int(heads.local_heads),
+                int(heads.local_kv_heads),
+                int(heads.head_dim),
+                eps,
+            )
+        };
+        cuda.launched("head_norm", code);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Heads};

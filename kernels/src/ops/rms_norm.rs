@@ -81,6 +81,108 @@ pub(crate) fn add_rms_norm(
     });
 }
 
+/// The kernels of `rms_norm.cu`.
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "the launcher is C")]
+pub(crate) mod cuda {
+    use crate::cuda::launch::long;
+    use crate::cuda::{CudaBackend, CudaTensor, CudaWeight, element_code};
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn cluster_rms_norm(
+            stream: *mut c_void,
+            element: c_int,
+            x: *const c_void,
+            weight: *const c_void,
+            out: *mut c_void,
+            rows: i64,
+            width: i64,
+            eps: f32,
+        ) -> c_int;
+        fn cluster_add_rms_norm(
+            stream: *mut c_void,
+            element: c_int,
+            x: *const c_void,
+            residual: *mut c_void,
+            weight: *const c_void,
+            out: *mut c_void,
+            rows: i64,
+            width: i64,
+            eps: f32,
+        ) -> c_int;
+    }
+
+    /// Queues it. All are of one element.
+    pub(crate) fn rms_norm(
+        cuda: &CudaBackend,
+        x: &CudaTensor,
+        weight: &CudaWeight,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) {
+        check(x, weight, out);
+        // SAFETY: the sizes are those of the tensors' memory.
+        let code = unsafe {
+            cluster_rms_norm(
+                cuda.stream(),
+                element_code(x.element()),
+                x.pointer(),
+                weight.pointer_as(x.element()),
+                out.pointer_mut(),
+                long(x.rows()),
+                long(x.width()),
+                eps,
+            )
+        };
+        cuda.launched("rms_norm", code);
+    }
+
+    /// Queues it with the addition. All are of one element.
+    pub(crate) fn add_rms_norm(
+        cuda: &CudaBackend,
+        x: &CudaTensor,
+        residual: &mut CudaTensor,
+        (weight, eps): (&CudaWeight, f32),
+        out: &mut CudaTensor,
+    ) {
+        check(x, weight, out);
+        assert_eq!(
+            (residual.rows(), residual.width(), residual.element()),
+            (x.rows(), x.width(), x.element()),
+            "the residual has the shape and the element of x"
+        );
+        // SAFETY: the sizes are those of the tensors' memory.
+        let code = unsafe {
+            cluster_add_rms_norm(
+                cuda.stream(),
+                element_code(x.element()),
+                x.pointer(),
+                residual.pointer_mut(),
+                weight.pointer_as(x.element()),
+                out.pointer_mut(),
+                long(x.rows()),
+                long(x.width()),
+                eps,
+            )
+        };
+        cuda.launched("add_rms_norm", code);
+    }
+
+    fn check(x: &CudaTensor, weight: &CudaWeight, out: &CudaTensor) {
+        assert_eq!(
+            (out.rows(), out.width(), out.element()),
+            (x.rows(), x.width(), x.element()),
+            "out has the shape and the element of x"
+        );
+        assert_eq!(
+            (weight.rows(), weight.cols()),
+            (1, x.width()),
+            "one weight for each column"
+        );
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use crate::backend::{Backend, Precision};

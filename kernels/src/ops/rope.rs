@@ -41,6 +41,68 @@ pub(crate) fn rope(
         });
 }
 
+/// The kernel of `rope.cu`.
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "the launcher is C")]
+pub(crate) mod cuda {
+    use crate::backend::{Element, Heads};
+    use crate::cuda::launch::{check_qkv, int, long};
+    use crate::cuda::{CudaBackend, CudaBatch, CudaTensor, element_code};
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn cluster_rope(
+            stream: *mut c_void,
+            element: c_int,
+            qkv: *mut c_void,
+            table: *const f32,
+            positions: *const u32,
+            tokens: i64,
+            table_rows: i64,
+            heads: i32,
+            kv_heads: i32,
+            head_dim: i32,
+        ) -> c_int;
+    }
+
+    /// Queues it. The table is f32; a position that it does not have gives NaN.
+    pub(crate) fn rope(
+        cuda: &CudaBackend,
+        batch: &CudaBatch,
+        table: &CudaTensor,
+        heads: Heads,
+        qkv: &mut CudaTensor,
+    ) {
+        check_qkv(qkv.width(), heads);
+        assert_eq!(
+            (table.width(), table.element()),
+            (heads.head_dim, Element::F32),
+            "the table has a cosine and a sine for each pair, in f32"
+        );
+        assert_eq!(
+            qkv.rows(),
+            batch.num_tokens(),
+            "a row of qkv for each token"
+        );
+        // SAFETY: the sizes are those of the memory of tensor, table and batch.
+        let code = unsafe {
+            cluster_rope(
+                cuda.stream(),
+                element_code(qkv.element()),
+                qkv.pointer_mut(),
+                table.pointer().cast(),
+                batch.positions(),
+                long(qkv.rows()),
+                long(table.rows()),
+                int(heads.local_heads),
+                int(heads.local_kv_heads),
+                int(heads.head_dim),
+            )
+        };
+        cuda.launched("rope", code);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Heads};

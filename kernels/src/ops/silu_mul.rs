@@ -34,6 +34,48 @@ pub(crate) fn silu_mul(cpu: &CpuBackend, gate_up: &CpuTensor, out: &mut CpuTenso
     });
 }
 
+/// The kernel of `silu_mul.cu`.
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "the launcher is C")]
+pub(crate) mod cuda {
+    use crate::cuda::launch::long;
+    use crate::cuda::{CudaBackend, CudaTensor, element_code};
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn cluster_silu_mul(
+            stream: *mut c_void,
+            element: c_int,
+            gate_up: *const c_void,
+            out: *mut c_void,
+            rows: i64,
+            n: i64,
+        ) -> c_int;
+    }
+
+    /// Queues it. Both are of one element.
+    pub(crate) fn silu_mul(cuda: &CudaBackend, gate_up: &CudaTensor, out: &mut CudaTensor) {
+        let (rows, n) = (out.rows(), out.width());
+        assert_eq!(
+            (gate_up.rows(), gate_up.width(), gate_up.element()),
+            (rows, 2 * n, out.element()),
+            "gate and up side by side, of out's element"
+        );
+        // SAFETY: the sizes are those of the tensors' memory.
+        let code = unsafe {
+            cluster_silu_mul(
+                cuda.stream(),
+                element_code(out.element()),
+                gate_up.pointer(),
+                out.pointer_mut(),
+                long(rows),
+                long(n),
+            )
+        };
+        cuda.launched("silu_mul", code);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Precision};

@@ -38,6 +38,83 @@ pub(crate) fn write_kv(
     }
 }
 
+/// The kernel of `write_kv.cu`.
+#[cfg(feature = "cuda")]
+#[expect(unsafe_code, reason = "the launcher is C")]
+pub(crate) mod cuda {
+    use crate::backend::Heads;
+    use crate::cuda::launch::{KvStrides, check_qkv, int, long, unsigned};
+    use crate::cuda::{CudaBackend, CudaBatch, CudaKvCache, CudaTensor, element_code};
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C" {
+        fn cluster_write_kv(
+            stream: *mut c_void,
+            element: c_int,
+            cache_element: c_int,
+            qkv: *const c_void,
+            slots: *const u32,
+            keys: *mut c_void,
+            values: *mut c_void,
+            tokens: i64,
+            heads: i32,
+            kv_heads: i32,
+            head_dim: i32,
+            block_size: i32,
+            block_stride: i64,
+            head_stride: i64,
+            token_stride: i64,
+            slot_count: u32,
+        ) -> c_int;
+    }
+
+    /// Queues it. The cache may be of another element than `qkv`; a slot outside the pool is left out.
+    pub(crate) fn write_kv(
+        cuda: &CudaBackend,
+        batch: &CudaBatch,
+        layer: usize,
+        (qkv, heads): (&CudaTensor, Heads),
+        cache: &mut CudaKvCache,
+    ) {
+        let layout = cache.layout();
+        check_qkv(qkv.width(), heads);
+        assert_eq!(
+            (heads.local_kv_heads, heads.head_dim),
+            (layout.local_kv_heads, layout.head_dim),
+            "heads as in the cache"
+        );
+        assert_eq!(
+            qkv.rows(),
+            batch.num_tokens(),
+            "a row of qkv for each token"
+        );
+        let strides = KvStrides::of(layout);
+        let keys = cache.layer_mut(layer);
+        // SAFETY: the sizes are those of the memory of tensor, batch and cache.
+        let code = unsafe {
+            cluster_write_kv(
+                cuda.stream(),
+                element_code(qkv.element()),
+                element_code(layout.element),
+                qkv.pointer(),
+                batch.slots(),
+                keys,
+                keys.wrapping_byte_add(strides.values_offset_bytes),
+                long(qkv.rows()),
+                int(heads.local_heads),
+                int(heads.local_kv_heads),
+                int(heads.head_dim),
+                int(layout.block_size),
+                strides.block,
+                strides.head,
+                strides.token,
+                unsigned(layout.blocks * layout.block_size),
+            )
+        };
+        cuda.launched("write_kv", code);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Heads, KvLayout};

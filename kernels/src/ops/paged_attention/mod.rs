@@ -11,6 +11,8 @@
 //! position, the window and the block size alone.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
 pub(crate) mod flashinfer;
 #[cfg(test)]
 mod tests;
