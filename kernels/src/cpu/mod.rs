@@ -11,7 +11,7 @@ pub(crate) mod memory;
 pub(crate) mod simd;
 mod tensor;
 pub(crate) mod threads;
-mod weight;
+pub(crate) mod weight;
 
 pub use batch::CpuBatch;
 pub use kv_cache::CpuKvCache;

@@ -29,21 +29,9 @@ impl CpuWeight {
             device: "cpu".into(),
             reason,
         };
-        let first = parts
-            .first()
-            .ok_or_else(|| failed("a weight without parts".into()))?;
-        for part in parts {
-            check(part).map_err(failed)?;
-        }
-        let vectors = parts.iter().all(|p| p.rows == 1) || parts.iter().all(|p| p.cols == 1);
-        let (rows, cols) = if parts.iter().all(|p| p.cols == first.cols) {
-            (parts.iter().map(|p| p.rows).sum(), first.cols)
-        } else if vectors {
-            (1, parts.iter().map(|p| p.cols).sum())
-        } else {
-            let widths: Vec<_> = parts.iter().map(|p| p.cols).collect();
-            return Err(failed(format!("a weight of parts with {widths:?} columns")));
-        };
+        let (rows, cols) = stacked_shape(parts).map_err(failed)?;
+        let first = &parts[0];
+        let vectors = are_vectors(parts);
 
         let scattered = parts.len() > 1 || first.row_stride != first.cols;
         let parts = if vectors && scattered {
@@ -149,6 +137,29 @@ fn check(part: &HostMatrix) -> Result<(), String> {
         "a weight [{rows}, {cols}] of {element:?} with row stride {row_stride} in {} bytes",
         data.len()
     ))
+}
+
+/// Whether the parts make one vector when stacked.
+fn are_vectors(parts: &[HostMatrix]) -> bool {
+    parts.iter().all(|p| p.rows == 1) || parts.iter().all(|p| p.cols == 1)
+}
+
+/// The shape of `parts` stacked by rows: `(rows, cols)`. Vectors `[1, n]` of different lengths make one vector `[1, sum]`.
+///
+/// An error where bytes and shape of a part disagree, or the parts do not fit together.
+pub(crate) fn stacked_shape(parts: &[HostMatrix]) -> Result<(usize, usize), String> {
+    let first = parts.first().ok_or("a weight without parts")?;
+    for part in parts {
+        check(part)?;
+    }
+    if parts.iter().all(|p| p.cols == first.cols) {
+        Ok((parts.iter().map(|p| p.rows).sum(), first.cols))
+    } else if are_vectors(parts) {
+        Ok((1, parts.iter().map(|p| p.cols).sum()))
+    } else {
+        let widths: Vec<_> = parts.iter().map(|p| p.cols).collect();
+        Err(format!("a weight of parts with {widths:?} columns"))
+    }
 }
 
 /// Reads one byte of each page of `part`, so that loading is over when it says so and not during the first

@@ -8,22 +8,36 @@
 //! Invariant: one thread uses a backend, the one that made it.
 
 mod batch;
+#[cfg_attr(feature = "cuda-emulation", path = "emulated_blas.rs")]
+mod blas;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated.rs")]
 pub(crate) mod device;
+mod gpus;
 mod kv_cache;
+pub(crate) mod launch;
 pub mod libraries;
+mod load;
+mod operations;
+mod stop;
 mod tensor;
+mod transfer;
 mod weight;
 
 pub use batch::CudaBatch;
+pub use gpus::{GpuInfo, gpus};
 pub use kv_cache::CudaKvCache;
 pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
 use crate::backend::{DeviceError, Element};
+use crate::ops::sample::cuda::Space as Sampler;
+use blas::Blas;
 use device::Device;
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell, RefMut};
 use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use transfer::Transfer;
 
 /// A GPU as a device.
 #[derive(Debug)]
@@ -31,7 +45,10 @@ pub struct CudaBackend {
     pub(crate) device: Device,
     /// What activations are stored as.
     element: Element,
-    /// The first failure of a launch.
+    blas: Blas,
+    transfer: RefCell<Transfer>,
+    sampler: RefCell<Sampler>,
+    /// The first failure of an operation.
     failure: OnceCell<String>,
 }
 
@@ -43,6 +60,9 @@ impl CudaBackend {
     pub fn new(ordinal: usize) -> Result<Self, DeviceError> {
         let device = Device::open(ordinal)?;
         Ok(Self {
+            blas: Blas::new(&device)?,
+            transfer: RefCell::new(Transfer::new(&device)?),
+            sampler: RefCell::new(Sampler::new(&device)?),
             device,
             element: Element::F32,
             failure: OnceCell::new(),
@@ -54,25 +74,57 @@ impl CudaBackend {
         self.device.stream()
     }
 
+    /// From now on, waits for the device end with [`DeviceError::Interrupted`] when `flag` is raised. What
+    /// was queued still runs; ending that is up to whoever raises it.
+    pub fn interrupt_with(&self, flag: Option<Arc<AtomicBool>>) {
+        self.device.stop().set(flag);
+    }
+
+    /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// [`DeviceError`], also where work that was queued earlier failed on the device.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        self.device.synchronize()
+    }
+
     /// What activations are stored as.
     pub fn element(&self) -> Element {
         self.element
     }
 
+    /// Memory for sampling.
+    pub(crate) fn sampler(&self) -> RefMut<'_, Sampler> {
+        self.sampler.borrow_mut()
+    }
+
+    /// Queues `out = x · weightᵀ (+ bias)`. The caller checked the shapes.
+    pub(crate) fn multiply(
+        &self,
+        (x, weight): (&CudaTensor, &CudaWeight),
+        bias: Option<&CudaWeight>,
+        out: &mut CudaTensor,
+    ) {
+        let queued = (self.blas).linear(&self.device, (x, weight), bias, out);
+        queued.unwrap_or_else(|reason| self.fail(reason));
+    }
+
     /// Remembers a launch that was refused: `code` is what the launcher of `kernel` returned.
     pub(crate) fn launched(&self, kernel: &str, code: c_int) {
         if code != 0 {
-            // Only the first counts: those after it follow from it.
-            let _ = self
-                .failure
-                .set(format!("kernel {kernel} was refused (CUDA error {code})"));
+            self.fail(format!("kernel {kernel} was refused (CUDA error {code})"));
         }
     }
 
-    /// An error if a launch was refused since the start.
+    /// Remembers why an operation was not queued. Only the first counts: those after it follow from it.
+    pub(crate) fn fail(&self, reason: String) {
+        let _ = self.failure.set(reason);
+    }
+
+    /// An error if an operation was refused since the start.
     ///
     /// # Errors
-    /// [`DeviceError::Failed`], naming the first kernel.
+    /// [`DeviceError::Failed`], with the first reason.
     pub fn check(&self) -> Result<(), DeviceError> {
         self.failure.get().map_or(Ok(()), |reason| {
             Err(DeviceError::Failed {

@@ -42,6 +42,16 @@ impl CudaTensor {
         self.memory.pointer_mut()
     }
 
+    /// The memory, of which the rows in use are the first [`Self::bytes`].
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The memory, to be written.
+    pub(crate) fn memory_mut(&mut self) -> &mut Memory {
+        &mut self.memory
+    }
+
     /// What an element is stored as.
     pub fn element(&self) -> Element {
         self.element

@@ -157,6 +157,39 @@ impl<E: Stored> Product<'_, '_, E> {
     }
 }
 
+/// On the GPU: cuBLASLt's product, the bias added where the sums are.
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda {
+    use crate::cuda::{CudaBackend, CudaTensor, CudaWeight};
+
+    /// As the fast path; `out` may be f32 where the rest is narrower.
+    pub(crate) fn linear(
+        cuda: &CudaBackend,
+        x: &CudaTensor,
+        weight: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        out: &mut CudaTensor,
+    ) {
+        assert_eq!(
+            (x.width(), x.element()),
+            (weight.cols(), weight.element()),
+            "x is like the weight's rows"
+        );
+        assert_eq!(
+            (out.rows(), out.width()),
+            (x.rows(), weight.rows()),
+            "out is [rows, out]"
+        );
+        if let Some(bias) = bias {
+            let length = bias.rows() * bias.cols();
+            assert_eq!(length, weight.rows(), "one bias for each output");
+        }
+        if x.rows() > 0 {
+            cuda.multiply((x, weight), bias, out);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Element, Precision};

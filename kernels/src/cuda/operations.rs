@@ -1,0 +1,241 @@
+//! `Backend` on a GPU: memory from the device, operations from `ops` and cuBLASLt.
+//!
+//! Shapes are checked where the launches are. What an operation could not queue is remembered, because
+//! operations return nothing, and said by [`Backend::upload`], [`Backend::read`] and [`Backend::sample`].
+//!
+//! Invariant: an operation that was not queued is never taken for done: a step ends in one of those three.
+
+use super::{CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, load};
+use crate::backend::{
+    Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Precision,
+};
+use crate::batch::Batch;
+use crate::cpu::element::{Stored, by_element};
+use crate::ops;
+use crate::sampling::{SampleRequest, SampleResult};
+use std::ops::Range;
+
+impl CudaBackend {
+    fn element_of(&self, precision: Precision) -> Element {
+        match precision {
+            Precision::Compute => self.element,
+            Precision::F32 => Element::F32,
+        }
+    }
+
+    /// Product of sizes; an error where it is beyond any memory.
+    fn bytes(&self, what: &str, factors: &[usize]) -> Result<usize, DeviceError> {
+        let product = factors
+            .iter()
+            .try_fold(1_usize, |product, &factor| product.checked_mul(factor));
+        product.ok_or_else(|| DeviceError::OutOfMemory {
+            device: self.name(),
+            what: what.to_owned(),
+            needed: u64::MAX,
+            free: self.memory().1,
+        })
+    }
+}
+
+impl Backend for CudaBackend {
+    type Tensor = CudaTensor;
+    type Weight = CudaWeight;
+    type KvCache = CudaKvCache;
+    type DeviceBatch = CudaBatch;
+
+    fn name(&self) -> String {
+        self.device.name().to_owned()
+    }
+
+    fn memory(&self) -> (u64, u64) {
+        self.device.memory()
+    }
+
+    fn compute_in(&mut self, element: Element) {
+        self.element = element;
+    }
+
+    fn element_bytes(&self, precision: Precision) -> usize {
+        self.element_of(precision).bytes()
+    }
+
+    fn allocate(
+        &self,
+        rows: usize,
+        width: usize,
+        precision: Precision,
+    ) -> Result<CudaTensor, DeviceError> {
+        let element = self.element_of(precision);
+        let what = format!("an activation matrix [{rows}, {width}]");
+        let bytes = self.bytes(&what, &[rows, width, element.bytes()])?;
+        let memory = self.device.allocate(&what, bytes)?;
+        Ok(CudaTensor::new(memory, element, (rows, width)))
+    }
+
+    fn load(
+        &self,
+        parts: &[HostMatrix],
+        store: Element,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<CudaWeight, DeviceError> {
+        let way = (&self.device, &mut *self.transfer.borrow_mut());
+        load::load(way, parts, (store, self.element), progress)
+    }
+
+    fn kv_cache(&self, layout: KvLayout) -> Result<CudaKvCache, DeviceError> {
+        let what = format!("{} KV blocks", layout.blocks);
+        let bytes = self.bytes(&what, &[layout.block_bytes(), layout.blocks])?;
+        let memory = self.device.allocate(&what, bytes)?;
+        Ok(CudaKvCache::new(memory, layout))
+    }
+
+    fn batch(
+        &self,
+        max_tokens: usize,
+        max_rows: usize,
+        max_blocks: usize,
+    ) -> Result<CudaBatch, DeviceError> {
+        let sizes = (max_tokens, max_rows, max_blocks);
+        CudaBatch::with_capacity(&self.device, sizes, self.element)
+    }
+
+    fn upload(&self, host: &Batch, device: &mut CudaBatch) -> Result<(), DeviceError> {
+        self.check()?;
+        device.upload(&self.device, host)
+    }
+
+    fn set_rows(&self, tensor: &mut CudaTensor, rows: usize) {
+        tensor.set_rows(rows);
+    }
+
+    fn embed(&self, batch: &CudaBatch, table: &CudaWeight, first_token: u32, out: &mut CudaTensor) {
+        ops::embed::cuda::embed(self, batch, table, first_token, out);
+    }
+
+    fn rms_norm(&self, x: &CudaTensor, weight: &CudaWeight, eps: f32, out: &mut CudaTensor) {
+        ops::rms_norm::cuda::rms_norm(self, x, weight, eps, out);
+    }
+
+    fn add_rms_norm(
+        &self,
+        x: &CudaTensor,
+        residual: &mut CudaTensor,
+        weight: &CudaWeight,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) {
+        ops::rms_norm::cuda::add_rms_norm(self, x, residual, (weight, eps), out);
+    }
+
+    fn head_norm(
+        &self,
+        qkv: &mut CudaTensor,
+        heads: Heads,
+        weights: (&CudaWeight, &CudaWeight),
+        eps: f32,
+    ) {
+        ops::head_norm::cuda::head_norm(self, qkv, heads, weights, eps);
+    }
+
+    fn linear(
+        &self,
+        x: &CudaTensor,
+        weight: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        out: &mut CudaTensor,
+    ) {
+        ops::linear::cuda::linear(self, x, weight, bias, out);
+    }
+
+    fn rope(&self, batch: &CudaBatch, table: &CudaTensor, heads: Heads, qkv: &mut CudaTensor) {
+        ops::rope::cuda::rope(self, batch, table, heads, qkv);
+    }
+
+    fn write_kv(
+        &self,
+        batch: &CudaBatch,
+        layer: usize,
+        qkv: &CudaTensor,
+        heads: Heads,
+        cache: &mut CudaKvCache,
+    ) {
+        ops::write_kv::cuda::write_kv(self, batch, layer, (qkv, heads), cache);
+    }
+
+    fn attend(
+        &self,
+        batch: &CudaBatch,
+        attention: &Attention,
+        qkv: &CudaTensor,
+        cache: &CudaKvCache,
+        out: &mut CudaTensor,
+    ) {
+        use ops::paged_attention::{cuda, flashinfer};
+        match flashinfer::attend(self, batch, attention, (qkv, cache), out) {
+            Ok(true) => {}
+            Ok(false) => cuda::attend(self, batch, attention, (qkv, cache), out),
+            Err(error) => self.fail(error.to_string()),
+        }
+    }
+
+    fn silu_mul(&self, gate_up: &CudaTensor, out: &mut CudaTensor) {
+        ops::silu_mul::cuda::silu_mul(self, gate_up, out);
+    }
+
+    fn gather_logit_rows(&self, batch: &CudaBatch, x: &CudaTensor, out: &mut CudaTensor) {
+        ops::gather::cuda::gather(self, batch, x, out);
+    }
+
+    fn write(&self, values: &[f32], tensor: &mut CudaTensor) -> Result<(), DeviceError> {
+        let (width, capacity) = (tensor.width(), tensor.capacity());
+        if width == 0 || !values.len().is_multiple_of(width) || values.len() / width > capacity {
+            return Err(DeviceError::Failed {
+                device: self.name(),
+                reason: format!(
+                    "{} values for a tensor of [{capacity}, {width}]",
+                    values.len()
+                ),
+            });
+        }
+        tensor.set_rows(values.len() / width);
+        let bytes = tensor.bytes();
+        by_element!(tensor.element(), E => {
+            let fill = |range: Range<usize>, room: &mut [u8]| {
+                let values = &values[range.start / size_of::<E>()..];
+                for (to, from) in room.chunks_exact_mut(size_of::<E>()).zip(values) {
+                    to.copy_from_slice(bytemuck::bytes_of(&E::narrow(*from)));
+                }
+            };
+            let mut transfer = self.transfer.borrow_mut();
+            transfer.write(&self.device, (tensor.memory_mut(), bytes), &fill, &mut |_| ())
+        })
+    }
+
+    fn read(&self, tensor: &CudaTensor, values: &mut Vec<f32>) -> Result<(), DeviceError> {
+        self.check()?;
+        values.clear();
+        by_element!(tensor.element(), E => {
+            let mut take = |bytes: &[u8]| {
+                let elements = bytes.chunks_exact(size_of::<E>());
+                values.extend(elements.map(|e| bytemuck::pod_read_unaligned::<E>(e).widen()));
+            };
+            let mut transfer = self.transfer.borrow_mut();
+            transfer.read(&self.device, (tensor.memory(), tensor.bytes()), &mut take)
+        })
+    }
+
+    fn sample(
+        &self,
+        logits: &mut CudaTensor,
+        vocab: usize,
+        requests: &[SampleRequest],
+    ) -> Result<Vec<SampleResult>, DeviceError> {
+        self.check()?;
+        let mut values = Vec::new();
+        self.read(logits, &mut values)?;
+        let cpu = crate::cpu::CpuBackend::new(1, None)?;
+        let mut host = cpu.allocate(logits.rows(), logits.width(), Precision::F32)?;
+        cpu.write(&values, &mut host)?;
+        cpu.sample(&mut host, vocab, requests)
+    }
+}
