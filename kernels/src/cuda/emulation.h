@@ -174,6 +174,7 @@ inline float rsqrtf(float x) { return 1.0F / sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0F / x; }
 inline float __fmul_rn(float a, float b) { volatile float product = a * b; return product; }
 inline float __fadd_rn(float a, float b) { volatile float sum = a + b; return sum; }
+inline unsigned long long __float2ull_rn(float value) { return static_cast<unsigned long long>(llrintf(value)); }
 using std::max;
 using std::min;
 

@@ -88,37 +88,49 @@ using Traits = flashinfer::KernelTraits<
 
 // ---- Which sizes ---------------------------------------------------------------------------------
 
-// Bytes of shared memory that two blocks of a multiprocessor divide among themselves.
-constexpr int SMALL = 100 * 1024, MEDIUM = 164 * 1024, LARGE = 228 * 1024;
+// Kinds of devices that get other sizes: by the shared memory of a multiprocessor, and by the compiler's use of
+// registers.
+enum class Kind { Small, Medium, Hopper, Blackwell };
+
+// Bytes that the blocks of a multiprocessor divide among themselves.
+constexpr int shared_bytes(Kind kind) {
+    switch (kind) {
+        case Kind::Small: return 100 * 1024;
+        case Kind::Medium: return 164 * 1024;
+        default: return 228 * 1024;
+    }
+}
 
 // Fragments of 16 keys that each warp works on at a time, for 16-bit elements: as many as leave room for two
 // blocks on a multiprocessor and for the registers to hold the scores.
-constexpr int fragments(int head, int tile, bool cap, int shared) {
-    const int key_warps = tile == 16 ? 4 : 1;
+constexpr int fragments(int head, int tile, bool cap, Kind kind) {
+    const int shared = shared_bytes(kind), key_warps = tile == 16 ? 4 : 1;
     const int fixed = tile * head * 2, each = 2 * head * 16 * key_warps * 2;
-    const int blocks = shared >= 2 * (fixed + each) ? 2 : 1;
-    const int fitting = ((blocks == 2 ? shared / 2 : shared - 1024) - fixed) / each;
-    // Registers: what the compiler holds without spilling.
-    int most = tile == 128 ? 4 : 8;
-    if (tile == 64 && (head >= 128 || cap)) most = 4;
-    if (tile == 128 && head == 128 && cap) most = 2;
+    const bool two = shared >= 2 * (fixed + each);
+    const int fitting = ((two ? shared / 2 : shared - 1024) - fixed) / each;
+    // What the compiler keeps in registers without spilling.
+    int most = tile == 16 ? 8 : 4;
+    if (tile == 128 && head == 128 && (cap || kind == Kind::Blackwell)) most = 2;
     const int count = fitting < most ? fitting : most;
     return count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
 }
 
-// Shared memory of the devices that run code compiled for `architecture` (80 for 8.0): several kinds run 8.0's.
-constexpr bool runs_on(int architecture, int shared) {
+// Whether devices of this kind run code compiled for `architecture` (80 for 8.0, whose code 8.6 and 8.9 run too).
+constexpr bool runs_on(int architecture, Kind kind) {
     switch (architecture) {
-        case 80: return shared == MEDIUM || shared == SMALL;
-        case 87: return shared == MEDIUM;
-        case 90: case 100: case 101: case 103: case 110: return shared == LARGE;
-        default: return shared == SMALL;
+        case 80: return kind == Kind::Medium || kind == Kind::Small;
+        case 87: return kind == Kind::Medium;
+        case 90: return kind == Kind::Hopper;
+        case 100: case 101: case 103: case 110: return kind == Kind::Blackwell;
+        default: return kind == Kind::Small;
     }
 }
 
+constexpr Kind KINDS[] = {Kind::Blackwell, Kind::Hopper, Kind::Medium, Kind::Small};
+
 constexpr bool is_compiled(int architecture, int head, int tile, bool cap, int count) {
-    for (const int shared : {SMALL, MEDIUM, LARGE})
-        if (runs_on(architecture, shared) && fragments(head, tile, cap, shared) == count) return true;
+    for (const Kind kind : KINDS)
+        if (runs_on(architecture, kind) && fragments(head, tile, cap, kind) == count) return true;
     return false;
 }
 
@@ -142,20 +154,21 @@ inline void check(cudaError_t code, const char* what) {
     if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
 }
 
-// The shared memory that the sizes are chosen by on this process's device.
+// What this process's device is, among those that its code was compiled for.
 template <class Element>
-int shared_of_device() {
-    static const int shared = [] {
-        int device = 0, has = 0;
+Kind kind_of_device() {
+    static const Kind found = [] {
+        int device = 0, shared = 0;
         check(cudaGetDevice(&device), "ask for the device");
-        check(cudaDeviceGetAttribute(&has, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "ask for shared memory");
+        check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "ask for shared memory");
         cudaFuncAttributes attributes{};
         check(cudaFuncGetAttributes(&attributes, paged_attention<Element, 64, 16, 4, false>), "find the kernels for this device");
-        for (const int shared : {LARGE, MEDIUM, SMALL})
-            if (shared <= has && runs_on(attributes.ptxVersion, shared)) return shared;
-        throw std::runtime_error("no kernel was compiled for this device's " + std::to_string(has) + " bytes of shared memory");
+        for (const Kind kind : KINDS)
+            if (shared_bytes(kind) <= shared && runs_on(attributes.ptxVersion, kind)) return kind;
+        throw std::runtime_error("no kernel was compiled for multiprocessors with " + std::to_string(shared) +
+                                 " bytes of shared memory");
     }();
-    return shared;
+    return found;
 }
 
 template <class Element, int HEAD, int TILE, int FRAGMENTS, bool CAP>
@@ -175,12 +188,11 @@ void launch_kernel(const Params<Element>& params, dim3 grid, cudaStream_t stream
 // The kernel with as many fragments as this device takes; others were not compiled for it.
 template <class Element, int HEAD, int TILE, bool CAP>
 void launch_tile(const Params<Element>& params, dim3 grid, cudaStream_t stream) {
-    constexpr int small = fragments(HEAD, TILE, CAP, SMALL), medium = fragments(HEAD, TILE, CAP, MEDIUM),
-                  large = fragments(HEAD, TILE, CAP, LARGE);
-    switch (shared_of_device<Element>()) {
-        case SMALL: return launch_kernel<Element, HEAD, TILE, small, CAP>(params, grid, stream);
-        case MEDIUM: return launch_kernel<Element, HEAD, TILE, medium, CAP>(params, grid, stream);
-        default: return launch_kernel<Element, HEAD, TILE, large, CAP>(params, grid, stream);
+    switch (kind_of_device<Element>()) {
+        case Kind::Small: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Small), CAP>(params, grid, stream);
+        case Kind::Medium: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Medium), CAP>(params, grid, stream);
+        case Kind::Hopper: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Hopper), CAP>(params, grid, stream);
+        case Kind::Blackwell: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Blackwell), CAP>(params, grid, stream);
     }
 }
 

@@ -19,6 +19,8 @@
 //! Filters that remove nothing change nothing. NaN counts as minus infinity. A row without a finite
 //! logit is a uniform one. If all tokens are out, the answer is token 0.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod philox;
 mod score;
 mod select;

@@ -30,7 +30,7 @@ fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     clippy::cast_possible_truncation,
     reason = "the low half is what is wanted"
 )]
-fn words(value: u64) -> [u32; 2] {
+pub(super) fn words(value: u64) -> [u32; 2] {
     [value as u32, (value >> 32) as u32]
 }
 
