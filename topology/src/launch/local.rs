@@ -5,8 +5,9 @@
 //! process outlives the value that stands for it.
 
 use super::{Announcement, LAUNCH_LIMIT, Launch, LaunchError, MAX_LINE_BYTES};
-use super::{to_line, within};
+use super::{environment, to_line, within};
 use crate::link::Certificate;
+use crate::placement::Device;
 use std::env;
 use std::ffi::OsStr;
 use std::process::{ExitStatus, Stdio};
@@ -30,6 +31,9 @@ const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 /// The operator's settings and keys are in variables of this prefix. They are the parent's: what
 /// a shard needs it is told over the pipe.
 const PRIVATE_PREFIX: &[u8] = b"CLUSTER_";
+
+/// Those of that prefix that are about the host and not about the cluster: where GPU libraries are.
+const HOST_VARIABLES: [&[u8]; 2] = [b"CLUSTER_CUDA_LIBRARIES", b"CLUSTER_NCCL_SO_PATH"];
 
 /// A shard process that has said who it is and does not know yet what to do.
 #[derive(Debug)]
@@ -62,6 +66,27 @@ pub async fn start<A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
 ) -> Result<Started, LaunchError> {
+    start_command(program, arguments, &[]).await
+}
+
+/// The same for a process that will compute on `device`: libraries read their settings from the
+/// environment. What the operator has set there stays.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_for<A: AsRef<OsStr>>(
+    device: &Device,
+    program: &OsStr,
+    arguments: impl IntoIterator<Item = A>,
+) -> Result<Started, LaunchError> {
+    start_command(program, arguments, &environment::of(device)).await
+}
+
+async fn start_command<A: AsRef<OsStr>>(
+    program: &OsStr,
+    arguments: impl IntoIterator<Item = A>,
+    environment: &[(&str, &str)],
+) -> Result<Started, LaunchError> {
     let mut command = Command::new(program);
     command
         .args(arguments)
@@ -72,8 +97,14 @@ pub async fn start<A: AsRef<OsStr>>(
         .process_group(0)
         .kill_on_drop(true);
     for (name, _) in env::vars_os() {
-        if name.as_encoded_bytes().starts_with(PRIVATE_PREFIX) {
+        let bytes = name.as_encoded_bytes();
+        if bytes.starts_with(PRIVATE_PREFIX) && !HOST_VARIABLES.contains(&bytes) {
             command.env_remove(name);
+        }
+    }
+    for (name, value) in environment {
+        if env::var_os(name).is_none() {
+            command.env(name, value);
         }
     }
     let mut child = command
