@@ -231,11 +231,6 @@ impl Backend for CudaBackend {
         requests: &[SampleRequest],
     ) -> Result<Vec<SampleResult>, DeviceError> {
         self.check()?;
-        let mut values = Vec::new();
-        self.read(logits, &mut values)?;
-        let cpu = crate::cpu::CpuBackend::new(1, None)?;
-        let mut host = cpu.allocate(logits.rows(), logits.width(), Precision::F32)?;
-        cpu.write(&values, &mut host)?;
-        cpu.sample(&mut host, vocab, requests)
+        ops::sample::cuda::sample(self, logits, vocab, requests)
     }
 }

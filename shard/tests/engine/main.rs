@@ -3,6 +3,8 @@
 //! Processes, links and the coordinator are not here; `tests/processes.rs` and the coordinator's
 //! tests have those.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod equivalences;
 mod loading;
 mod references;

@@ -5,23 +5,27 @@
 //! The tolerance is relative to the row's largest absolute reference logit. Promised is 1e-3; what is
 //! tested is ten times closer, and what is found is another fifty.
 
-use crate::support::{BLOCK_SIZE, Cluster, Random, Request, Ways, fixtures, generate, load, open};
+use crate::support::{
+    BLOCK_SIZE, Cluster, Group, Random, Request, Tested, Ways, fixtures, generate, load, open,
+};
+use kernels::cpu::CpuBackend;
 use safetensors::SafeTensors;
 use std::path::Path;
 use topology::ids::{BlockId, Rank};
+use topology::model_files::ModelFiles;
 use topology::partition::Partition;
-use topology::wire::{PlanRow, Sampling};
+use topology::wire::{Load, PlanRow, Sampling};
 
 const TOLERANCE: f32 = 1e-4;
 
-struct Reference {
-    prompt: Vec<u32>,
+pub(crate) struct Reference {
+    pub(crate) prompt: Vec<u32>,
     /// `[prompt, vocab]`
     logits: Vec<Vec<f32>>,
-    greedy: Vec<u32>,
+    pub(crate) greedy: Vec<u32>,
 }
 
-fn reference(folder: &Path) -> Reference {
+pub(crate) fn reference(folder: &Path) -> Reference {
     let bytes = std::fs::read(folder.join("reference.safetensors")).expect("a reference");
     let tensors = SafeTensors::deserialize(&bytes).expect("a readable reference");
     let ids = |name: &str| -> Vec<u32> {
@@ -46,7 +50,7 @@ fn reference(folder: &Path) -> Reference {
 }
 
 /// Log-probabilities of the whole vocabulary after each prompt token. `[prompt, vocab]`
-fn log_probabilities(cluster: &mut Cluster, reference: &Reference) -> Vec<Vec<f32>> {
+fn log_probabilities<B: Tested>(cluster: &mut Group<B>, reference: &Reference) -> Vec<Vec<f32>> {
     let tokens = reference.prompt.clone();
     let vocab = reference.logits[0].len();
     let blocks = u32::try_from(tokens.len())
@@ -101,6 +105,30 @@ fn distance(found: &[f32], logits: &[f32]) -> f32 {
     most / largest
 }
 
+/// How far the logits of the prompt are off, and the greedy tokens after it.
+pub(crate) fn compare<B: Tested>(
+    files: &ModelFiles,
+    load: &Load,
+    reference: &Reference,
+) -> (f32, Vec<u32>) {
+    let mut cluster = Group::<B>::start(files, load);
+    let found = log_probabilities(&mut cluster, reference);
+    let distances = found
+        .iter()
+        .zip(&reference.logits)
+        .map(|(f, r)| distance(f, r));
+    let worst = distances.fold(0.0, f32::max);
+    let request = Request {
+        prompt: reference.prompt.clone(),
+        sampling: Sampling::default(),
+        new_tokens: reference.greedy.len(),
+    };
+    let random = &mut Random::new(0);
+    let answers = generate(&mut cluster, &[request], Ways::default(), random);
+    let tokens = answers[0].iter().map(|answer| answer.token).collect();
+    (worst, tokens)
+}
+
 /// As served by default, with the weights in their own type; and with everything in f32.
 const DTYPES: [&str; 2] = ["auto", "float32"];
 
@@ -118,23 +146,9 @@ fn logits_and_greedy_tokens_are_the_references_at_every_size() {
             *sizes.entry(world_size).or_insert(0) += 1;
             for dtype in DTYPES {
                 let case = format!("{} over {world_size} in {dtype}", folder.display());
-                let mut cluster = Cluster::start(&files, &load(world_size, 64, dtype));
-                let found = log_probabilities(&mut cluster, &reference);
-                let distances = found
-                    .iter()
-                    .zip(&reference.logits)
-                    .map(|(f, r)| distance(f, r));
-                let worst = distances.fold(0.0, f32::max);
+                let load = load(world_size, 64, dtype);
+                let (worst, tokens) = compare::<CpuBackend>(&files, &load, &reference);
                 assert!(worst < TOLERANCE, "{case}: off by {worst}");
-
-                let request = Request {
-                    prompt: reference.prompt.clone(),
-                    sampling: Sampling::default(),
-                    new_tokens: reference.greedy.len(),
-                };
-                let random = &mut Random::new(0);
-                let answers = generate(&mut cluster, &[request], Ways::default(), random);
-                let tokens: Vec<_> = answers[0].iter().map(|answer| answer.token).collect();
                 assert_eq!(tokens, reference.greedy, "{case}");
                 println!("{case}: off by {worst:e}");
             }

@@ -5,7 +5,7 @@
 //!
 //! Invariant: every step it takes all ranks take, with the same digest.
 
-use kernels::backend::Element;
+use kernels::backend::{Backend, Element};
 use kernels::cpu::CpuBackend;
 use shard::comm::shm::ShmComm;
 use shard::comm::{Abort, Comm, Seat};
@@ -65,28 +65,49 @@ pub(crate) fn load(world_size: u32, max_tokens: u32, dtype: &str) -> Load {
     }
 }
 
+/// A backend to test, and what its ranks talk through.
+pub(crate) trait Tested: Backend + Sized {
+    type Comm: Comm<Self>;
+    /// What keys and values are stored as; `None`: as the weights.
+    const KV_ELEMENT: Option<Element>;
+
+    /// A backend for one rank, on the thread that will use it.
+    fn open() -> Self;
+}
+
+impl Tested for CpuBackend {
+    type Comm = ShmComm;
+    const KV_ELEMENT: Option<Element> = Some(Element::F32);
+
+    fn open() -> Self {
+        Self::new(1, None).expect("one thread can be had")
+    }
+}
+
 /// A group of engines over one model.
-pub(crate) struct Cluster {
-    engines: Vec<Engine<CpuBackend, ShmComm>>,
+pub(crate) struct Group<B: Tested> {
+    engines: Vec<Engine<B, B::Comm>>,
     next: Step,
 }
 
-impl Cluster {
+/// A group on the CPU backend.
+pub(crate) type Cluster = Group<CpuBackend>;
+
+impl<B: Tested> Group<B> {
     /// Loads every rank and forms their communicator.
     pub(crate) fn start(files: &ModelFiles, load: &Load) -> Self {
         let world_size = load.tensor_parallel_size;
-        let id = ShmComm::make_id(world_size, 1 << 16).expect("shared memory can be had");
+        let id = B::Comm::new_id(world_size, 1 << 16).expect("shared memory can be had");
         let abort = Abort::default();
         let (id, abort) = (&id, &abort);
         let engines = thread::scope(|scope| {
             let ranks = (0..world_size).map(|rank| {
                 scope.spawn(move || {
-                    let backend = CpuBackend::new(1, None).expect("one thread can be had");
                     let place = Place {
                         rank: Rank(rank),
-                        kv_element: Some(Element::F32),
+                        kv_element: B::KV_ELEMENT,
                     };
-                    let mut engine = Engine::load(backend, place, (files, load), &mut |_, _| ())
+                    let mut engine = Engine::load(B::open(), place, (files, load), &mut |_, _| ())
                         .expect("the fixture loads");
                     engine.allocate(NUM_BLOCKS).expect("the blocks fit");
                     let limit = Duration::from_secs(60);
@@ -97,7 +118,7 @@ impl Cluster {
                         limit,
                         abort,
                     };
-                    let comm = ShmComm::join(engine.backend(), &seat).expect("all ranks join");
+                    let comm = B::Comm::join(engine.backend(), &seat).expect("all ranks join");
                     engine.enter(Epoch(1), comm);
                     engine
                 })
@@ -166,8 +187,8 @@ struct Sequence {
 }
 
 /// Generates for all requests, and gives what each got.
-pub(crate) fn generate(
-    cluster: &mut Cluster,
+pub(crate) fn generate<B: Tested>(
+    cluster: &mut Group<B>,
     requests: &[Request],
     ways: Ways,
     random: &mut Random,

@@ -1,0 +1,154 @@
+//! Groups of engines on the CUDA backend: against the references, and against the CPU backend.
+//!
+//! With the feature `cuda-emulation` the kernels run on the CPU; without it these tests need a GPU, and say so
+//! where there is none. Ranks share the device and talk through the host, so that what is compared here is
+//! the backend alone; NCCL has its own tests.
+//!
+//! Invariant: in f32 the promise is that of the CPU backend; in 16 bits, where every activation is rounded, what is
+//! tested is that the distance to the reference is of the size of that rounding.
+
+use crate::references::{compare, reference};
+use crate::support::{Tested, fixtures, load, open};
+use kernels::backend::{Backend, DeviceError, Element};
+use kernels::cuda::{CudaBackend, CudaTensor};
+use shard::comm::shm::ShmComm;
+use shard::comm::{Comm, CommError, CommTimings, Seat};
+use topology::ids::Rank;
+use topology::model_shape::Dtype;
+use topology::partition::Partition;
+
+/// What the project promises of f32.
+const TOLERANCE: f32 = 1e-3;
+/// Some roundings of 2^-9 (bf16) or 2^-12 (f16) in each of a few layers.
+const ROUNDED: [(Dtype, f32); 2] = [(Dtype::Bfloat16, 0.05), (Dtype::Float16, 0.01)];
+
+impl Tested for CudaBackend {
+    type Comm = HostComm;
+    const KV_ELEMENT: Option<Element> = None;
+
+    fn open() -> Self {
+        Self::new(0).expect("GPU 0 can be opened")
+    }
+}
+
+/// Collectives through the host.
+pub(crate) struct HostComm {
+    shm: ShmComm,
+    world_size: u32,
+    values: Vec<f32>,
+}
+
+fn failed(error: DeviceError) -> CommError {
+    CommError::Failed(error.to_string())
+}
+
+impl Comm<CudaBackend> for HostComm {
+    fn new_id(world_size: u32, max_elements: usize) -> Result<Vec<u8>, CommError> {
+        ShmComm::make_id(world_size, max_elements)
+    }
+
+    fn discard_id(id: &[u8]) {
+        ShmComm::discard(id);
+    }
+
+    fn join(_: &CudaBackend, seat: &Seat<'_>) -> Result<Self, CommError> {
+        Ok(Self {
+            shm: ShmComm::join_group(seat)?,
+            world_size: seat.world_size,
+            values: Vec::new(),
+        })
+    }
+
+    fn world_size(&self) -> u32 {
+        self.world_size
+    }
+
+    fn begin_step(&mut self, digest: [u8; 16]) {
+        self.shm.set_tag(digest);
+    }
+
+    fn all_reduce_sum(
+        &mut self,
+        backend: &CudaBackend,
+        x: &mut CudaTensor,
+    ) -> Result<(), CommError> {
+        backend.read(x, &mut self.values).map_err(failed)?;
+        self.shm.all_reduce(&mut self.values)?;
+        backend.write(&self.values, x).map_err(failed)
+    }
+
+    fn all_gather(
+        &mut self,
+        backend: &CudaBackend,
+        part: &CudaTensor,
+        out: &mut CudaTensor,
+    ) -> Result<(), CommError> {
+        backend.read(part, &mut self.values).map_err(failed)?;
+        let mut gathered = vec![0.0; out.rows() * out.width()];
+        let (values, width) = (&self.values, part.width());
+        self.shm.all_gather_rows(values, width, &mut gathered)?;
+        backend.write(&gathered, out).map_err(failed)
+    }
+
+    fn take_timings(&mut self) -> CommTimings {
+        CommTimings::default()
+    }
+}
+
+/// Whether there is a device to test; says so where there is none.
+fn is_there() -> bool {
+    if cfg!(feature = "cuda-emulation") {
+        return true;
+    }
+    match CudaBackend::new(0) {
+        Ok(_) => true,
+        Err(error) => {
+            println!("not tested: {error}");
+            false
+        }
+    }
+}
+
+#[test]
+fn logits_and_greedy_tokens_are_the_references_in_f32() {
+    if !is_there() {
+        return;
+    }
+    let mut cases = 0;
+    for folder in fixtures() {
+        let (files, shape) = open(&folder);
+        let reference = reference(&folder);
+        for world_size in [1, 2] {
+            if Partition::new(&shape, Rank(0), world_size).is_err() {
+                continue;
+            }
+            let case = format!("{} over {world_size} on CUDA", folder.display());
+            let load = load(world_size, 64, "float32");
+            let (worst, tokens) = compare::<CudaBackend>(&files, &load, &reference);
+            println!("{case}: off by {worst:e}");
+            assert!(worst < TOLERANCE, "{case}: off by {worst}");
+            assert_eq!(tokens, reference.greedy, "{case}");
+            cases += 1;
+        }
+    }
+    assert!(cases >= 15, "only {cases} cases");
+}
+
+#[test]
+fn narrow_activations_are_off_by_their_rounding() {
+    if !is_there() {
+        return;
+    }
+    for folder in fixtures() {
+        let (files, _) = open(&folder);
+        let reference = reference(&folder);
+        for (dtype, tolerance) in ROUNDED {
+            let case = format!("{} in {} on CUDA", folder.display(), dtype.name());
+            let load = load(1, 64, dtype.name());
+            let (worst, tokens) = compare::<CudaBackend>(&files, &load, &reference);
+            println!("{case}: off by {worst:e}");
+            assert!(worst < tolerance, "{case}: off by {worst}");
+            assert_eq!(tokens.len(), reference.greedy.len());
+        }
+    }
+}
