@@ -15,7 +15,8 @@ fn main() -> ExitCode {
         Err(code) => return code,
     };
     match cli.command {
-        Command::Shard { log } => shard::run(&shard::Options { log }, builtin::FILES),
+        Command::Shard { probe: true, .. } => shard::probe(),
+        Command::Shard { log, .. } => shard::run(&shard::Options { log }, builtin::FILES),
         Command::Bench(rest) => bench(rest),
         command => cli::run(&command),
     }

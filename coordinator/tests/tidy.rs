@@ -34,7 +34,12 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// Where `unsafe` may stand (promise 13).
-const UNSAFE_HOMES: &[&str] = &["kernels/src/", "shard/src/weights", "shard/src/comm/shm"];
+const UNSAFE_HOMES: &[&str] = &[
+    "kernels/src/",
+    "shard/src/weights",
+    "shard/src/comm/shm",
+    "shard/src/comm/nccl",
+];
 
 /// What may stand at the top level, dotfiles aside.
 const TOP_LEVEL: &[&str] = &[

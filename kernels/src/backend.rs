@@ -27,6 +27,12 @@ pub enum DeviceError {
         /// Bytes there are.
         free: u64,
     },
+    /// Whoever waits for the device was told not to; what was queued may still run.
+    #[error("waiting for {device} was interrupted")]
+    Interrupted {
+        /// The device.
+        device: String,
+    },
     /// The device failed.
     #[error("{device} failed: {reason}")]
     Failed {

@@ -257,7 +257,11 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
             }
             // Another rank's fault. The coordinator has a deadline too and will end the epoch; until then
             // weights and memory are worth keeping.
-            Err(error @ (CommError::Aborted | CommError::Incomplete { .. })) => {
+            Err(
+                error @ (CommError::Aborted
+                | CommError::Incomplete { .. }
+                | CommError::TimedOut { .. }),
+            ) => {
                 tracing::warn!(%epoch, "cannot join: {error}");
                 Ok(None)
             }
@@ -269,7 +273,11 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
         let (epoch, step) = (plan.epoch, plan.step);
         match self.engine()?.step(plan) {
             Ok(ran) => Ok(Some(FromShard::Ran(Box::new(ran)))),
-            Err(error @ (StepError::Stale { .. } | StepError::Comm(CommError::Aborted))) => {
+            Err(
+                error @ (StepError::Stale { .. }
+                | StepError::Comm(CommError::Aborted)
+                | StepError::Device(DeviceError::Interrupted { .. })),
+            ) => {
                 tracing::debug!(%epoch, %step, "no result: {error}");
                 Ok(None)
             }

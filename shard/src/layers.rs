@@ -50,6 +50,11 @@ pub(crate) fn vocab_parallel_head<B: Backend, C: Comm<B>>(
     x: &B::Tensor,
     (part, out): (&mut B::Tensor, &mut B::Tensor),
 ) -> Result<(), CommError> {
+    if comm.world_size() == 1 {
+        // The part is the whole.
+        backend.linear(x, head, None, out);
+        return Ok(());
+    }
     backend.linear(x, head, None, part);
     comm.all_gather(backend, part, out)
 }

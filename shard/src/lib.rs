@@ -11,17 +11,23 @@ mod device;
 pub mod engine;
 mod layers;
 pub mod models;
+mod probe;
 pub mod sampler;
 mod session;
 #[cfg(test)]
 mod testing;
 pub mod weights;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+#[cfg(feature = "cuda")]
+use comm::nccl::NcclComm;
 use comm::{Comm, shm::ShmComm};
 use engine::Place;
 use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cpu::CpuBackend;
+#[cfg(feature = "cuda")]
+use kernels::cuda::CudaBackend;
+pub use probe::probe;
 use session::End;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -35,6 +41,10 @@ use tracing_subscriber::EnvFilter;
 
 /// How long connecting to the coordinator and being admitted may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is wrong with asking this build for a GPU.
+#[cfg(not(feature = "cuda"))]
+const CPU_ONLY: &str = "this build computes on the CPU only; leave out --gpus";
 
 /// Exit status when the device did not leave a collective after an abort.
 pub const EXIT_STUCK: u8 = 3;
@@ -101,10 +111,18 @@ async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
             };
             serve::<CpuBackend, ShmComm>(make, place, built_in, (launch, identity, parent)).await
         }
-        placement::Device::Gpu { index } => {
-            bail!(
-                "this build computes on the CPU only, so GPU {index} cannot be used; leave out --gpus"
-            )
+        #[cfg(feature = "cuda")]
+        placement::Device::Gpu { index, .. } => {
+            let place = Place {
+                rank: launch.rank,
+                kv_element: None,
+            };
+            let make = move || CudaBackend::new(index as usize);
+            serve::<CudaBackend, NcclComm>(make, place, built_in, (launch, identity, parent)).await
+        }
+        #[cfg(not(feature = "cuda"))]
+        placement::Device::Gpu { index, .. } => {
+            anyhow::bail!("GPU {index} cannot be used: {CPU_ONLY}")
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Says nothing of what the values mean for each other (`check` does) or where else they may come
 //! from (`layers` does). Flags that `vllm serve` has keep its names and meaning.
 
-use super::values::{AutoTokens, bytes, positive_tokens, tokens};
+use super::values::{AutoTokens, bytes, part, positive_tokens, tokens};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::ffi::OsString;
@@ -41,6 +41,9 @@ pub enum Command {
         /// Which log lines it writes to standard error.
         #[arg(long, default_value = "info")]
         log: String,
+        /// Print what GPUs this host has, and exit.
+        #[arg(long)]
+        probe: bool,
     },
 }
 
@@ -124,7 +127,7 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_SEED", help_heading = MODEL)]
     pub seed: Option<u64>,
 
-    /// GPUs to use: 0,1,2,3.
+    /// GPUs to use, one rank on each: 0,1,2,3. A GPU that is named twice is shared, for tests.
     #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", conflicts_with = "cpus",
           help_heading = DEVICES)]
     pub gpus: Option<String>,
@@ -135,6 +138,10 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_TENSOR_PARALLEL_SIZE", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=64), help_heading = DEVICES)]
     pub tensor_parallel_size: Option<u32>,
+    /// Part of each GPU's memory that may be taken, from 0 to 1.
+    #[arg(long, env = "CLUSTER_GPU_MEMORY_UTILIZATION", default_value_t = 0.92, value_name = "PART",
+          value_parser = part, help_heading = DEVICES)]
+    pub gpu_memory_utilization: f64,
     /// Memory for KV blocks on each rank: 4G, 500m; without it, what is left is shared out.
     #[arg(long, env = "CLUSTER_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", value_parser = bytes,
           help_heading = DEVICES)]
@@ -152,7 +159,7 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = SCHEDULING)]
     pub max_num_seqs: Option<u32>,
-    /// Most tokens in one step [default: 512].
+    /// Most tokens in one step [default: 512; on GPUs 2048, or 8192 where all have 70 GB].
     #[arg(long, env = "CLUSTER_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS",
           value_parser = positive_tokens, help_heading = SCHEDULING)]
     pub max_num_batched_tokens: Option<u32>,

@@ -16,16 +16,22 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use topology::checkpoint::Checkpoint;
-use topology::fit::{FitError, FitReport, Memory, RankNeeds, Sizes, fit};
+use topology::fit::{FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit};
 use topology::host::{HostCores, HostMemory};
+use topology::ids::Rank;
+use topology::launch::probe;
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, ModelShape};
 use topology::partition::Partition;
 use topology::placement::{Device, DeviceRequest, Placement, place};
-use topology::wire::{Load, ModelLocation};
+use topology::wire::{Load, Loaded, ModelLocation};
 
 /// Most tokens in one step on CPUs: a step of this size takes a blink with a small model.
 const CPU_BATCHED_TOKENS: u32 = 512;
+/// The same on GPUs, and on GPUs of at least [`LARGE_GPU_BYTES`]: as in `vllm serve`.
+const GPU_BATCHED_TOKENS: u32 = 2048;
+const LARGE_GPU_BATCHED_TOKENS: u32 = 8192;
+const LARGE_GPU_BYTES: u64 = 70 << 30;
 /// Most sequences in one step, unless said otherwise.
 const MAX_NUM_SEQS: u32 = 256;
 /// `--max-model-len auto` is not lowered below this many tokens.
@@ -51,8 +57,10 @@ pub struct Prepared {
     pub model: Model,
     /// Where ranks are.
     pub placement: Placement,
-    /// Memory before loading, and what fits.
+    /// Memory before loading.
     pub memory: Memory,
+    /// The ranks' GPUs, where they compute on those.
+    pub gpus: Option<GpuMemory>,
     /// What fits, by estimate.
     pub report: FitReport,
     /// What shards load.
@@ -77,12 +85,16 @@ impl Prepared {
         let model = Model::open(up)?;
         let world_size = placement.world_size();
         let partitions = Partition::all(&model.shape, world_size)?;
-        let memory = Memory::Shared {
-            free_bytes: HostMemory::read()
-                .context("ask for free memory")?
-                .free_bytes,
+        let gpus = gpus(up, &placement)?;
+        let memory = match &gpus {
+            Some(gpus) => gpus.usable(),
+            None => Memory::Shared {
+                free_bytes: HostMemory::read()
+                    .context("ask for free memory")?
+                    .free_bytes,
+            },
         };
-        let (sizes, report) = sizes(up, &model.shape, &partitions, &memory)?;
+        let (sizes, report) = sizes(up, &model.shape, &partitions, (&memory, gpus.as_ref()))?;
         let num_blocks = up.num_gpu_blocks_override.unwrap_or(report.num_blocks);
         let load = Load {
             model: model.location.clone(),
@@ -100,6 +112,7 @@ impl Prepared {
             model,
             placement,
             memory,
+            gpus,
             report,
             load,
             scheduler,
@@ -108,13 +121,20 @@ impl Prepared {
         })
     }
 
-    /// How many KV blocks each rank gets, now that shards have said what they need.
+    /// How many KV blocks each rank gets, now that shards have said what they took; in rank order.
     ///
     /// # Errors
     /// A sentence with the arithmetic.
-    pub fn choose_blocks(&self, up: &Up, needs: &[RankNeeds]) -> Result<u32, FitError> {
+    pub fn choose_blocks(&self, up: &Up, loaded: &[Loaded]) -> Result<u32, FitError> {
+        let ranks = (0..).map(Rank).zip(loaded);
+        let mut needs: Vec<_> = ranks
+            .map(|(r, loaded)| RankNeeds::reported(r, loaded))
+            .collect();
+        if let Some(gpus) = &self.gpus {
+            needs = gpus.reported(needs, loaded);
+        }
         let report = fit(
-            needs,
+            &needs,
             &self.memory,
             up.kv_cache_memory_bytes,
             &self.report.sizes,
@@ -242,18 +262,47 @@ fn placement(up: &Up) -> Result<Placement> {
         tensor_parallel_size: up.tensor_parallel_size,
     };
     let cores = HostCores::read().context("ask which cores may be used")?;
-    let placement = place(&request, &cores)?;
-    if placement
-        .devices
-        .iter()
-        .any(|device| matches!(device, Device::Gpu { .. }))
-    {
-        bail!(
-            "--gpus needs a build with CUDA, and this one computes on the CPU only; leave out \
-             --gpus, or give --cpus"
-        );
+    Ok(place(&request, &cores)?)
+}
+
+/// The ranks' GPUs, as a child process finds them; `None` where ranks compute on CPU cores.
+fn gpus(up: &Up, placement: &Placement) -> Result<Option<GpuMemory>> {
+    let is_gpu = |device: &Device| matches!(device, Device::Gpu { .. });
+    if !placement.devices.iter().any(is_gpu) {
+        return Ok(None);
     }
-    Ok(placement)
+    ensure!(
+        cfg!(feature = "cuda"),
+        "--gpus needs a build with CUDA, and this one computes on the CPU only; leave out --gpus, \
+         or give --cpus"
+    );
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let probed = probe::gpus(program.as_os_str(), ["shard", "--probe"])?;
+    let host = probed.map_err(|why| anyhow::anyhow!("--gpus cannot be used: {why}"))?;
+    let total_bytes = host
+        .memory_of(&placement.devices)
+        .map_err(anyhow::Error::msg)?;
+    Ok(Some(GpuMemory {
+        devices: placement.devices.clone(),
+        total_bytes,
+        utilization: up.gpu_memory_utilization,
+    }))
+}
+
+/// Most tokens in one step, where the operator does not say.
+fn batched_tokens(gpus: Option<&GpuMemory>) -> u32 {
+    match gpus {
+        None => CPU_BATCHED_TOKENS,
+        Some(gpus)
+            if gpus
+                .total_bytes
+                .iter()
+                .all(|total| *total >= LARGE_GPU_BYTES) =>
+        {
+            LARGE_GPU_BATCHED_TOKENS
+        }
+        Some(_) => GPU_BATCHED_TOKENS,
+    }
 }
 
 /// Sizes of the server, and what fits with them. `--max-model-len auto` gives way to the memory.
@@ -261,7 +310,7 @@ fn sizes(
     up: &Up,
     shape: &ModelShape,
     partitions: &[Partition],
-    memory: &Memory,
+    (memory, gpus): (&Memory, Option<&GpuMemory>),
 ) -> Result<(Sizes, FitReport)> {
     let longest = shape.max_position_embeddings;
     let (max_model_len, may_shrink) = match up.max_model_len {
@@ -272,7 +321,9 @@ fn sizes(
              lower it to {longest} or less"
         ),
     };
-    let max_num_batched_tokens = up.max_num_batched_tokens.unwrap_or(CPU_BATCHED_TOKENS);
+    let max_num_batched_tokens = up
+        .max_num_batched_tokens
+        .unwrap_or_else(|| batched_tokens(gpus));
     let mut sizes = Sizes {
         block_size: up.block_size,
         max_model_len,
@@ -287,12 +338,16 @@ fn sizes(
         DtypeArg::Bfloat16 => Dtype::Bfloat16,
         DtypeArg::Float16 => Dtype::Float16,
     };
+    // Keys and values are kept as they are computed: in 32 bits by CPU shards, like the weights by GPUs.
+    let kv_dtype = gpus.map_or(Dtype::Float32, |_| dtype);
     loop {
-        let needs = partitions.iter().map(|partition| {
-            // CPU shards keep keys and values as they compute them, in 32 bits.
-            RankNeeds::estimate(shape, partition, (dtype, Dtype::Float32), &sizes)
-        });
-        let needs: Vec<RankNeeds> = needs.collect();
+        let needs = partitions
+            .iter()
+            .map(|partition| RankNeeds::estimate(shape, partition, (dtype, kv_dtype), &sizes));
+        let mut needs: Vec<RankNeeds> = needs.collect();
+        if let Some(gpus) = gpus {
+            needs = gpus.estimated(needs);
+        }
         match fit(&needs, memory, up.kv_cache_memory_bytes, &sizes) {
             Ok(report) => return Ok((sizes, report)),
             Err(FitError::Sequence { .. })

@@ -291,7 +291,11 @@ async fn start(
         alive,
     };
     let mut progress = Progress::new(prepared.placement.world_size());
-    let choose = |needs: &[_]| prepared.choose_blocks(up, needs).map_err(|e| e.to_string());
+    let choose = |loaded: &[_]| {
+        prepared
+            .choose_blocks(up, loaded)
+            .map_err(|e| e.to_string())
+    };
     let started = Fleet::start(&setup, choose, |event| progress.show(&event)).await;
     progress.finish();
     Ok(started?)

@@ -21,6 +21,14 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     scaled(number)
 }
 
+/// A part of a whole: more than 0, at most 1.
+pub fn part(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok();
+    number
+        .filter(|number| *number > 0.0 && *number <= 1.0)
+        .ok_or_else(|| format!("`{text}` is not a number above 0 and up to 1 such as 0.9"))
+}
+
 fn scaled(text: &str) -> Result<u64, String> {
     let (digits, factor) = match text.char_indices().next_back() {
         Some((at, 'k')) => (&text[..at], 1_000),

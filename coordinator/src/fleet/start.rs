@@ -16,7 +16,6 @@ use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-use topology::fit::RankNeeds;
 use topology::ids::{Epoch, Rank};
 use topology::launch::{Launch, local};
 use topology::link::{Admitted, Certificate, LinkError, Listener};
@@ -136,13 +135,13 @@ impl Stopwatch {
 
 impl Fleet {
     /// Starts all shards and brings them to where they can compute. `choose_blocks` says from what
-    /// ranks need how many KV blocks each gets, or why none.
+    /// ranks took, in order, how many KV blocks each gets, or why none.
     ///
     /// # Errors
     /// The [`Fault`] of the first rank that did not get there.
     pub async fn start(
         setup: &Setup,
-        choose_blocks: impl FnOnce(&[RankNeeds]) -> Result<u32, String>,
+        choose_blocks: impl FnOnce(&[Loaded]) -> Result<u32, String>,
         mut tell: impl FnMut(StartEvent),
     ) -> Result<(Self, Ready), Fault> {
         let mut watch = Stopwatch {
@@ -241,7 +240,7 @@ impl Fleet {
     async fn prepare(
         &mut self,
         setup: &Setup,
-        choose_blocks: impl FnOnce(&[RankNeeds]) -> Result<u32, String>,
+        choose_blocks: impl FnOnce(&[Loaded]) -> Result<u32, String>,
         watch: &mut Stopwatch,
         tell: &mut impl FnMut(StartEvent),
     ) -> Result<(u32, Vec<Loaded>, Vec<u64>), Fault> {
@@ -273,13 +272,8 @@ impl Fleet {
         let loaded = loading.await?;
         watch.done(Phase::Load);
 
-        let needs: Vec<RankNeeds> = (0..)
-            .map(Rank)
-            .zip(&loaded)
-            .map(|(rank, loaded)| RankNeeds::reported(rank, loaded))
-            .collect();
         let no_room = |why| Fault::group(Cause::NoRoom(why));
-        let num_blocks = choose_blocks(&needs).map_err(no_room)?;
+        let num_blocks = choose_blocks(&loaded).map_err(no_room)?;
         self.send_all(&ToShard::Allocate { num_blocks }).await?;
         let take = |_, message| match message {
             FromShard::Allocated { kv_bytes } => Ok(Some(kv_bytes)),
@@ -338,7 +332,7 @@ async fn launch_all(
     let arguments = ["shard", "--log", &setup.log_level];
     let ranks = (0..).map(Rank).zip(&setup.devices);
     let launches = ranks.map(async |(rank, device)| {
-        let started = local::start(&setup.program, arguments).await;
+        let started = local::start_for(device, &setup.program, arguments).await;
         let started = started.map_err(|e| Fault::of(rank, launched(&e)))?;
         listener.expect(rank, started.certificate.clone());
         let launch = launch(coordinator, listener.certificate(), rank, device);

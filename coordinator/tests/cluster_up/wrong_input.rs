@@ -88,7 +88,9 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--prot", "8000"][..], &["--prot"][..]),
         (&["--port", "eighty"], &["eighty", "--port"]),
         (&["--dtype", "int3"], &["int3", "bfloat16"]),
+        // Without CUDA in the build, or without a driver on the machine.
         (&["--gpus", "0,1"], &["--gpus", "CUDA"]),
+        (&["--gpu-memory-utilization", "1.5"], &["1.5", "up to 1"]),
         (&["--gpus", "all"], &["--gpus", "list of GPUs"]),
         (&["--gpus", "0", "--cpus", "1"], &["--gpus", "--cpus"]),
         (&["--cpus", "many"], &["--cpus", "`many`"]),

@@ -10,8 +10,9 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use super::libraries;
+use super::stop::{Stop, Waited};
 use crate::backend::DeviceError;
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 pub(crate) struct Device {
     stream: Arc<CudaStream>,
     name: String,
+    stop: Stop,
 }
 
 /// Device memory, freed when dropped.
@@ -38,6 +40,7 @@ pub(crate) struct Pinned {
     bytes: usize,
     /// The last copy that uses it.
     copied: CudaEvent,
+    stop: Stop,
 }
 
 impl Device {
@@ -53,6 +56,7 @@ impl Device {
         Ok(Self {
             stream,
             name: format!("{name} (GPU {ordinal})"),
+            stop: Stop::default(),
         })
     }
 
@@ -111,6 +115,7 @@ impl Device {
             bytes,
             copied: (self.context().new_event(None))
                 .map_err(|error| self.failed("gives no event", error))?,
+            stop: self.stop.clone(),
         })
     }
 
@@ -147,10 +152,19 @@ impl Device {
             .map_err(|error| self.failed("cannot copy from the device", error))
     }
 
+    /// What ends waits early.
+    pub(crate) fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
     /// Waits until everything queued is done.
     pub(crate) fn synchronize(&self) -> Result<(), DeviceError> {
-        let waited = self.stream.synchronize();
-        waited.map_err(|error| self.failed("did not finish its work", error))
+        let stream = self.stream.cu_stream();
+        // SAFETY: the stream lives as long as `self`.
+        let waited = self
+            .stop
+            .wait(|| is_done(unsafe { sys::cuStreamQuery(stream) }));
+        ended(waited, &self.name, "did not finish its work")
     }
 
     /// Threads in a block cannot exceed what the card has; its multiprocessors say how many blocks keep it busy.
@@ -169,6 +183,25 @@ impl Device {
 
     fn failed(&self, what: &str, error: DriverError) -> DeviceError {
         failed(&self.name, what, error)
+    }
+}
+
+/// What a query of a stream or event says.
+fn is_done(status: sys::CUresult) -> Result<bool, DriverError> {
+    match status {
+        sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+        status => status.result().map(|()| true),
+    }
+}
+
+/// The result of a wait.
+fn ended(waited: Result<Waited, DriverError>, device: &str, what: &str) -> Result<(), DeviceError> {
+    match waited {
+        Ok(Waited::Done) => Ok(()),
+        Ok(Waited::Stopped) => Err(DeviceError::Interrupted {
+            device: device.to_owned(),
+        }),
+        Err(error) => Err(failed(device, what, error)),
     }
 }
 
@@ -250,8 +283,12 @@ impl Pinned {
     }
 
     fn wait(&self) -> Result<(), DeviceError> {
-        let waited = self.copied.synchronize();
-        waited.map_err(|error| failed("the device", "did not finish a copy", error))
+        let event = self.copied.cu_event();
+        // SAFETY: the event lives as long as `self`.
+        let waited = self
+            .stop
+            .wait(|| is_done(unsafe { sys::cuEventQuery(event) }));
+        ended(waited, "the device", "did not finish a copy")
     }
 }
 

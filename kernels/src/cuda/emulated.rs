@@ -5,6 +5,7 @@
 //!
 //! Invariant: the same interface as `device.rs`, and the same checks of ranges.
 
+use super::stop::Stop;
 use crate::backend::DeviceError;
 use std::ffi::c_void;
 use std::ops::Range;
@@ -16,6 +17,7 @@ const MULTIPROCESSORS: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Device {
     name: String,
+    stop: Stop,
 }
 
 /// Memory of the host, aligned as the driver aligns device memory.
@@ -49,6 +51,7 @@ impl Device {
     pub(crate) fn open(ordinal: usize) -> Result<Self, DeviceError> {
         Ok(Self {
             name: format!("emulated GPU {ordinal}"),
+            stop: Stop::default(),
         })
     }
 
@@ -112,6 +115,11 @@ impl Device {
         let target = to.memory.slice_mut(0..bytes);
         target.copy_from_slice(from.slice(at..at + bytes));
         Ok(())
+    }
+
+    /// Ends no wait, because there is none.
+    pub(crate) fn stop(&self) -> &Stop {
+        &self.stop
     }
 
     /// Nothing is ever left to do.

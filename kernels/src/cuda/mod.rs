@@ -74,9 +74,9 @@ impl CudaBackend {
         self.device.stream()
     }
 
-    /// From now on, waits for the device end with [`DeviceError::Interrupted`] when `flag` is raised. What
-    /// was queued still runs; ending that is up to whoever raises it.
-    pub fn interrupt_with(&self, flag: Option<Arc<AtomicBool>>) {
+    /// From now on, waits for the device end with [`DeviceError::Interrupted`] when `flag` is raised, for as
+    /// long as its owner keeps it. What was queued still runs; ending that is up to whoever raises it.
+    pub fn interrupt_with(&self, flag: &Arc<AtomicBool>) {
         self.device.stop().set(flag);
     }
 

@@ -4,11 +4,13 @@
 //! have entered it, or when [`Abort::abort`] is called from another thread; then it returns
 //! [`CommError::Aborted`] and the buffers hold anything. Recovery belongs to the coordinator.
 
+#[cfg(feature = "cuda")]
+pub mod nccl;
 pub mod shm;
 
 use kernels::backend::Backend;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Why a collective did not finish.
@@ -27,6 +29,14 @@ pub enum CommError {
         /// The deadline.
         limit: Duration,
     },
+    /// The communicator was not formed in time, and the library does not say who was missing.
+    #[error("the {world_size} ranks did not find each other within {}s", .limit.as_secs_f32())]
+    TimedOut {
+        /// Ranks expected.
+        world_size: u32,
+        /// The deadline.
+        limit: Duration,
+    },
     /// Memory, device or library failed.
     #[error("the communicator failed: {0}")]
     Failed(String),
@@ -34,17 +44,48 @@ pub enum CommError {
 
 /// Ends collectives from another thread.
 #[derive(Clone, Debug, Default)]
-pub struct Abort(Arc<AtomicBool>);
+pub struct Abort(Arc<Signal>);
+
+#[derive(Debug, Default)]
+struct Signal {
+    raised: Arc<AtomicBool>,
+    /// Guards nothing: it is what [`Abort::wait_while`] sleeps on.
+    sleep: Mutex<()>,
+    woken: Condvar,
+}
 
 impl Abort {
     /// Every collective under way or entered later returns [`CommError::Aborted`].
     pub fn abort(&self) {
-        self.0.store(true, Ordering::Release);
+        self.0.raised.store(true, Ordering::Release);
+        self.wake();
     }
 
     /// Whether [`Self::abort`] was called.
     pub fn is_aborted(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.raised.load(Ordering::Acquire)
+    }
+
+    /// The flag itself, for waits in places that know no communicator.
+    pub fn flag(&self) -> Arc<AtomicBool> {
+        self.0.raised.clone()
+    }
+
+    /// Sleeps until the abort, or until `goes_on` is false, which is looked at on every [`Self::wake`].
+    /// Without a deadline: for a thread that exists to wait.
+    pub fn wait_while(&self, goes_on: impl Fn() -> bool) {
+        let mut sleep = self.0.sleep.lock().unwrap_or_else(PoisonError::into_inner);
+        while !self.is_aborted() && goes_on() {
+            let woken = self.0.woken.wait(sleep);
+            sleep = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Makes [`Self::wait_while`] look again.
+    pub fn wake(&self) {
+        // Whoever looks at the flags holds the lock until it sleeps, so no wake falls between the two.
+        let _sleep = self.0.sleep.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.woken.notify_all();
     }
 }
 
@@ -75,6 +116,9 @@ pub trait Comm<B: Backend>: Send + Sized + 'static {
     /// Takes a seat and waits until all ranks have theirs.
     fn join(backend: &B, seat: &Seat<'_>) -> Result<Self, CommError>;
 
+    /// Number of ranks.
+    fn world_size(&self) -> u32;
+
     /// Names the plan that the following collectives serve. Where it costs nothing, ranks that hold
     /// different plans get [`CommError::Failed`] from their first collective.
     fn begin_step(&mut self, digest: [u8; 16]);
@@ -101,4 +145,29 @@ pub struct CommTimings {
     pub total_us: u64,
     /// Waiting for a slower rank.
     pub wait_us: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn sleepers_wake_for_the_abort_and_for_their_own_reason() {
+        for _ in 0..200 {
+            let (abort, ended) = (Abort::default(), AtomicBool::new(false));
+            thread::scope(|scope| {
+                let sleeper = scope.spawn(|| abort.wait_while(|| !ended.load(Ordering::Acquire)));
+                ended.store(true, Ordering::Release);
+                abort.wake();
+                sleeper.join().unwrap();
+                assert!(!abort.flag().load(Ordering::Acquire));
+                ended.store(false, Ordering::Release);
+                let sleeper = scope.spawn(|| abort.wait_while(|| !ended.load(Ordering::Acquire)));
+                abort.abort();
+                sleeper.join().unwrap();
+                assert!(abort.is_aborted() && abort.flag().load(Ordering::Acquire));
+            });
+        }
+    }
 }

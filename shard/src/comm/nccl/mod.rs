@@ -1,0 +1,413 @@
+//! Collectives between GPUs, through NCCL.
+//!
+//! Collectives are queued on the backend's one stream and return at once; they sum in the tensor's element
+//! type. Every wait looks at the device, at NCCL's errors and at the abort flag, and none blocks inside
+//! the driver, so that a dead peer costs no more than the abort that follows. With one rank there is no
+//! communicator and no NCCL: a single GPU needs no library for it.
+//!
+//! Invariant: at most [`FENCE_EVERY`] times [`FENCES`] collectives are queued and not done, so that the
+//! driver's queue of launches never fills and the device's thread is never stuck inside it.
+
+#![expect(unsafe_code, reason = "NCCL's and the driver's interfaces are C")]
+
+mod event;
+mod handle;
+pub(crate) mod library;
+mod timing;
+
+use super::{Abort, Comm, CommError, CommTimings, Seat};
+use cudarc::driver::result as driver;
+use cudarc::driver::sys::{self as driver_sys, CUDA_MEMCPY2D_v2, CUmemorytype};
+use cudarc::nccl::sys::{self, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId};
+use event::{Event, Stream, wait};
+use handle::Handle;
+use kernels::backend::{Backend, Element};
+use kernels::cuda::{CudaBackend, CudaTensor};
+use std::ffi::c_void;
+use std::mem::{MaybeUninit, offset_of};
+use std::time::Duration;
+use timing::Timing;
+
+/// Collectives between two fences; with [`FENCES`] of them, some 50 layers' launches.
+const FENCE_EVERY: u32 = 32;
+const FENCES: usize = 2;
+
+/// How long ranks may take to connect for the first collective of a kind, which happens in the background.
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+
+/// Bytes of a communicator's identity.
+const ID_BYTES: usize = size_of::<ncclUniqueId>();
+
+/// What NCCL wants at the start of its configuration, and the version whose fields are filled in.
+const CONFIG_MAGIC: u32 = 0xcafe_beef;
+const CONFIG_VERSION: u32 = 21903;
+
+/// One rank's end of a group of GPUs.
+#[derive(Debug)]
+pub struct NcclComm {
+    /// `None` with one rank.
+    group: Option<Group>,
+    abort: Abort,
+}
+
+#[derive(Debug)]
+struct Group {
+    rank: usize,
+    world_size: u32,
+    stream: Stream,
+    handle: Handle,
+    timing: Timing,
+    fences: Fences,
+    scratch: Option<Scratch>,
+}
+
+/// Marks that the queue is not allowed to run away from.
+#[derive(Debug)]
+struct Fences {
+    marks: [Event; FENCES],
+    queued: u32,
+    next: usize,
+}
+
+/// Device memory for what is gathered and not yet in its place.
+#[derive(Debug)]
+struct Scratch {
+    start: u64,
+    bytes: usize,
+}
+
+impl Group {
+    fn join(backend: &CudaBackend, seat: &Seat<'_>) -> Result<Self, CommError> {
+        library::load().map_err(CommError::Failed)?;
+        let id = unique_id(seat.id)?;
+        let rank = int(seat.rank)?;
+        let mut comm = std::ptr::null_mut();
+        let mut config = config();
+        // SAFETY: the configuration and the place for the communicator outlive the call.
+        let code = unsafe {
+            sys::ncclCommInitRankConfig(
+                &raw mut comm,
+                int(seat.world_size)?,
+                id,
+                rank,
+                &raw mut config,
+            )
+        };
+        if !matches!(
+            code,
+            ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress
+        ) {
+            return Err(handle::failed("form the communicator", code));
+        }
+        let handle = Handle::new(comm, seat.abort)?;
+        handle.settle((seat.world_size, seat.limit))?;
+        Ok(Self {
+            rank: seat.rank as usize,
+            world_size: seat.world_size,
+            stream: Stream(backend.stream().cast()),
+            handle,
+            timing: Timing::default(),
+            fences: Fences::new()?,
+            scratch: None,
+        })
+    }
+
+    /// Queues one collective over `bytes` per rank.
+    fn queue(
+        &mut self,
+        (what, bytes): (&str, usize),
+        call: impl FnOnce(sys::ncclComm_t, sys::cudaStream_t) -> ncclResult_t,
+    ) -> Result<(), CommError> {
+        self.fence()?;
+        self.timing.before(self.stream, bytes)?;
+        let (stream, limit) = (self.stream.0.cast(), (self.world_size, CONNECT_LIMIT));
+        self.handle.call(what, limit, |comm| call(comm, stream))?;
+        self.timing.after(self.stream)
+    }
+
+    /// Waits for the fence before the last, now and then.
+    fn fence(&mut self) -> Result<(), CommError> {
+        self.fences.queued += 1;
+        if self.fences.queued % FENCE_EVERY != 0 {
+            return Ok(());
+        }
+        let mark = &self.fences.marks[self.fences.next];
+        // An event that was never recorded counts as done.
+        self.until(|| mark.is_done())?;
+        mark.record(self.stream)?;
+        self.fences.next = (self.fences.next + 1) % FENCES;
+        Ok(())
+    }
+
+    /// Waits for the device. Ends with the abort, and with an error of NCCL.
+    fn until(&self, is_done: impl Fn() -> Result<bool, CommError>) -> Result<(), CommError> {
+        wait(|| {
+            let done = is_done()?;
+            if !done {
+                // What it says of the background does not matter here; that it fails does.
+                self.handle.is_busy()?;
+            }
+            Ok(done)
+        })
+    }
+
+    /// Waits for what the step queued. Microseconds inside its collectives.
+    fn end_step(&mut self) -> Result<u64, CommError> {
+        self.until(|| self.stream.is_done())?;
+        self.handle.is_busy()?;
+        self.timing.total_us()
+    }
+
+    /// `[world_size][rows][width]` in `scratch` to `[rows][world_size * width]` in `out`; widths in bytes.
+    fn interleave(
+        &self,
+        scratch: u64,
+        (rows, width): (usize, usize),
+        out: *mut c_void,
+    ) -> Result<(), CommError> {
+        let ranks = self.world_size as usize;
+        for rank in 0..ranks {
+            // SAFETY: a description in plain numbers, for which zeros mean nothing special.
+            let mut copy: CUDA_MEMCPY2D_v2 = unsafe { MaybeUninit::zeroed().assume_init() };
+            copy.srcMemoryType = CUmemorytype::CU_MEMORYTYPE_DEVICE;
+            copy.srcDevice = scratch + (rank * rows * width) as u64;
+            copy.srcPitch = width;
+            copy.dstMemoryType = CUmemorytype::CU_MEMORYTYPE_DEVICE;
+            copy.dstDevice = out as u64 + (rank * width) as u64;
+            copy.dstPitch = ranks * width;
+            copy.WidthInBytes = width;
+            copy.Height = rows;
+            // SAFETY: the caller's `out` and the scratch hold `ranks * rows * width` bytes each.
+            let queued = unsafe { driver_sys::cuMemcpy2DAsync_v2(&raw const copy, self.stream.0) };
+            queued
+                .result()
+                .map_err(|e| event::failed("copy gathered rows", e))?;
+        }
+        Ok(())
+    }
+
+    /// Device memory for `bytes`, taken once: `out` never grows.
+    fn scratch(&mut self, bytes: usize) -> Result<u64, CommError> {
+        if let Some(scratch) = &self.scratch
+            && scratch.bytes >= bytes
+        {
+            return Ok(scratch.start);
+        }
+        // SAFETY: every byte that is read was gathered there before.
+        let start = unsafe { driver::malloc_sync(bytes) };
+        let start = start.map_err(|e| event::failed("hold gathered rows", e))?;
+        self.scratch = Some(Scratch { start, bytes });
+        Ok(start)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // The handle goes first: it ends what is running. The stream is another's, but nothing of this
+        // group may be on it when its memory goes. Where that takes too long, the session ends the process.
+        let (rank, world_size) = (self.rank, self.world_size);
+        self.handle.end();
+        if let Err(error) = wait(|| self.stream.is_done()) {
+            tracing::warn!(rank, world_size, "after the communicator's end: {error}");
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // SAFETY: taken by this group and freed once. A device that failed takes nothing back.
+        let _ = unsafe { driver::free_sync(self.start) };
+    }
+}
+
+impl Fences {
+    fn new() -> Result<Self, CommError> {
+        Ok(Self {
+            marks: [Event::untimed()?, Event::untimed()?],
+            queued: 0,
+            next: 0,
+        })
+    }
+}
+
+impl Comm<CudaBackend> for NcclComm {
+    fn new_id(world_size: u32, _max_elements: usize) -> Result<Vec<u8>, CommError> {
+        if world_size == 1 {
+            return Ok(Vec::new());
+        }
+        library::load().map_err(CommError::Failed)?;
+        let id = cudarc::nccl::result::get_uniqueid();
+        let id = id.map_err(|error| handle::failed("make a communicator's identity", error.0))?;
+        Ok(id
+            .internal
+            .iter()
+            .map(|byte| byte.to_ne_bytes()[0])
+            .collect())
+    }
+
+    fn discard_id(_: &[u8]) {
+        // Its listener ends with the process that made it.
+    }
+
+    fn join(backend: &CudaBackend, seat: &Seat<'_>) -> Result<Self, CommError> {
+        // Also with one rank: a long step ends where it waits for the device.
+        backend.interrupt_with(&seat.abort.flag());
+        let group = match seat.world_size {
+            1 => None,
+            _ => Some(Group::join(backend, seat)?),
+        };
+        let abort = seat.abort.clone();
+        Ok(Self { group, abort })
+    }
+
+    fn world_size(&self) -> u32 {
+        self.group.as_ref().map_or(1, |group| group.world_size)
+    }
+
+    fn begin_step(&mut self, _digest: [u8; 16]) {
+        // Comparing digests would take a collective of its own; the coordinator compares them.
+        if let Some(group) = &mut self.group {
+            group.timing.begin();
+        }
+    }
+
+    fn all_reduce_sum(&mut self, _: &CudaBackend, x: &mut CudaTensor) -> Result<(), CommError> {
+        if self.abort.is_aborted() {
+            return Err(CommError::Aborted);
+        }
+        let Some(group) = &mut self.group else {
+            return Ok(());
+        };
+        let (count, dtype) = (x.rows() * x.width(), data_type(x.element()));
+        let (bytes, pointer) = (x.bytes(), x.pointer_mut());
+        group.queue(("add up activations", bytes), |comm, stream| {
+            // SAFETY: the tensor holds `count` elements and is not freed before the stream is done with it.
+            unsafe {
+                sys::ncclAllReduce(
+                    pointer,
+                    pointer,
+                    count,
+                    dtype,
+                    ncclRedOp_t::ncclSum,
+                    comm,
+                    stream,
+                )
+            }
+        })
+    }
+
+    fn all_gather(
+        &mut self,
+        backend: &CudaBackend,
+        part: &CudaTensor,
+        out: &mut CudaTensor,
+    ) -> Result<(), CommError> {
+        if self.abort.is_aborted() {
+            return Err(CommError::Aborted);
+        }
+        let Some(group) = &mut self.group else {
+            return copy_alone(backend, part, out);
+        };
+        let ranks = group.world_size as usize;
+        assert_eq!(
+            out.bytes(),
+            ranks * part.bytes(),
+            "out holds every rank's part"
+        );
+        let (count, dtype) = (part.rows() * part.width(), data_type(part.element()));
+        let (from, bytes, target) = (part.pointer(), part.bytes(), out.pointer_mut());
+        // Ranks' parts come one after the other; with one row that is what is wanted.
+        let gathered = if part.rows() <= 1 {
+            target
+        } else {
+            let room = out.capacity() * out.width() * out.element().bytes();
+            group.scratch(room)? as *mut c_void
+        };
+        group.queue(("gather logits", bytes), |comm, stream| {
+            // SAFETY: `gathered` holds all parts, and both are freed only when the stream is done with them.
+            unsafe { sys::ncclAllGather(from, gathered, count, dtype, comm, stream) }
+        })?;
+        if gathered != target {
+            let shape = (part.rows(), part.width() * part.element().bytes());
+            group.interleave(gathered as u64, shape, target)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the step's end, so that all ranks answer when their devices are done. How long a rank
+    /// waited for the others NCCL does not tell.
+    fn take_timings(&mut self) -> CommTimings {
+        let Some(group) = &mut self.group else {
+            return CommTimings::default();
+        };
+        match group.end_step() {
+            Ok(total_us) => CommTimings {
+                total_us,
+                wait_us: 0,
+            },
+            // The next collective says it to somebody who can act on it.
+            Err(error) => {
+                tracing::debug!("no timings: {error}");
+                CommTimings::default()
+            }
+        }
+    }
+}
+
+/// With one rank, through the host: no decoder asks for it.
+fn copy_alone(
+    backend: &CudaBackend,
+    part: &CudaTensor,
+    out: &mut CudaTensor,
+) -> Result<(), CommError> {
+    let mut values = Vec::new();
+    let copied = backend.read(part, &mut values);
+    let copied = copied.and_then(|()| backend.write(&values, out));
+    copied.map_err(|error| CommError::Failed(error.to_string()))
+}
+
+fn data_type(element: Element) -> ncclDataType_t {
+    match element {
+        Element::F32 => ncclDataType_t::ncclFloat32,
+        Element::Bf16 => ncclDataType_t::ncclBfloat16,
+        Element::F16 => ncclDataType_t::ncclFloat16,
+    }
+}
+
+fn int(number: u32) -> Result<i32, CommError> {
+    i32::try_from(number).map_err(|_| CommError::Failed(format!("{number} is no rank")))
+}
+
+fn unique_id(bytes: &[u8]) -> Result<ncclUniqueId, CommError> {
+    let bytes: &[u8; ID_BYTES] = bytes.try_into().map_err(|_| {
+        CommError::Failed(format!(
+            "the communicator's identity has {} bytes and not {ID_BYTES}",
+            bytes.len()
+        ))
+    })?;
+    Ok(ncclUniqueId {
+        internal: bytes.map(|byte| std::ffi::c_char::from_ne_bytes([byte])),
+    })
+}
+
+/// All as NCCL would choose, except that no call waits inside NCCL.
+fn config() -> sys::ncclConfig_t {
+    // Every field that is not named below: "not said", also in what is left between and after the fields,
+    // where newer versions of the library have more of them.
+    const NOT_SAID: i32 = i32::MIN;
+    let mut config = MaybeUninit::<sys::ncclConfig_t>::zeroed();
+    let start = config.as_mut_ptr().cast::<i32>();
+    for at in 0..size_of::<sys::ncclConfig_t>() / size_of::<i32>() {
+        // SAFETY: inside the configuration, whose size and alignment are those of whole words.
+        unsafe { start.add(at).write(NOT_SAID) };
+    }
+    // SAFETY: plain numbers and pointers that nobody follows before they are set below.
+    let mut config = unsafe { config.assume_init() };
+    config.size = offset_of!(sys::ncclConfig_t, collnetEnable);
+    config.magic = CONFIG_MAGIC;
+    config.version = CONFIG_VERSION;
+    config.blocking = 0;
+    config.netName = std::ptr::null();
+    config.commName = std::ptr::null();
+    config
+}
