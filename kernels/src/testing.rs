@@ -4,9 +4,9 @@
 
 use crate::backend::{Backend, Element, HostMatrix, Precision};
 use crate::batch::Batch;
+use crate::cpu::CpuBackend;
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::simd::Isa;
-use crate::cpu::{CpuBackend, CpuBatch, CpuTensor, CpuWeight};
 use std::ops::Range;
 
 /// All element types.
@@ -70,20 +70,37 @@ pub(crate) fn backends() -> Vec<CpuBackend> {
     kinds.map(backend).collect()
 }
 
+/// The CUDA backend: emulated, or on a device where there is one; otherwise says so.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_backend() -> Option<crate::cuda::CudaBackend> {
+    match crate::cuda::CudaBackend::new(0) {
+        Ok(backend) => Some(backend),
+        Err(error) if cfg!(not(feature = "cuda-emulation")) => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("the emulated device failed: {error}"),
+    }
+}
+
 /// A tensor holding `values: [_, width]`.
-pub(crate) fn tensor(cpu: &CpuBackend, values: &[f32], width: usize) -> CpuTensor {
-    let mut tensor = cpu
+pub(crate) fn tensor<B: Backend>(backend: &B, values: &[f32], width: usize) -> B::Tensor {
+    let mut tensor = backend
         .allocate(values.len() / width, width, Precision::Compute)
         .expect("it fits");
-    cpu.write(values, &mut tensor).expect("the shapes agree");
+    backend
+        .write(values, &mut tensor)
+        .expect("the shapes agree");
     tensor
 }
 
 /// `batch` in memory that just suffices.
-pub(crate) fn upload(cpu: &CpuBackend, batch: &Batch) -> CpuBatch {
+pub(crate) fn upload<B: Backend>(backend: &B, batch: &Batch) -> B::DeviceBatch {
     let sizes = (batch.num_tokens(), batch.num_rows(), batch.blocks.len());
-    let mut device = cpu.batch(sizes.0, sizes.1, sizes.2).expect("it fits");
-    cpu.upload(batch, &mut device).expect("the arrays agree");
+    let mut device = backend.batch(sizes.0, sizes.1, sizes.2).expect("it fits");
+    backend
+        .upload(batch, &mut device)
+        .expect("the arrays agree");
     device
 }
 
@@ -137,16 +154,17 @@ pub(crate) fn host_matrix(
 }
 
 /// A random weight, and its exact values.
-pub(crate) fn weight(
+pub(crate) fn weight<B: Backend>(
     rng: &mut Rng,
-    cpu: &CpuBackend,
+    backend: &B,
     (rows, cols): (usize, usize),
     element: Element,
-) -> (CpuWeight, Vec<f32>) {
+) -> (B::Weight, Vec<f32>) {
     let values = rng.values(rows * cols);
     let matrix = host_matrix(rng, &values, cols, element);
     (
-        cpu.load(&[matrix], element, &mut |_| ())
+        backend
+            .load(&[matrix], element, &mut |_| ())
             .expect("it is well formed"),
         rounded(&values, element),
     )

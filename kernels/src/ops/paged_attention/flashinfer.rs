@@ -7,7 +7,10 @@
 //!
 //! Invariant: memory is taken at start, for the largest step; a plan that needs more is an error.
 
-#![expect(unsafe_code, reason = "FlashInfer is reached through C functions")]
+#![cfg_attr(
+    not(feature = "cuda-emulation"),
+    expect(unsafe_code, reason = "FlashInfer is reached through C functions")
+)]
 
 use crate::backend::{Attention, DeviceError, Element, KvLayout};
 use crate::cuda::device::{Device, Memory, Pinned};
@@ -141,12 +144,6 @@ impl FlashInfer {
     /// Whether any attention with these elements was compiled.
     pub(crate) fn is_for(element: Element) -> bool {
         cfg!(not(feature = "cuda-emulation")) && element != Element::F32
-    }
-
-    /// Bytes of device memory that [`FlashInfer::new`] takes.
-    pub(crate) fn bytes(max_tokens: usize, max_rows: usize, multiprocessors: usize) -> usize {
-        let words = index_words(max_tokens, max_rows, multiprocessors);
-        partial_bytes(multiprocessors) + WINDOWS * words * size_of::<u32>()
     }
 
     /// Memory for the largest step.

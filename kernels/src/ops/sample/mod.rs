@@ -26,6 +26,8 @@ mod score;
 mod select;
 #[cfg(test)]
 mod tests;
+#[cfg(all(test, feature = "cuda"))]
+mod twin;
 
 use crate::backend::DeviceError;
 use crate::cpu::exp::exp;
