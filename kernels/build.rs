@@ -46,6 +46,10 @@ fn run() -> Result<(), String> {
     println!("cargo:rerun-if-changed=src/cuda");
     let mut sources = Vec::new();
     find_kernels(ops, &mut sources)?;
+    if compiler.libraries.is_none() {
+        // The emulation's own test.
+        sources.push("src/cuda/emulation_test.cu".into());
+    }
     sources.sort();
 
     let objects: Vec<PathBuf> = sources

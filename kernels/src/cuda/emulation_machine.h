@@ -118,10 +118,11 @@ class Machine {
         self.line = line;
         self.value = value != 0;
         self.wait = Wait::Block;
+        if (++at_barrier_ < in_use_) return yield(), static_cast<int>(self.result);
+        at_barrier_ = 0;
         unsigned count = 0;
         for (unsigned i = 0; i < in_use_; ++i) {
             const Thread& other = threads_[i];
-            if (other.wait != Wait::Block) return yield(), static_cast<int>(self.result);
             if (other.line != line)
                 fail("thread " + std::to_string(self.linear) + " is at the barrier in line " + std::to_string(line) +
                      " where thread " + std::to_string(i) + " is at the one in line " + std::to_string(other.line));
@@ -146,17 +147,20 @@ class Machine {
         const unsigned base = self.linear / WARP * WARP;
         if (!(mask >> (self.linear - base) & 1))
             fail("thread " + std::to_string(self.linear) + " is not in the mask of its own " + name_of(operation));
+        unsigned& missing = missing_[self.linear / WARP];
+        if (mask >> missing & 1 && base + missing < in_use_ && threads_[base + missing].wait != Wait::Warp)
+            return yield(), self.result;
         for (unsigned lane = 0; lane < WARP; ++lane) {
             if (!(mask >> lane & 1)) continue;
             if (base + lane >= in_use_)
                 fail(std::string(name_of(operation)) + " waits for lane " + std::to_string(lane) +
                      ", which the block does not have: use a multiple of 32 threads");
             const Thread& other = threads_[base + lane];
-            if (other.wait != Wait::Warp) return yield(), self.result;
-            if (other.operation != operation || other.mask != mask || other.width != width)
-                fail("thread " + std::to_string(self.linear) + " is in " + name_of(operation) + " where thread " +
-                     std::to_string(base + lane) + " is in " + name_of(other.operation) +
-                     " (or with another mask or width)");
+            // A lane in another operation may be one of fewer lanes, and come here after it.
+            if (other.wait != Wait::Warp || !same_operation(other, self)) {
+                missing = lane;
+                return yield(), self.result;
+            }
         }
         for (unsigned lane = 0; lane < WARP; ++lane)
             if (mask >> lane & 1) threads_[base + lane].result = exchange(base, lane);
@@ -191,6 +195,9 @@ class Machine {
     unsigned char* shared_ = nullptr;
     size_t shared_bytes_ = 0;
     unsigned in_use_ = 0;
+    unsigned at_barrier_ = 0;
+    // The lane of each warp that was last found missing: most arrivals need to look at no other.
+    unsigned missing_[MAX_THREADS / WARP] = {};
     uint64_t launches_ = 0;
     bool inside_ = false;
     Thread* current_ = nullptr;
@@ -227,6 +234,7 @@ class Machine {
         memset(dynamic_shared(), 0xff, shared_bytes_);
         memset(dynamic_shared() + shared_bytes_, FENCE_BYTE, FENCE);
         for (unsigned i = 0; i < in_use_; ++i) threads_[i].wait = Wait::Ready;
+        at_barrier_ = 0;
         // Changed between the jumps.
         volatile bool running = true;
         while (running) {
@@ -281,6 +289,10 @@ class Machine {
         return false;
     }
 
+    static bool same_operation(const Thread& a, const Thread& b) {
+        return a.operation == b.operation && a.mask == b.mask && a.width == b.width;
+    }
+
     std::string stuck() const {
         unsigned ended = 0, at_barrier = 0, in_warp = 0;
         const Thread *barrier = nullptr, *lane = nullptr;
@@ -288,8 +300,11 @@ class Machine {
             const Thread& thread = threads_[i];
             ended += thread.wait == Wait::Done;
             if (thread.wait == Wait::Block) ++at_barrier, barrier = &thread;
-            if (thread.wait == Wait::Warp) ++in_warp, lane = &thread;
+            if (thread.wait == Wait::Warp) ++in_warp, lane = lane ? lane : &thread;
         }
+        const Thread* other = nullptr;
+        for (unsigned i = 0; lane && i < in_use_; ++i)
+            if (threads_[i].wait == Wait::Warp && !same_operation(threads_[i], *lane)) other = &threads_[i];
         std::string text = "no thread can go on: " + std::to_string(ended) + " have ended";
         if (barrier)
             text += ", " + std::to_string(at_barrier) + " wait at a barrier (thread " +
@@ -297,6 +312,9 @@ class Machine {
         if (lane)
             text += ", " + std::to_string(in_warp) + " wait for lanes of their warp (thread " +
                     std::to_string(lane->linear) + " in " + name_of(lane->operation) + ")";
+        if (other)
+            text += ", among them thread " + std::to_string(other->linear) + " in " + name_of(other->operation) +
+                    " or with another mask or width";
         return text + ", in block (" + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) + ", " +
                std::to_string(block_index.z) + ")";
     }

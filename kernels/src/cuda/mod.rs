@@ -12,6 +12,8 @@ mod batch;
 mod blas;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated.rs")]
 pub(crate) mod device;
+#[cfg(all(test, feature = "cuda-emulation"))]
+mod emulation_test;
 mod gpus;
 mod kv_cache;
 pub(crate) mod launch;
@@ -20,6 +22,8 @@ mod load;
 mod operations;
 mod stop;
 mod tensor;
+#[cfg(test)]
+pub(crate) mod testing;
 mod transfer;
 mod weight;
 

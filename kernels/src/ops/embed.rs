@@ -130,4 +130,29 @@ mod tests {
             }
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernel_gives_the_same() {
+        use crate::cuda::testing::{each_element, read, values};
+        each_element(101, |cuda, rng| {
+            for width in [1, 7, 8, 30, 64, 250, 256, 2056, rng.within(1..3000)] {
+                let (vocab, count, first) =
+                    (rng.within(1..20), rng.within(1..30), rng.within(0..10));
+                let mut ids: Vec<u32> = (0..count).map(|_| rng.within(0..40) as u32).collect();
+                ids[0] = [
+                    first + vocab - 1,
+                    first + vocab,
+                    first.saturating_sub(1),
+                    1 << 31,
+                ][rng.within(0..4)] as u32;
+                let (table, known) = weight(rng, cuda, (vocab, width), cuda.element());
+                let batch = upload(cuda, &tokens(ids.clone(), vec![0; count]));
+                let mut out = tensor(cuda, &values(cuda, rng, count * width), width);
+                cuda.embed(&batch, &table, first as u32, &mut out);
+                let expected = reference(&ids, &known, width, first as u32);
+                assert_eq!(read(cuda, &out), expected, "{count} of {width}");
+            }
+        });
+    }
 }

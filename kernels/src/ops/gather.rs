@@ -94,4 +94,27 @@ mod tests {
             assert_eq!(out.values(), expected);
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernel_gives_the_same() {
+        use crate::cuda::testing::{each_element, read, values};
+        each_element(102, |cuda, rng| {
+            for width in [1, 8, 64, 99, 250, 2056, rng.within(1..3000)] {
+                let count = rng.within(1..30);
+                let mut batch = tokens(vec![0; count], vec![0; count]);
+                batch.logit_tokens = (0..count as u32)
+                    .filter(|_| rng.within(0..2) == 1)
+                    .collect();
+                let before = values(cuda, rng, count * width);
+                let x = tensor(cuda, &before, width);
+                let mut out = tensor(cuda, &values(cuda, rng, count * width), width);
+                cuda.set_rows(&mut out, batch.logit_tokens.len());
+                cuda.gather_logit_rows(&upload(cuda, &batch), &x, &mut out);
+                let row = |&token: &u32| &before[token as usize * width..][..width];
+                let expected: Vec<f32> = batch.logit_tokens.iter().flat_map(row).copied().collect();
+                assert_eq!(read(cuda, &out), expected, "{count} of {width}");
+            }
+        });
+    }
 }

@@ -135,4 +135,35 @@ mod tests {
             }
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernel_gives_the_same() {
+        use crate::cuda::testing::{assert_twin, each_element, read, values};
+        each_element(105, |cuda, rng| {
+            for dim in [1, 8, 33, 64, 96, 128, 200, 256, 512, rng.within(1..300)] {
+                let heads = Heads {
+                    local_heads: rng.within(1..9),
+                    local_kv_heads: rng.within(1..4),
+                    head_dim: dim,
+                };
+                let (rows, width) = (rng.within(1..9), heads.qkv_width());
+                let (query, query_values) = weight(rng, cuda, (1, dim), cuda.element());
+                let (key, key_values) = weight(rng, cuda, (1, dim), cuda.element());
+                let before = values(cuda, rng, rows * width);
+                let mut qkv = tensor(cuda, &before, width);
+                cuda.head_norm(&mut qkv, heads, (&query, &key), 1e-6);
+
+                let queries = heads.local_heads * dim;
+                let keys = queries + heads.local_kv_heads * dim;
+                let mut expected = Vec::new();
+                for before in before.chunks_exact(width) {
+                    expected.extend(reference(&before[..queries], &query_values, 1e-6));
+                    expected.extend(reference(&before[queries..keys], &key_values, 1e-6));
+                    expected.extend_from_slice(&before[keys..]);
+                }
+                assert_twin(cuda, &read(cuda, &qkv), &expected);
+            }
+        });
+    }
 }

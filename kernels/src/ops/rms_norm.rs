@@ -237,4 +237,38 @@ pub(crate) mod tests {
             }
         }
     }
+
+    /// Widths: odd ones, each number of vectors for a thread, and more than registers hold.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernels_give_the_same() {
+        use crate::cuda::testing::{assert_twin, each_element, read, values};
+        use crate::testing::rounded;
+        each_element(104, |cuda, rng| {
+            let widths = [
+                1, 3, 8, 100, 1000, 1001, 4096, 5120, 8200, 16_384, 16_392, 32_776,
+            ];
+            for width in widths.into_iter().chain([rng.within(1..5000)]) {
+                let rows = if width > 5000 { 2 } else { rng.within(1..9) };
+                let (w, known) = weight(rng, cuda, (1, width), cuda.element());
+                let [x, added] = [(); 2].map(|()| values(cuda, rng, rows * width));
+                let (x_device, added_device) =
+                    (tensor(cuda, &x, width), tensor(cuda, &added, width));
+                let mut out = cuda.allocate(rows, width, Precision::Compute).unwrap();
+                cuda.rms_norm(&x_device, &w, 1e-5, &mut out);
+                assert_twin(cuda, &read(cuda, &out), &reference(&x, &known, 1e-5));
+
+                let sums: Vec<f32> = x.iter().zip(&added).map(|(a, b)| a + b).collect();
+                let sums = rounded(&sums, cuda.element());
+                let mut residual = x_device;
+                cuda.add_rms_norm(&added_device, &mut residual, &w, 1e-5, &mut out);
+                assert_eq!(
+                    bits(&read(cuda, &residual)),
+                    bits(&sums),
+                    "{rows} of {width}"
+                );
+                assert_twin(cuda, &read(cuda, &out), &reference(&sums, &known, 1e-5));
+            }
+        });
+    }
 }

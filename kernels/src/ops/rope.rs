@@ -160,4 +160,45 @@ mod tests {
             }
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernel_gives_the_same_and_positions_outside_the_table_show() {
+        use crate::backend::Precision;
+        use crate::cuda::testing::{assert_twin, each_element, read, values};
+        each_element(106, |cuda, rng| {
+            for dim in [2, 14, 16, 64, 80, 128, 256, 2 * rng.within(1..100)] {
+                let heads = Heads {
+                    local_heads: rng.within(1..9),
+                    local_kv_heads: rng.within(1..4),
+                    head_dim: dim,
+                };
+                let (width, rows) = (heads.qkv_width(), rng.within(2..20));
+                let cos = |p| (0..dim / 2).map(move |i| angle(p, i, dim).cos());
+                let sin = |p| (0..dim / 2).map(move |i| angle(p, i, dim).sin());
+                let values_of_table: Vec<f32> =
+                    (0..50).flat_map(|p| cos(p).chain(sin(p))).collect();
+                let mut table = cuda.allocate(50, dim, Precision::F32).unwrap();
+                cuda.write(&values_of_table, &mut table).unwrap();
+                let before = values(cuda, rng, rows * width);
+                let mut positions: Vec<u32> = (0..rows).map(|_| rng.within(0..50) as u32).collect();
+                // The table's last row, and the one after it.
+                (positions[0], positions[1]) = (49, 50);
+                let mut qkv = tensor(cuda, &before, width);
+                let batch = upload(cuda, &tokens(vec![0; rows], positions.clone()));
+                cuda.rope(&batch, &table, heads, &mut qkv);
+                let after = read(cuda, &qkv);
+                let rotated = (heads.local_heads + heads.local_kv_heads) * dim;
+                for (row, before) in before.chunks_exact(width).enumerate() {
+                    let after = &after[row * width..][..width];
+                    if positions[row] < 50 {
+                        assert_twin(cuda, after, &reference(before, positions[row], heads));
+                    } else {
+                        assert!(after[..rotated].iter().all(|value| value.is_nan()));
+                        assert_eq!(after[rotated..], before[rotated..]);
+                    }
+                }
+            }
+        });
+    }
 }

@@ -117,4 +117,25 @@ mod tests {
             assert!(out.values()[0].abs() < 1e-7, "{:?}", out.values());
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernel_gives_the_same() {
+        use crate::cuda::testing::{assert_twin, each_element, read};
+        use crate::testing::rounded;
+        each_element(103, |cuda, rng| {
+            for n in [1, 5, 8, 64, 100, 2048, 2056, rng.within(1..3000)] {
+                let rows = rng.within(1..12);
+                let mut before: Vec<f32> =
+                    rng.values(rows * 2 * n).iter().map(|x| x * 30.0).collect();
+                before[0] = [-6e4, -200.0, 0.0, 200.0][rng.within(0..4)];
+                let before = rounded(&before, cuda.element());
+                let gate_up = tensor(cuda, &before, 2 * n);
+                let mut out = cuda.allocate(rows, n, Precision::Compute).unwrap();
+                cuda.silu_mul(&gate_up, &mut out);
+                let expected: Vec<f32> = before.chunks_exact(2 * n).flat_map(reference).collect();
+                assert_twin(cuda, &read(cuda, &out), &expected);
+            }
+        });
+    }
 }

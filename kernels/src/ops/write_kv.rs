@@ -177,4 +177,83 @@ mod tests {
             }
         }
     }
+
+    /// The cache is read back by looking at it: each value alone where attention sees nothing but one token.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernel_puts_each_token_where_attention_finds_it() {
+        use crate::backend::{Attention, Precision};
+        use crate::batch::Batch;
+        use crate::cuda::testing::{each_element, read, values};
+        use crate::ops::paged_attention::cuda::attend;
+        each_element(109, |cuda, rng| {
+            for cache_element in ELEMENTS {
+                let heads = Heads {
+                    local_heads: 2,
+                    local_kv_heads: 2,
+                    head_dim: rng.pick(&[1, 8, 20, 64, 128]),
+                };
+                let block_size = rng.within(1..9);
+                let layout = KvLayout {
+                    layers: 3,
+                    blocks: 4,
+                    block_size,
+                    local_kv_heads: 2,
+                    head_dim: heads.head_dim,
+                    element: cache_element,
+                };
+                let mut cache = cuda.kv_cache(layout).unwrap();
+                let (width, out_width) = (heads.qkv_width(), 2 * heads.head_dim);
+                let mut slots: Vec<u32> = (0..4 * block_size as u32).collect();
+                rng.shuffle(&mut slots);
+                let empty = slots.split_off(2 * block_size);
+                // Only the first are written: the others' slots are outside the pool.
+                let mut some_outside = slots.clone();
+                some_outside.extend([u32::MAX, 4 * block_size as u32]);
+                let written = Batch {
+                    slots: some_outside,
+                    ..tokens(vec![0; slots.len() + 2], vec![0; slots.len() + 2])
+                };
+                let before = values(cuda, rng, (slots.len() + 2) * width);
+                let qkv = tensor(cuda, &before, width);
+                cuda.write_kv(&upload(cuda, &written), 1, &qkv, heads, &mut cache);
+
+                // One sequence for each slot, seeing the last position only, which is that slot.
+                let all: Vec<u32> = slots.iter().chain(&empty).copied().collect();
+                let offset = |slot: &u32| slot % block_size as u32;
+                let looks = Batch {
+                    blocks: all.iter().map(|slot| slot / block_size as u32).collect(),
+                    block_starts: (0..=all.len() as u32).collect(),
+                    ..tokens(vec![0; all.len()], all.iter().map(offset).collect())
+                };
+                let queries = tensor(cuda, &values(cuda, rng, all.len() * width), width);
+                for layer in 0..3 {
+                    let attention = Attention {
+                        layer,
+                        local_heads: 2,
+                        scale: 1.0,
+                        sliding_window: Some(1),
+                    };
+                    let mut out = cuda
+                        .allocate(all.len(), out_width, Precision::Compute)
+                        .unwrap();
+                    let looks = upload(cuda, &looks);
+                    attend(cuda, &looks, &attention, (&queries, &cache), &mut out);
+                    let seen = read(cuda, &out);
+                    for (t, seen) in seen.chunks_exact(out_width).enumerate() {
+                        let expected = if layer == 1 && t < slots.len() {
+                            let row = &before[t * width..][..width];
+                            rounded(
+                                &rounded(&row[width - out_width..], cache_element),
+                                cuda.element(),
+                            )
+                        } else {
+                            vec![0.0; out_width]
+                        };
+                        assert_eq!(seen, expected, "token {t} of layer {layer}");
+                    }
+                }
+            }
+        });
+    }
 }

@@ -3,7 +3,18 @@
 use super::*;
 use crate::backend::{Backend, Heads, Precision};
 use crate::batch::Batch;
-use crate::testing::{ELEMENTS, Rng, assert_close, backends, bits, rounded, tensor, upload};
+use crate::testing::{
+    ELEMENTS, Rng, assert_close, backends, bits, rounded, tensor, tokens, upload,
+};
+
+/// What is tested.
+type Attend<B> = fn(
+    &B,
+    &<B as Backend>::DeviceBatch,
+    &Attention,
+    (&<B as Backend>::Tensor, &<B as Backend>::KvCache),
+    &mut <B as Backend>::Tensor,
+);
 
 /// A few sequences, all their queries, keys and values, and their blocks in a pool.
 struct Scene {
@@ -26,6 +37,10 @@ impl Scene {
             local_heads: heads.local_kv_heads * rng.within(1..8),
             ..heads
         };
+        Self::with_heads(rng, heads)
+    }
+
+    fn with_heads(rng: &mut Rng, heads: Heads) -> Self {
         let lengths: Vec<usize> = (0..rng.within(1..4)).map(|_| rng.within(1..90)).collect();
         let block_size = rng.pick(&[1, 5, 16, 24, 32]);
         let needed: usize = lengths
@@ -77,11 +92,11 @@ impl Scene {
     }
 
     /// Runs a step over some tokens of some sequences and adds what comes out to `outputs`.
-    fn step(
+    fn step<B: Backend>(
         &self,
-        cpu: &CpuBackend,
+        (backend, attend): (&B, Attend<B>),
         parts: &[(usize, Range<usize>)],
-        cache: &mut CpuKvCache,
+        cache: &mut B::KvCache,
         outputs: &mut [Vec<f32>],
     ) {
         let (width, size) = (self.heads.qkv_width(), self.layout.block_size);
@@ -106,14 +121,17 @@ impl Scene {
             batch.blocks.extend(&blocks[..tokens.end.div_ceil(size)]);
             batch.block_starts.push(batch.blocks.len() as u32);
         }
-        let (batch, qkv) = (upload(cpu, &batch), tensor(cpu, &qkv, width));
-        cpu.write_kv(&batch, self.attention.layer, &qkv, self.heads, cache);
+        let tokens = batch.num_tokens();
+        let (batch, qkv) = (upload(backend, &batch), tensor(backend, &qkv, width));
+        backend.write_kv(&batch, self.attention.layer, &qkv, self.heads, cache);
         let out_width = self.heads.local_heads * self.heads.head_dim;
-        let mut out = cpu
-            .allocate(qkv.rows(), out_width, Precision::Compute)
+        let mut out = backend
+            .allocate(tokens, out_width, Precision::Compute)
             .unwrap();
-        cpu.attend(&batch, &self.attention, &qkv, cache, &mut out);
-        let mut rows = out.values().chunks_exact(out_width);
+        attend(backend, &batch, &self.attention, (&qkv, cache), &mut out);
+        let mut values = Vec::new();
+        backend.read(&out, &mut values).unwrap();
+        let mut rows = values.chunks_exact(out_width);
         for (sequence, tokens) in parts {
             for row in rows.by_ref().take(tokens.len()) {
                 outputs[*sequence].extend(row);
@@ -122,29 +140,33 @@ impl Scene {
     }
 
     /// A pool full of values that must not be seen.
-    fn dirty_cache(&self, cpu: &CpuBackend) -> CpuKvCache {
-        let mut cache = cpu.kv_cache(self.layout).unwrap();
-        let width = self.layout.local_kv_heads * self.layout.head_dim;
-        for slot in 0..self.layout.blocks * self.layout.block_size {
-            for layer in 0..self.layout.layers {
-                cache.put(layer, slot, &vec![f32::NAN; width], &vec![f32::NAN; width]);
-            }
+    fn dirty_cache<B: Backend>(&self, backend: &B) -> B::KvCache {
+        let mut cache = backend.kv_cache(self.layout).unwrap();
+        let slots = self.layout.blocks * self.layout.block_size;
+        let batch = upload(
+            backend,
+            &tokens(vec![0; slots], (0..slots as u32).collect()),
+        );
+        let width = self.heads.qkv_width();
+        let nothing = tensor(backend, &vec![f32::NAN; slots * width], width);
+        for layer in 0..self.layout.layers {
+            backend.write_kv(&batch, layer, &nothing, self.heads, &mut cache);
         }
         cache
     }
 
-    fn whole(&self, cpu: &CpuBackend) -> Vec<Vec<f32>> {
+    fn whole<B: Backend>(&self, on: (&B, Attend<B>)) -> Vec<Vec<f32>> {
         let mut outputs = vec![Vec::new(); self.sequences.len()];
         let all: Vec<_> = (0..outputs.len()).map(|s| (s, 0..self.length(s))).collect();
-        self.step(cpu, &all, &mut self.dirty_cache(cpu), &mut outputs);
+        self.step(on, &all, &mut self.dirty_cache(on.0), &mut outputs);
         outputs
     }
 
     /// Each sequence cut into chunks at random, chunks of several in one step at random.
-    fn chunked(&self, cpu: &CpuBackend, rng: &mut Rng) -> Vec<Vec<f32>> {
+    fn chunked<B: Backend>(&self, on: (&B, Attend<B>), rng: &mut Rng) -> Vec<Vec<f32>> {
         let mut outputs = vec![Vec::new(); self.sequences.len()];
         let mut done = vec![0; outputs.len()];
-        let mut cache = self.dirty_cache(cpu);
+        let mut cache = self.dirty_cache(on.0);
         while (0..done.len()).any(|s| done[s] < self.length(s)) {
             let mut parts = Vec::new();
             for (s, done) in done.iter_mut().enumerate() {
@@ -157,7 +179,7 @@ impl Scene {
                 }
             }
             if !parts.is_empty() {
-                self.step(cpu, &parts, &mut cache, &mut outputs);
+                self.step(on, &parts, &mut cache, &mut outputs);
             }
         }
         outputs
@@ -211,12 +233,13 @@ fn is_the_reference_and_chunked_is_whole_and_batched_is_alone_bit_for_bit() {
         println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
         // The instruction sets in turn, against one and several threads of the same.
         let pair = &all[case % (all.len() / 2) * 2..][..2];
-        let whole = scene.whole(&pair[0]);
+        let whole = scene.whole((&pair[0], attend));
         for (s, out) in whole.iter().enumerate() {
             assert_close(out, &scene.reference(s), 2e-5, 2e-5);
         }
         scene.place(&mut rng);
-        for other in [scene.whole(&pair[1]), scene.chunked(&pair[1], &mut rng)] {
+        let other = (&pair[1], attend as Attend<CpuBackend>);
+        for other in [scene.whole(other), scene.chunked(other, &mut rng)] {
             for (a, b) in whole.iter().zip(&other) {
                 assert_eq!(bits(a), bits(b));
             }
@@ -224,7 +247,8 @@ fn is_the_reference_and_chunked_is_whole_and_batched_is_alone_bit_for_bit() {
         for (s, out) in whole.iter().enumerate() {
             let mut alone = vec![Vec::new(); whole.len()];
             let mut cache = scene.dirty_cache(&pair[0]);
-            scene.step(&pair[0], &[(s, 0..scene.length(s))], &mut cache, &mut alone);
+            let on = (&pair[0], attend as Attend<CpuBackend>);
+            scene.step(on, &[(s, 0..scene.length(s))], &mut cache, &mut alone);
             assert_eq!(bits(out), bits(&alone[s]));
         }
     }
@@ -237,8 +261,57 @@ fn scores_far_apart_do_not_overflow() {
         let mut scene = Scene::random(&mut rng);
         scene.layout.element = crate::backend::Element::F32;
         scene.attention.scale = 1e6;
-        for out in scene.whole(&cpu) {
+        for out in scene.whole((&cpu, attend)) {
             assert!(out.iter().all(|value| value.abs() <= 1.0));
         }
     }
+}
+
+/// The kernel for every shape, and what the backend takes: whole prompts, chunks, decode steps and mixtures of them.
+#[cfg(feature = "cuda")]
+#[test]
+fn the_kernels_give_the_same() {
+    use crate::cuda::CudaBackend;
+    use crate::cuda::testing::{assert_twin, each_element};
+    let chosen: Attend<CudaBackend> = |cuda, batch, attention, (qkv, cache), out| {
+        cuda.attend(batch, attention, qkv, cache, out);
+    };
+    each_element(107, |cuda, rng| {
+        for head_dim in [64, 128, 256, 8, 20, 33, 80, 96, 255, rng.within(1..257)] {
+            let local_kv_heads = rng.within(1..4);
+            let group = rng.pick(&[1, 2, 3, 4, 5, 7, 8, 12]);
+            let heads = Heads {
+                local_heads: group * local_kv_heads,
+                local_kv_heads,
+                head_dim,
+            };
+            let mut scene = Scene::with_heads(rng, heads);
+            for sequence in &mut scene.sequences {
+                *sequence = rounded(sequence, cuda.element());
+            }
+            println!("{:?} {:?}", scene.layout, scene.attention);
+            for attend in [cuda::attend, chosen] {
+                let on = (cuda, attend as Attend<CudaBackend>);
+                for outputs in [scene.whole(on), scene.chunked(on, rng)] {
+                    for (s, out) in outputs.iter().enumerate() {
+                        assert_twin(cuda, out, &scene.reference(s));
+                    }
+                }
+                scene.place(rng);
+            }
+        }
+    });
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn scores_far_apart_do_not_overflow_in_the_kernels() {
+    crate::cuda::testing::each_element(108, |device, rng| {
+        let mut scene = Scene::random(rng);
+        scene.layout.element = device.element();
+        scene.attention.scale = 1e6;
+        for out in scene.whole((device, cuda::attend)) {
+            assert!(out.iter().all(|value| value.abs() <= 1.0));
+        }
+    });
 }
