@@ -7,7 +7,8 @@
 //! Invariant: in f32 the promise is that of the CPU backend; in 16 bits, where every activation is rounded, what is
 //! tested is that the distance to the reference is of the size of that rounding.
 
-use crate::references::{compare, reference};
+use crate::reference::reference;
+use crate::references::compare;
 use crate::support::{Tested, fixtures, load, open};
 use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cuda::{CudaBackend, CudaTensor};

@@ -7,6 +7,7 @@
 mod cuda;
 mod equivalences;
 mod loading;
+mod reference;
 mod references;
 mod support;
 #[path = "../../src/testing.rs"]

@@ -5,104 +5,25 @@
 //! The tolerance is relative to the row's largest absolute reference logit. Promised is 1e-3; what is
 //! tested is ten times closer, and what is found is another fifty.
 
+use crate::reference::{Reference, distance, reference};
 use crate::support::{
     BLOCK_SIZE, Cluster, Group, Random, Request, Tested, Ways, fixtures, generate, load, open,
 };
 use kernels::cpu::CpuBackend;
 use safetensors::SafeTensors;
 use std::path::Path;
-use topology::ids::{BlockId, Rank};
+use topology::ids::Rank;
 use topology::model_files::ModelFiles;
 use topology::partition::Partition;
-use topology::wire::{Load, PlanRow, Sampling};
+use topology::wire::{Load, Sampling};
 
 const TOLERANCE: f32 = 1e-4;
 
-pub(crate) struct Reference {
-    pub(crate) prompt: Vec<u32>,
-    /// `[prompt, vocab]`
-    logits: Vec<Vec<f32>>,
-    pub(crate) greedy: Vec<u32>,
-}
-
-pub(crate) fn reference(folder: &Path) -> Reference {
-    let bytes = std::fs::read(folder.join("reference.safetensors")).expect("a reference");
-    let tensors = SafeTensors::deserialize(&bytes).expect("a readable reference");
-    let ids = |name: &str| -> Vec<u32> {
-        let tensor = tensors.tensor(name).expect("the reference has this tensor");
-        assert_eq!(tensor.dtype(), safetensors::Dtype::I64);
-        let words = tensor.data().chunks_exact(8);
-        let id = |word: &[u8]| i64::from_le_bytes(word.try_into().expect("eight bytes"));
-        words
-            .map(|word| u32::try_from(id(word)).expect("an id"))
-            .collect()
-    };
-    let logits = tensors.tensor("logits").expect("the reference has logits");
-    assert_eq!(logits.dtype(), safetensors::Dtype::F32);
-    let vocab = logits.shape()[1];
-    let float = |word: &[u8]| f32::from_le_bytes(word.try_into().expect("four bytes"));
-    let values: Vec<f32> = logits.data().chunks_exact(4).map(float).collect();
-    Reference {
-        prompt: ids("prompt_ids"),
-        logits: values.chunks(vocab).map(<[f32]>::to_vec).collect(),
-        greedy: ids("greedy_ids"),
-    }
-}
-
 /// Log-probabilities of the whole vocabulary after each prompt token. `[prompt, vocab]`
 fn log_probabilities<B: Tested>(cluster: &mut Group<B>, reference: &Reference) -> Vec<Vec<f32>> {
-    let tokens = reference.prompt.clone();
-    let vocab = reference.logits[0].len();
-    let blocks = u32::try_from(tokens.len())
-        .expect("a short prompt")
-        .div_ceil(BLOCK_SIZE);
-    let row = PlanRow {
-        targets: tokens.clone(),
-        target_alternatives: u32::try_from(vocab).expect("a small vocabulary"),
-        tokens,
-        blocks: (0..blocks).map(BlockId).collect(),
-        ..PlanRow::default()
-    };
+    let row = reference.row(BLOCK_SIZE);
     let output = cluster.step(vec![row]).swap_remove(0);
-    assert!(output.sampled.is_none());
-    let scores = output.targets.into_iter().zip(&reference.prompt);
-    scores
-        .map(|(score, target)| {
-            let mut row = vec![f32::NAN; vocab];
-            for (token, logprob) in &score.top {
-                row[*token as usize] = *logprob;
-            }
-            assert_eq!(score.logprob.to_bits(), row[*target as usize].to_bits());
-            assert_eq!(
-                score.top[score.rank as usize - 1].1.to_bits(),
-                score.logprob.to_bits()
-            );
-            row
-        })
-        .collect()
-}
-
-/// The largest difference of two rows of log-probabilities, relative to the largest logit.
-fn distance(found: &[f32], logits: &[f32]) -> f32 {
-    let largest = logits.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
-    let top = logits.iter().copied().fold(f32::MIN, f32::max);
-    let sum: f64 = logits.iter().map(|x| f64::from(x - top).exp()).sum();
-    let normaliser = f64::from(top) + sum.ln();
-    let differences = found.iter().zip(logits).map(|(found, logit)| {
-        let difference = (f64::from(*logit) - normaliser - f64::from(*found)).abs();
-        // NaN is no small difference.
-        if difference.is_nan() {
-            f64::INFINITY
-        } else {
-            difference
-        }
-    });
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "for a comparison with a tolerance"
-    )]
-    let most = differences.fold(0.0, f64::max) as f32;
-    most / largest
+    reference.log_probabilities(output)
 }
 
 /// How far the logits of the prompt are off, and the greedy tokens after it.

@@ -24,9 +24,15 @@ pub(crate) use crate::testing::Random;
 pub(crate) const BLOCK_SIZE: u32 = 4;
 pub(crate) const NUM_BLOCKS: u32 = 160;
 
+/// Where the fixtures are; `CLUSTER_TEST_FIXTURES` says so where the sources are not.
+pub(crate) fn fixture_root() -> PathBuf {
+    let elsewhere = std::env::var_os("CLUSTER_TEST_FIXTURES").map(PathBuf::from);
+    elsewhere.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"))
+}
+
 /// The folders of `tests/fixtures`, at least eight, in order.
 pub(crate) fn fixtures() -> Vec<PathBuf> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let root = fixture_root();
     let entries = std::fs::read_dir(&root).expect("the fixtures are in the repository");
     let mut folders: Vec<_> = entries
         .map(|entry| entry.expect("a readable folder").path())

@@ -10,12 +10,40 @@ use topology::launch::local::{self, Process};
 use topology::link::{LinkReceiver, LinkSender, Listener};
 use topology::placement::Device;
 use topology::wire::{
-    FromShard, Load, ModelLocation, PlanRow, Ran, Sampling, ScoredToken, StepPlan, ToShard,
+    FromShard, Load, ModelLocation, PlanRow, Ran, RowOutput, Sampling, ScoredToken, StepPlan,
+    ToShard,
 };
+
+/// What the checks' two ranks compute on: a core each, or both on the GPU whose number is in
+/// `CLUSTER_TEST_GPU`, over NCCL.
+pub(crate) fn device() -> Device {
+    match std::env::var_os("CLUSTER_TEST_GPU") {
+        Some(index) => Device::Gpu {
+            index: (index.to_str().and_then(|index| index.parse().ok()))
+                .expect("CLUSTER_TEST_GPU is the number of a GPU"),
+            ranks: 2,
+        },
+        None => Device::Cpu {
+            threads: 1,
+            cores: Vec::new(),
+        },
+    }
+}
+
+/// Whether bits may differ between ways of computing the same.
+pub(crate) fn is_gpu() -> bool {
+    matches!(device(), Device::Gpu { .. })
+}
+
+/// Where the fixtures are; `CLUSTER_TEST_FIXTURES` says so where the sources are not.
+pub(crate) fn fixture_root() -> PathBuf {
+    let elsewhere = std::env::var_os("CLUSTER_TEST_FIXTURES").map(PathBuf::from);
+    elsewhere.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"))
+}
 
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-const BLOCK_SIZE: usize = 4;
+pub(crate) const BLOCK_SIZE: usize = 4;
 
 /// One shard process and its link.
 pub(crate) struct Shard {
@@ -26,11 +54,7 @@ pub(crate) struct Shard {
 
 impl Shard {
     pub(crate) async fn start(listener: &mut Listener, rank: u32) -> Self {
-        let device = Device::Cpu {
-            threads: 1,
-            cores: Vec::new(),
-        };
-        let mut process = Self::spawn(listener, rank, device).await;
+        let mut process = Self::spawn(listener, rank, device()).await;
         let mut lines = process.lines.take().expect("nobody took them");
         tokio::spawn(async move {
             while let Some(line) = lines.recv().await {
@@ -40,7 +64,8 @@ impl Shard {
         let admitted = listener.accept(PATIENCE).await.expect("the shard connects");
         assert_eq!(admitted.hello.rank, Rank(rank));
         assert_eq!(Some(admitted.hello.pid), process.pid());
-        assert!(admitted.hello.device.contains("cpu") && admitted.hello.free_bytes > 0);
+        let is_cpu = admitted.hello.device.contains("cpu");
+        assert!(is_cpu != is_gpu() && admitted.hello.free_bytes > 0);
         let (mut sender, receiver) = (admitted.sender, admitted.receiver);
         sender
             .send(&ToShard::Welcome { world_size: 2 })
@@ -56,7 +81,7 @@ impl Shard {
     /// Only the process; it connects on its own.
     pub(crate) async fn spawn(listener: &Listener, rank: u32, device: Device) -> Process {
         let program = std::env::current_exe().expect("this program has a path");
-        let started = local::start(program.as_os_str(), ["shard"])
+        let started = local::start_for(&device, program.as_os_str(), ["shard"])
             .await
             .expect("it announces itself");
         listener.expect(Rank(rank), started.certificate.clone());
@@ -112,6 +137,12 @@ impl Shard {
     }
 }
 
+/// A line among the results.
+#[expect(clippy::print_stdout, reason = "a test harness reports here")]
+pub(crate) fn say(line: &str) {
+    println!("{line}");
+}
+
 #[expect(
     clippy::print_stderr,
     reason = "what the shards say helps when a check fails"
@@ -121,11 +152,13 @@ fn eprint(line: &str) {
 }
 
 pub(crate) fn load(fixture: &str) -> Load {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    // A GPU rounds activations to the weights' type; nothing is to be rounded here.
+    let dtype = if is_gpu() { "float32" } else { "auto" };
+    let folder = fixture_root().join(fixture);
     Load {
-        model: ModelLocation::Directory(root.join(fixture).display().to_string()),
+        model: ModelLocation::Directory(folder.display().to_string()),
         tensor_parallel_size: 2,
-        dtype: "auto".to_owned(),
+        dtype: dtype.to_owned(),
         block_size: 4,
         max_model_len: 100,
         max_num_batched_tokens: 64,
@@ -138,7 +171,7 @@ pub(crate) struct Group {
     pub(crate) listener: Listener,
     pub(crate) ranks: [Shard; 2],
     pub(crate) epoch: Epoch,
-    next: Step,
+    pub(crate) next: Step,
 }
 
 impl Group {
@@ -216,8 +249,14 @@ impl Group {
         }
     }
 
-    /// One step on both ranks.
+    /// One step on both ranks; the token of its one row.
     pub(crate) async fn step(&mut self, plan: StepPlan) -> ScoredToken {
+        let output = self.run(plan).await;
+        output.sampled.expect("a sample was asked for")
+    }
+
+    /// One step on both ranks; the answer to its one row.
+    pub(crate) async fn run(&mut self, plan: StepPlan) -> RowOutput {
         for rank in &mut self.ranks {
             rank.say(ToShard::Run(Box::new(plan.clone()))).await;
         }
@@ -240,10 +279,7 @@ impl Group {
                 .all(|ran| ran.timings.step_us >= ran.timings.collective_us)
         );
         assert!(answers[1].outputs.is_empty());
-        answers[0].outputs[0]
-            .sampled
-            .clone()
-            .expect("a sample was asked for")
+        answers[0].outputs.swap_remove(0)
     }
 
     /// Appends `count` tokens to `tokens`, of which `computed` are in the blocks.
@@ -260,6 +296,27 @@ impl Group {
             let answer = self.step(plan).await;
             tokens.push(answer.token);
             answers.push(answer);
+        }
+        answers
+    }
+
+    /// The likeliest tokens after `tokens`, which they are appended to.
+    pub(crate) async fn generate_greedy(
+        &mut self,
+        tokens: &mut Vec<u32>,
+        count: usize,
+    ) -> Vec<u32> {
+        let mut answers = Vec::new();
+        let mut computed = 0;
+        for _ in 0..count {
+            let mut plan = self.plan(tokens, computed);
+            if let Some(sampling) = &mut plan.rows[0].sampling {
+                sampling.temperature = 0.0;
+            }
+            computed = tokens.len();
+            let token = self.step(plan).await.token;
+            tokens.push(token);
+            answers.push(token);
         }
         answers
     }

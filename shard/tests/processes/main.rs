@@ -2,23 +2,30 @@
 //!
 //! Its own `main`, because it starts itself: called with `shard` it is a shard process, called with
 //! `collectives` one rank of a group that only adds up. Otherwise it runs the checks below, or those
-//! whose names contain the first argument.
+//! whose names contain the first argument. With `CLUSTER_TEST_GPU=0` both ranks are on that GPU.
 //!
 //! Invariant: every wait has a deadline, so a check that hangs fails.
 
 mod collectives;
 mod group;
 mod life;
+#[path = "../engine/reference.rs"]
+mod reference;
+mod references;
 #[path = "../../src/testing.rs"]
 mod testing;
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 
-const CHECKS: [(&str, fn()); 7] = [
+const CHECKS: [(&str, fn()); 8] = [
     (
         "sums_are_the_same_in_all_processes",
         collectives::sums_are_the_same_in_all_processes,
+    ),
+    (
+        "two_processes_give_the_references_logits",
+        references::two_processes_give_the_references_logits,
     ),
     (
         "a_killed_rank_is_replaced_and_the_answers_go_on",

@@ -411,3 +411,52 @@ fn config() -> sys::ncclConfig_t {
     config.commName = std::ptr::null();
     config
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_says_nothing_but_that_no_call_waits() {
+        let config = config();
+        assert_eq!((config.blocking, config.magic), (0, CONFIG_MAGIC));
+        assert_eq!(config.size, 56, "the fields of the version that is named");
+        assert!(config.netName.is_null() && config.commName.is_null());
+        for field in [
+            config.cgaClusterSize,
+            config.minCTAs,
+            config.maxCTAs,
+            config.splitShare,
+        ] {
+            assert_eq!(field, i32::MIN);
+        }
+        assert_eq!(config.trafficClass, i32::MIN);
+    }
+
+    #[test]
+    fn identities_are_of_one_size() {
+        let bytes: Vec<u8> = (0..128).map(|i| i * 2 + 1).collect();
+        let id = unique_id(&bytes).unwrap();
+        assert_eq!(id.internal.map(|byte| byte.to_ne_bytes()[0])[..], bytes[..]);
+        let refused = unique_id(&bytes[1..]).unwrap_err().to_string();
+        assert!(refused.contains("127 bytes"), "{refused}");
+    }
+
+    /// With NCCL on the host, identities are made for real, which needs no GPU.
+    #[test]
+    fn one_rank_needs_no_library_and_two_get_an_identity_of_it() {
+        assert!(NcclComm::new_id(1, 0).unwrap().is_empty());
+        match (library::find(), NcclComm::new_id(2, 0)) {
+            (Ok(_), made) => {
+                let (first, second) = (made.unwrap(), NcclComm::new_id(2, 0).unwrap());
+                assert_eq!(first.len(), ID_BYTES);
+                assert_ne!(first, second);
+            }
+            (Err(missing), made) => {
+                println!("skipped: {missing}");
+                let refused = made.unwrap_err().to_string();
+                assert!(refused.contains(&missing), "{refused}");
+            }
+        }
+    }
+}
