@@ -10,17 +10,18 @@ using namespace cluster;
 
 constexpr int THREADS = 256;
 
-// `lanes` (a power of two) lanes for each head. Vectors of N elements, of which a lane has at most PER_LANE; where
+// `1 << lane_shift` lanes for each head. Vectors of N elements, of which a lane has at most PER_LANE; where
 // that is 0 the head is of any width and read twice.
 template <class T, int N, int PER_LANE>
 __global__ void __launch_bounds__(THREADS)
     head_norm(T* __restrict__ qkv, const T* __restrict__ query_weight, const T* __restrict__ key_weight,
-              int64_t all_heads, int heads, int normed_heads, int head_dim, int64_t stride, int lanes, float eps) {
-    const int64_t head_index = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / lanes;
-    const int lane = static_cast<int>(threadIdx.x) % lanes;
+              unsigned all_heads, unsigned heads, unsigned normed_heads, int head_dim, int64_t stride, int lane_shift,
+              float eps) {
+    const int lanes = 1 << lane_shift, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+    const unsigned head_index = blockIdx.x * (THREADS >> lane_shift) + (threadIdx.x >> lane_shift);
     const bool here = head_index < all_heads;
-    const int head = static_cast<int>(head_index % normed_heads);
-    T* values_at = qkv + head_index / normed_heads * stride + static_cast<int64_t>(head) * head_dim;
+    const unsigned token = head_index / normed_heads, head = head_index % normed_heads;
+    T* values_at = qkv + token * stride + static_cast<int64_t>(head) * head_dim;
     const T* weight_at = head < heads ? query_weight : key_weight;
 
     constexpr int KEPT = PER_LANE > 0 ? PER_LANE : 1;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
     for (int by = lanes / 2; by > 0; by /= 2) squares += __shfl_xor_sync(ALL_LANES, squares, by);
-    const float factor = 1.0F / sqrtf(squares / static_cast<float>(head_dim) + eps);
+    const float factor = rsqrtf(__fdividef(squares, static_cast<float>(head_dim)) + eps);
     if (!here) return;
     if constexpr (PER_LANE > 0) {
 #pragma unroll
@@ -75,16 +76,18 @@ extern "C" int cluster_head_norm(void* stream, int element, void* qkv, const voi
         const int normed = heads + kv_heads;
         const int64_t all_heads = tokens * normed, stride = static_cast<int64_t>(heads + 2 * kv_heads) * head_dim;
         if (all_heads == 0 || head_dim == 0) return cudaSuccess;
+        if (all_heads > INT32_MAX) return cudaErrorInvalidValue;
         auto* values = static_cast<T*>(qkv);
         const auto *query = static_cast<const T*>(query_weight), *key = static_cast<const T*>(key_weight);
         const bool vectors = vectors_fit(values, head_dim) && vectors_fit(query, 0) && vectors_fit(key, 0);
         const int items = vectors ? head_dim / VECTOR<T> : head_dim;
-        int lanes = 1;
-        while (lanes < items && lanes < WARP_SIZE) lanes *= 2;
+        int lane_shift = 0;
+        while (1 << lane_shift < items && 1 << lane_shift < WARP_SIZE) ++lane_shift;
+        const int lanes = 1 << lane_shift;
         const auto run = [&](auto* kernel) {
             const auto blocks = static_cast<unsigned>(ceil_div(all_heads * lanes, THREADS));
             return CLUSTER_LAUNCH(kernel, blocks, THREADS, 0, stream, values, query, key, all_heads, heads, normed,
-                                  head_dim, stride, lanes, eps);
+                                  head_dim, stride, lane_shift, eps);
         };
         if (vectors && items <= lanes) return run(&head_norm<T, VECTOR<T>, 1>);
         if (vectors && items <= 2 * lanes) return run(&head_norm<T, VECTOR<T>, 2>);

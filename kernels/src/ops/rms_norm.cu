@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 #pragma unroll
         for (int i = 0; i < N; ++i) squares += values[p][i] * values[p][i];
     }
-    const float factor = 1.0F / sqrtf(block_sum(squares, scratch) / static_cast<float>(width) + eps);
+    const float factor = rsqrtf(__fdividef(block_sum(squares, scratch), static_cast<float>(width)) + eps);
 #pragma unroll
     for (int p = 0; p < PER_THREAD; ++p) {
         const int at = first + p * step;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 #pragma unroll
         for (int i = 0; i < N; ++i) squares += values[i] * values[i];
     }
-    const float factor = 1.0F / sqrtf(block_sum(squares, scratch) / static_cast<float>(width) + eps);
+    const float factor = rsqrtf(__fdividef(block_sum(squares, scratch), static_cast<float>(width)) + eps);
     // Each thread reads what it wrote itself: no barrier is needed for the residual.
     const T* again = ADD ? residual : x;
     for (int at = first; at < width; at += step) {
