@@ -44,7 +44,7 @@ pub enum DeviceError {
 }
 
 /// Element type of stored weights and KV blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// 32-bit float.
     F32,

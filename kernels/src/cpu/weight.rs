@@ -140,7 +140,7 @@ fn check(part: &HostMatrix) -> Result<(), String> {
 }
 
 /// Whether the parts make one vector when stacked.
-fn are_vectors(parts: &[HostMatrix]) -> bool {
+pub(crate) fn are_vectors(parts: &[HostMatrix]) -> bool {
     parts.iter().all(|p| p.rows == 1) || parts.iter().all(|p| p.cols == 1)
 }
 

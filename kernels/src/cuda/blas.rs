@@ -16,12 +16,16 @@ use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 
 /// What NVIDIA recommends for Hopper; sums of divided products are kept in it.
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Algorithms that are asked for; the first that fits is taken.
 const CANDIDATES: usize = 8;
+
+/// `CUBLAS_OP_T`, which the bindings of cuBLASLt leave to those of cuBLAS.
+const TRANSPOSED: i32 = 1;
 
 /// cuBLASLt on one device.
 #[derive(Debug)]
@@ -80,23 +84,30 @@ impl Blas {
         bias: Option<&CudaWeight>,
         out: &mut CudaTensor,
     ) -> Result<(), String> {
-        let shape = Shape {
-            rows: bucket(x.rows()),
+        let exact = Shape {
+            rows: x.rows(),
             inputs: weight.cols(),
             outputs: weight.rows(),
             element: weight.element(),
             out: out.element(),
             biased: bias.is_some(),
         };
-        let said = |error: CublasError| format!("cuBLASLt failed ({error}) at {shape:?}");
-        let mut plans = self.plans.borrow_mut();
-        if !plans.contains_key(&shape) {
-            plans.insert(shape, Plan::choose(self.handle, shape).map_err(said)?);
-        }
-        let plan = &plans[&shape];
         let bias = bias.map(|bias| bias.pointer_as(out.element()));
-        plan.run((self, device), x, weight.pointer(), bias, out)
-            .map_err(said)
+        let shared = Shape {
+            rows: bucket(exact.rows),
+            ..exact
+        };
+        let mut plans = self.plans.borrow_mut();
+        let mut run = |shape: Shape| {
+            let plan = match plans.entry(shape) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(Plan::choose(self.handle, shape)?),
+            };
+            plan.run((self, device), x, weight.pointer(), bias, out)
+        };
+        // An algorithm may refuse numbers of rows near the one it was chosen for; these get their own.
+        let done = run(shared).or_else(|_| run(exact));
+        done.map_err(|error| format!("cuBLASLt failed ({error}) at {exact:?}"))
     }
 }
 
@@ -236,10 +247,7 @@ impl Product {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let product = Self(result::create_matmul_desc(sums, data_type(Element::F32))?);
-        product.set(
-            Attribute::CUBLASLT_MATMUL_DESC_TRANSA,
-            &(sys::cublasOperation_t::CUBLAS_OP_T as i32),
-        )?;
+        product.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
         if let Some(bias) = bias {
             product.set(
                 Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,

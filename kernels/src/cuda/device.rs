@@ -82,11 +82,14 @@ impl Device {
         let bytes = bytes.max(1);
         // SAFETY: the memory is filled below, before anything reads it.
         let start = unsafe { result::malloc_sync(bytes) };
-        let start = start.map_err(|_| DeviceError::OutOfMemory {
-            device: self.name.clone(),
-            what: what.to_owned(),
-            needed: bytes as u64,
-            free: self.memory().1,
+        let start = start.map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => DeviceError::OutOfMemory {
+                device: self.name.clone(),
+                what: what.to_owned(),
+                needed: bytes as u64,
+                free: self.memory().1,
+            },
+            _ => self.failed(&format!("gives no memory for {what}"), error),
         })?;
         let memory = Memory {
             context: self.context().clone(),
@@ -167,7 +170,7 @@ impl Device {
         ended(waited, &self.name, "did not finish its work")
     }
 
-    /// Threads in a block cannot exceed what the card has; its multiprocessors say how many blocks keep it busy.
+    /// How many blocks of threads run at the same time, at least.
     pub(crate) fn multiprocessors(&self) -> usize {
         use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = (self.context()).attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
@@ -258,11 +261,6 @@ impl Drop for Memory {
 }
 
 impl Pinned {
-    /// Size.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// The contents, after the last copy.
     pub(crate) fn read(&self) -> Result<&[u8], DeviceError> {
         self.wait()?;

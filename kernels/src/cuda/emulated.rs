@@ -5,6 +5,12 @@
 //!
 //! Invariant: the same interface as `device.rs`, and the same checks of ranges.
 
+#![expect(
+    clippy::unnecessary_wraps,
+    clippy::unused_self,
+    reason = "the interface is device.rs's"
+)]
+
 use super::stop::Stop;
 use crate::backend::DeviceError;
 use std::ffi::c_void;
@@ -172,8 +178,7 @@ impl Memory {
 }
 
 impl Pinned {
-    /// Size.
-    pub(crate) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.memory.bytes()
     }
 

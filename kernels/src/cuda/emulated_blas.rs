@@ -6,6 +6,11 @@
     unsafe_code,
     reason = "emulated device memory is read through its pointers"
 )]
+#![expect(
+    clippy::unnecessary_wraps,
+    clippy::unused_self,
+    reason = "the interface is blas.rs's"
+)]
 
 use super::device::Device;
 use super::{CudaTensor, CudaWeight};

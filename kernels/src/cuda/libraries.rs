@@ -24,46 +24,50 @@ struct Wanted {
     name: &'static str,
     files: &'static [&'static str],
     how: &'static str,
+    /// Once opened it stays so: the loader then finds it by its name, wherever it is.
+    opened: OnceLock<Result<Library, String>>,
 }
 
-const DRIVER: Wanted = Wanted {
+static DRIVER: Wanted = Wanted {
     name: "the NVIDIA driver",
     files: &["libcuda.so.1", "libcuda.so"],
     how: "install the NVIDIA driver of version 580 or newer; in a container, start it with the GPUs (docker run --gpus all)",
+    opened: OnceLock::new(),
 };
 
-const CUBLASLT: Wanted = Wanted {
+static CUBLASLT: Wanted = Wanted {
     name: "cuBLASLt",
     files: &["libcublasLt.so.13", "libcublasLt.so"],
     how: "install CUDA 13's libraries (apt-get install libcublas-13-0, or pip install nvidia-cublas), or set CLUSTER_CUDA_LIBRARIES to the directory that holds it",
+    opened: OnceLock::new(),
 };
 
-const NVML: Wanted = Wanted {
+static NVML: Wanted = Wanted {
     name: "NVML",
     files: &["libnvidia-ml.so.1", "libnvidia-ml.so"],
     how: "it comes with the NVIDIA driver; in a container, ask for the utility capability (NVIDIA_DRIVER_CAPABILITIES=compute,utility)",
+    opened: OnceLock::new(),
 };
 
-/// An error where the driver is not there.
+/// An error where the driver is not there; afterwards the loader finds it by its name.
 pub(crate) fn check_driver(ordinal: usize) -> Result<(), DeviceError> {
-    open(&DRIVER)
-        .map(drop)
-        .map_err(|reason| DeviceError::Failed {
-            device: format!("GPU {ordinal}"),
-            reason,
-        })
+    DRIVER.check(&format!("GPU {ordinal}"))
 }
 
 /// An error where cuBLASLt is not there; afterwards the loader finds it by its name.
 pub(crate) fn check_cublaslt(device: &str) -> Result<(), DeviceError> {
-    let failed = |reason| DeviceError::Failed {
-        device: device.to_owned(),
-        reason,
-    };
-    static OPENED: OnceLock<Result<Library, String>> = OnceLock::new();
-    match OPENED.get_or_init(|| open(&CUBLASLT)) {
-        Ok(_) => Ok(()),
-        Err(reason) => Err(failed(reason.clone())),
+    CUBLASLT.check(device)
+}
+
+impl Wanted {
+    fn check(&self, device: &str) -> Result<(), DeviceError> {
+        match self.opened.get_or_init(|| open(self)) {
+            Ok(_) => Ok(()),
+            Err(reason) => Err(DeviceError::Failed {
+                device: device.to_owned(),
+                reason: reason.clone(),
+            }),
+        }
     }
 }
 
@@ -84,9 +88,12 @@ fn directories() -> Vec<PathBuf> {
         all.extend(env::var_os(toolkit).map(|root| Path::new(&root).join("lib64")));
     }
     all.extend(["/usr/local/cuda/lib64", "/usr/local/nvidia/lib64"].map(PathBuf::from));
-    // Python packages: the environment that is active, and the system's.
-    let roots = env::var_os("VIRTUAL_ENV").into_iter().map(PathBuf::from);
-    for root in roots.chain(["/usr/local", "/usr"].map(PathBuf::from)) {
+    // Python packages: of the python3 that is on the PATH, and the system's.
+    let path = env::var_os("PATH").unwrap_or_default();
+    let python = env::split_paths(&path).find(|dir| dir.join("python3").exists());
+    let root = python.and_then(|dir| dir.parent().map(Path::to_path_buf));
+    let system = ["/usr/local", "/usr"].map(PathBuf::from);
+    for root in root.into_iter().chain(system) {
         let Ok(versions) = root.join("lib").read_dir() else {
             continue;
         };
@@ -130,9 +137,10 @@ fn open(wanted: &Wanted) -> Result<Library, String> {
     }
     let mut searched = vec!["the loader's directories (LD_LIBRARY_PATH)".to_owned()];
     searched.extend(directories.iter().map(|dir| dir.display().to_string()));
-    let refused = match refused.is_empty() {
-        true => String::new(),
-        false => format!(" (found, but: {})", refused.join("; ")),
+    let refused = if refused.is_empty() {
+        String::new()
+    } else {
+        format!(" (found, but: {})", refused.join("; "))
     };
     Err(format!(
         "{} is not there: no {} in {}{refused}; {}",
@@ -153,6 +161,7 @@ mod tests {
             name: "the library of this test",
             files: &["libcluster_test_nowhere.so.7"],
             how: "do not",
+            opened: OnceLock::new(),
         };
         let sentence = open(&wanted).unwrap_err();
         for part in [
@@ -172,6 +181,7 @@ mod tests {
             name: "the C library",
             files: &["libc.so.6"],
             how: "nothing",
+            opened: OnceLock::new(),
         };
         assert!(open(&wanted).is_ok());
     }

@@ -16,7 +16,7 @@ use super::device::Device;
 use super::transfer::Transfer;
 use crate::backend::{DeviceError, Element, HostMatrix};
 use crate::cpu::element::{Stored, by_element};
-use crate::cpu::weight::stacked_shape;
+use crate::cpu::weight::{are_vectors, stacked_shape};
 use rustix::mm::Advice;
 use std::ops::Range;
 
@@ -50,7 +50,7 @@ pub(crate) fn load(
         Ok((memory, element))
     };
     let memory = place(store, progress)?;
-    let other = (rows.min(cols) == 1 && store != compute)
+    let other = (are_vectors(parts) && store != compute)
         .then(|| place(compute, &mut |_| ()))
         .transpose()?;
     Ok(CudaWeight::new(memory, (rows, cols), other))
@@ -149,6 +149,10 @@ fn element_at(part: &HostMatrix, index: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Backend;
+    use crate::cuda::CudaBackend;
+    use crate::cuda::device::Memory;
+    use crate::cuda::testing::each_element;
     use crate::testing::{ELEMENTS, Rng, host_matrix, rounded};
 
     #[test]
@@ -181,5 +185,51 @@ mod tests {
                 assert_eq!(found, expected, "{stored:?} as {store:?}");
             }
         }
+    }
+
+    /// More than two pieces, so that buffers are used again while they are copied.
+    #[test]
+    fn a_large_weight_arrives_whole_with_its_progress_and_its_copy_for_biases() {
+        each_element(42, |cuda, rng| {
+            let (rows, cols) = (2 * cuda.element().bytes() + 1, 5 << 20);
+            let stored: Vec<u8> = (0..rows * cols).map(|i| (i % 251) as u8 & 0x3f).collect();
+            // Two bytes are one half: small numbers of either sign, exact in f32.
+            let part = |element: Element| HostMatrix {
+                data: bytes::Bytes::from(stored.clone()),
+                element,
+                rows,
+                cols: cols / element.bytes(),
+                row_stride: cols / element.bytes(),
+            };
+            let element = cuda.element();
+            let mut done = 0;
+            let weight = cuda
+                .load(&[part(element)], element, &mut |bytes| done += bytes)
+                .unwrap();
+            assert_eq!(done, stored.len() as u64);
+            assert!(
+                bytes_of(cuda, weight.memory()) == stored,
+                "the bytes are the stored ones"
+            );
+
+            let short = rng.values(1000);
+            let vector = host_matrix(rng, &short, 1000, Element::F32);
+            let vector = cuda.load(&[vector], Element::F32, &mut |_| ()).unwrap();
+            assert_eq!(vector.element(), Element::F32);
+            let whole = bytes_of(cuda, vector.memory());
+            assert_eq!(whole, bytemuck::cast_slice::<f32, u8>(&short));
+            assert_eq!(
+                element == Element::F32,
+                vector.pointer_as(element) == vector.pointer()
+            );
+        });
+    }
+
+    fn bytes_of(cuda: &CudaBackend, memory: &Memory) -> Vec<u8> {
+        let mut found = Vec::new();
+        let mut take = |bytes: &[u8]| found.extend_from_slice(bytes);
+        let mut transfer = cuda.transfer.borrow_mut();
+        (transfer.read(&cuda.device, (memory, memory.bytes()), &mut take)).unwrap();
+        found
     }
 }

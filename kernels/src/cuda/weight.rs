@@ -34,6 +34,12 @@ impl CudaWeight {
         }
     }
 
+    /// The memory of what [`Self::pointer`] points to.
+    #[cfg(test)]
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     /// The first element, on the device.
     pub fn pointer(&self) -> *const c_void {
         self.memory.pointer()

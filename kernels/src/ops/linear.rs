@@ -188,17 +188,72 @@ pub(crate) mod cuda {
             cuda.multiply((x, weight), bias, out);
         }
     }
+
+    #[cfg(test)]
+    mod tests {
+        use crate::backend::{Backend, Element, Precision};
+        use crate::cuda::testing::{each_element, read, tolerance, values};
+        use crate::ops::linear::tests::reference;
+        use crate::testing::{assert_close, host_matrix, rounded};
+
+        #[test]
+        fn is_the_reference_and_narrow_inputs_can_give_f32() {
+            each_element(41, |cuda, rng| {
+                for case in 0..24 {
+                    let (rows, inputs) = (rng.within(1..40), rng.within(1..200));
+                    let outputs = rng.within(1..70);
+                    // 16 bytes in a row is what the fast algorithms want; the others must do as well.
+                    let inputs = if case % 2 == 0 {
+                        inputs.next_multiple_of(8)
+                    } else {
+                        inputs
+                    };
+                    let precision = rng.pick(&[Precision::Compute, Precision::F32]);
+                    println!("case {case}: {rows} x {inputs} x {outputs} to {precision:?}");
+                    let w = values(cuda, rng, outputs * inputs);
+                    let matrix = host_matrix(rng, &w, inputs, Element::F32);
+                    let weight = cuda.load(&[matrix], cuda.element(), &mut |_| ()).unwrap();
+                    // A bias as checkpoints have it: in pieces, in f32.
+                    let bias_values = values(cuda, rng, outputs);
+                    let cut = rng.within(0..outputs);
+                    let pieces = [&bias_values[..cut], &bias_values[cut..]];
+                    let pieces: Vec<_> = pieces
+                        .into_iter()
+                        .filter(|piece| !piece.is_empty())
+                        .map(|piece| host_matrix(rng, piece, piece.len(), Element::F32))
+                        .collect();
+                    let bias = cuda.load(&pieces, Element::F32, &mut |_| ()).unwrap();
+                    let biased = precision == Precision::Compute && rng.pick(&[false, true]);
+                    let x_values = values(cuda, rng, rows * inputs);
+                    let mut x = cuda.allocate(rows + 3, inputs, Precision::Compute).unwrap();
+                    cuda.write(&x_values, &mut x).unwrap();
+                    let mut out = cuda.allocate(rows, outputs, precision).unwrap();
+                    cuda.linear(&x, &weight, biased.then_some(&bias), &mut out);
+                    let bias = biased.then_some(&*bias_values);
+                    let expected = reference(&x_values, &w, inputs, bias);
+                    let expected = rounded(&expected, out.element());
+                    let (atol, rtol) = tolerance(out.element());
+                    assert_close(&read(cuda, &out), &expected, atol * inputs as f32, rtol);
+                }
+            });
+        }
+    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use crate::backend::{Backend, Element, Precision};
     use crate::cpu::CpuBackend;
     use crate::testing::{
         ELEMENTS, Rng, assert_close, backends, bits, host_matrix, rounded, tensor, weight,
     };
 
-    fn reference(x: &[f32], weight: &[f32], inputs: usize, bias: Option<&[f32]>) -> Vec<f32> {
+    pub(super) fn reference(
+        x: &[f32],
+        weight: &[f32],
+        inputs: usize,
+        bias: Option<&[f32]>,
+    ) -> Vec<f32> {
         let mut out = Vec::new();
         for x in x.chunks_exact(inputs) {
             for (column, w) in weight.chunks_exact(inputs).enumerate() {
