@@ -12,7 +12,6 @@
     test,
     expect(
         clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
         reason = "the sizes in tests are small; the library itself is checked without this"
     )
 )]

@@ -207,7 +207,7 @@ impl FlashInfer {
         cut.made_for = None;
         let words: &mut [u32] = bytemuck::cast_slice_mut(cut.pinned.write()?);
         cut.plan = interface::plan(&step, words, self.partials.bytes())
-            .map_err(|reason| failed(device, reason))?;
+            .map_err(|reason| failed(device, &reason))?;
         let used = cut.plan.words as usize * size_of::<u32>();
         device.upload(&cut.pinned, used, (&mut cut.indices, 0))?;
         cut.made_for = Some(key);
@@ -256,7 +256,7 @@ pub(crate) fn attend(
         let size = format!("[{}, {}]", qkv.rows(), qkv.width());
         return Err(failed(
             &backend.device,
-            format!("attention of a step of {size} elements"),
+            &format!("attention of a step of {size} elements"),
         ));
     }
 
@@ -288,7 +288,7 @@ pub(crate) fn attend(
     };
     let plan = &space.cuts[place].plan;
     interface::run(backend.stream(), element_code(element), &call, plan)
-        .map_err(|reason| failed(&backend.device, reason))?;
+        .map_err(|reason| failed(&backend.device, &reason))?;
     Ok(true)
 }
 
@@ -296,7 +296,7 @@ fn small(size: usize) -> u32 {
     u32::try_from(size).expect("sizes of a step are below 2^32")
 }
 
-fn failed(device: &Device, reason: String) -> DeviceError {
+fn failed(device: &Device, reason: &str) -> DeviceError {
     DeviceError::Failed {
         device: device.name().to_owned(),
         reason: format!("FlashInfer: {reason}"),

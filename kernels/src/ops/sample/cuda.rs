@@ -33,6 +33,9 @@ const ROW: usize = 3;
 const REQUEST: usize = 18;
 const RESULT: usize = 6;
 
+/// The word of a request that says where its alternatives go.
+const TOP_AT: usize = 4;
+
 /// Kinds of requests, as in `cuda.cu`.
 const SCORE: u32 = 0;
 const GREEDY: u32 = 1;
@@ -169,7 +172,7 @@ impl Space {
             .download((&self.results, 0), bytes, &mut self.download)?;
         let words: &[u32] = bytemuck::cast_slice(self.download.read()?);
         for (i, &place) in self.packed.places.iter().enumerate() {
-            let top = self.packed.requests[i][4] as usize..;
+            let top = self.packed.requests[i][TOP_AT] as usize..;
             let result = &words[i * RESULT..][..RESULT];
             results[place] = Some(read_result(&requests[place], vocab, result, &words[top]));
         }
@@ -270,7 +273,7 @@ impl Packed {
             return false;
         }
         // Alternatives stand behind the results of all requests; `write` adds where that is.
-        words[4] = unsigned(self.results - self.requests.len() * RESULT);
+        words[TOP_AT] = unsigned(self.results - self.requests.len() * RESULT);
         self.results = results;
         let index = unsigned(self.requests.len());
         self.requests.push(words);
@@ -285,31 +288,45 @@ impl Packed {
 
     /// A request's words, its lists added to the others.
     fn pack(&mut self, request: &SampleRequest, vocab: usize) -> [u32; REQUEST] {
-        let mut words = [0; REQUEST];
-        words[2] = u32::from(request.logprobs.is_some());
-        words[3] = unsigned(request.logprobs.unwrap_or(0).min(vocab));
+        let scored = u32::from(request.logprobs.is_some());
+        let top = unsigned(request.logprobs.unwrap_or(0).min(vocab));
         let params = match &request.choice {
             Choice::Score(token) => {
-                (words[0], words[1]) = (SCORE, *token);
+                let mut words = [0; REQUEST];
+                words[..4].copy_from_slice(&[SCORE, *token, scored, top]);
                 return words;
             }
             Choice::Sample(params) => params,
         };
-        words[0] = match (is_greedy(params), changes_logits(params)) {
+        let kind = match (is_greedy(params), changes_logits(params)) {
             (true, false) => GREEDY,
             (true, true) => GREEDY_CHANGED,
             (false, _) => DRAW,
         };
-        if words[0] == DRAW {
-            words[5..11].copy_from_slice(&draw_words(params, vocab));
-        }
-        words[11] = params.repetition_penalty.to_bits();
-        words[12] = params.presence_penalty.to_bits();
-        words[13] = params.frequency_penalty.to_bits();
-        (words[14], words[15]) = self.pack_changes(params, vocab);
-        // Without a restriction the length is `u32::MAX`.
-        (words[16], words[17]) = self.pack_allowed(params, vocab);
-        words
+        let [u_low, u_high] = philox::words(philox::uniform(params.seed, params.position));
+        let (top_k, top_p, min_p) = filters(params, vocab);
+        let (edits_at, edits) = self.pack_changes(params, vocab);
+        let (allowed_at, allowed) = self.pack_allowed(params, vocab);
+        [
+            kind,
+            0,
+            scored,
+            top,
+            0, // `top_at`: `push` fills it in.
+            u_low,
+            u_high,
+            (1.0 / params.temperature).to_bits(),
+            min_p.to_bits(),
+            top_p.to_bits(),
+            top_k,
+            params.repetition_penalty.to_bits(),
+            params.presence_penalty.to_bits(),
+            params.frequency_penalty.to_bits(),
+            edits_at,
+            edits,
+            allowed_at,
+            allowed,
+        ]
     }
 
     /// Where the changes begin, and how many there are.
@@ -399,7 +416,7 @@ impl Packed {
     fn write(&mut self, words: &mut [u32]) -> (usize, usize, usize) {
         let results = unsigned(self.requests.len() * RESULT);
         for request in &mut self.requests {
-            request[4] += results;
+            request[TOP_AT] += results;
         }
         let requests_at = self.lists.len();
         let rows_at = requests_at + self.requests.len() * REQUEST;
@@ -411,27 +428,17 @@ impl Packed {
     }
 }
 
-/// What only a draw needs: the random number, the low half first; 1 / temperature, min-p, top-p, top-k, neutral
-/// where they are off.
-fn draw_words(params: &SampleParams, vocab: usize) -> [u32; 6] {
-    let uniform = philox::uniform(params.seed, params.position);
-    let [low, high] = philox::words(uniform);
-    let top_p = if params.top_p < 1.0 {
-        params.top_p.max(0.0)
-    } else {
-        1.0
-    };
+/// Top-k, top-p and min-p, each neutral where it would remove nothing.
+fn filters(params: &SampleParams, vocab: usize) -> (u32, f32, f32) {
     let top_k = if params.top_k < vocab {
         unsigned(params.top_k)
     } else {
         0
     };
-    [
-        low,
-        high,
-        (1.0 / params.temperature).to_bits(),
-        params.min_p.max(0.0).to_bits(),
-        top_p.to_bits(),
-        top_k,
-    ]
+    let top_p = if params.top_p < 1.0 {
+        params.top_p.max(0.0)
+    } else {
+        1.0
+    };
+    (top_k, top_p, params.min_p.max(0.0))
 }

@@ -26,7 +26,8 @@ mod score;
 mod select;
 #[cfg(test)]
 mod tests;
-#[cfg(all(test, feature = "cuda"))]
+#[cfg(test)]
+#[cfg(feature = "cuda")]
 mod twin;
 
 use crate::backend::DeviceError;
@@ -322,7 +323,6 @@ fn share(p: f64, total: u64) -> u64 {
 }
 
 /// `u * total` where `u` is a fraction of 2^64.
-#[expect(clippy::cast_possible_truncation, reason = "the half fits")]
 fn high_half(u: u64, total: u64) -> u64 {
     ((u128::from(u) * u128::from(total)) >> 64) as u64
 }
