@@ -1,0 +1,1 @@
+"""The checks that scripts/gpu_check.sh runs; see there."""
