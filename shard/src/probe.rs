@@ -9,9 +9,8 @@ use topology::gpus::Probe;
 
 /// Prints a [`Probe`]. 0 also where it is a sentence: that is an answer.
 pub fn probe() -> ExitCode {
-    let mut line = match serde_json::to_vec(&host()) {
-        Ok(line) => line,
-        Err(_) => return ExitCode::FAILURE,
+    let Ok(mut line) = serde_json::to_vec(&host()) else {
+        return ExitCode::FAILURE;
     };
     line.push(b'\n');
     match io::stdout().write_all(&line) {

@@ -18,7 +18,7 @@
 mod options;
 mod ranks;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use kernels::backend::{Backend, Element};
 use kernels::cpu::CpuBackend;
 use options::{Device, Options};
@@ -69,7 +69,7 @@ fn choose(options: &Options) -> Result<()> {
             )
         }
         #[cfg(not(feature = "cuda"))]
-        Device::Gpu(_) => bail!("--device cuda needs a build with the feature `cuda`"),
+        Device::Gpu(_) => anyhow::bail!("--device cuda needs a build with the feature `cuda`"),
     }
 }
 
@@ -148,7 +148,7 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
         let per_sequence = (context + WARM_UP + options.steps).div_ceil(BLOCK_SIZE);
         let row = |index: u32, step: u32| {
             let blocks = (0..per_sequence).map(|block| BlockId(index * per_sequence + block));
-            self.row(
+            row_of(
                 &[token(&self.shape, index + step)],
                 context + step,
                 blocks.collect(),
@@ -180,7 +180,7 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
     fn prefill(&mut self, tokens: u32) -> Result<()> {
         let prompt: Vec<u32> = (0..tokens).map(|at| token(&self.shape, at)).collect();
         let blocks: Vec<BlockId> = (0..tokens.div_ceil(BLOCK_SIZE)).map(BlockId).collect();
-        let row = self.row(&prompt, 0, blocks);
+        let row = row_of(&prompt, 0, blocks);
         let plans = (0..WARM_UP + PREFILLS).map(|_| vec![row.clone()]);
         let times = self.time(plans.collect())?;
         let median = times.median();
@@ -194,20 +194,6 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
             "collective_us": times.collective_us,
         }));
         Ok(())
-    }
-
-    fn row(&self, tokens: &[u32], position: u32, blocks: Vec<BlockId>) -> PlanRow {
-        let end = position + u32::try_from(tokens.len()).unwrap_or(u32::MAX);
-        PlanRow {
-            tokens: tokens.to_vec(),
-            position,
-            blocks,
-            sampling: Some(Box::new(Sampling {
-                position: end,
-                ..Sampling::default()
-            })),
-            ..PlanRow::default()
-        }
     }
 
     /// Runs the plans and times all but the first.
@@ -269,6 +255,20 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
         if self.speaks {
             println!("{line}");
         }
+    }
+}
+
+fn row_of(tokens: &[u32], position: u32, blocks: Vec<BlockId>) -> PlanRow {
+    let end = position + u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+    PlanRow {
+        tokens: tokens.to_vec(),
+        position,
+        blocks,
+        sampling: Some(Box::new(Sampling {
+            position: end,
+            ..Sampling::default()
+        })),
+        ..PlanRow::default()
     }
 }
 

@@ -4,6 +4,7 @@
 
 use crate::options::{Device, Options};
 use anyhow::{Context, Result, ensure};
+use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
@@ -69,8 +70,11 @@ pub(crate) fn identity(
     }
     let id = make()?;
     if options.rank.is_some() {
-        let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-        println!("{ID}{digits}");
+        let mut line = ID.to_owned();
+        for byte in &id {
+            write!(line, "{byte:02x}").context("write into a string")?;
+        }
+        println!("{line}");
     }
     Ok(id)
 }

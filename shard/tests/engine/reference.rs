@@ -82,7 +82,7 @@ impl Reference {
 }
 
 /// The largest difference of two rows of log-probabilities, relative to the largest logit.
-pub(crate) fn distance(found: &[f32], logits: &[f32]) -> f32 {
+fn distance(found: &[f32], logits: &[f32]) -> f32 {
     let largest = logits.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
     let top = logits.iter().copied().fold(f32::MIN, f32::max);
     let sum: f64 = logits.iter().map(|x| f64::from(x - top).exp()).sum();

@@ -5,13 +5,12 @@
 //! The tolerance is relative to the row's largest absolute reference logit. Promised is 1e-3; what is
 //! tested is ten times closer, and what is found is another fifty.
 
-use crate::reference::{Reference, distance, reference};
+use crate::reference::{Reference, reference};
 use crate::support::{
     BLOCK_SIZE, Cluster, Group, Random, Request, Tested, Ways, fixtures, generate, load, open,
 };
 use kernels::cpu::CpuBackend;
 use safetensors::SafeTensors;
-use std::path::Path;
 use topology::ids::Rank;
 use topology::model_files::ModelFiles;
 use topology::partition::Partition;
@@ -34,11 +33,7 @@ pub(crate) fn compare<B: Tested>(
 ) -> (f32, Vec<u32>) {
     let mut cluster = Group::<B>::start(files, load);
     let found = log_probabilities(&mut cluster, reference);
-    let distances = found
-        .iter()
-        .zip(&reference.logits)
-        .map(|(f, r)| distance(f, r));
-    let worst = distances.fold(0.0, f32::max);
+    let worst = reference.worst(&found);
     let request = Request {
         prompt: reference.prompt.clone(),
         sampling: Sampling::default(),
@@ -105,10 +100,6 @@ fn the_tolerance_notices_a_single_changed_weight() {
     let (files, _) = open(copy.path());
     let mut cluster = Cluster::start(&files, &load(2, 64, "auto"));
     let found = log_probabilities(&mut cluster, &reference);
-    let distances = found
-        .iter()
-        .zip(&reference.logits)
-        .map(|(f, r)| distance(f, r));
-    let worst = distances.fold(0.0, f32::max);
+    let worst = reference.worst(&found);
     assert!(worst > 10.0 * TOLERANCE, "off by {worst} only");
 }

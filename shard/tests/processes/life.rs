@@ -23,7 +23,9 @@ fn abort_limit() -> Duration {
 fn comparable(answers: &[ScoredToken]) -> Vec<ScoredToken> {
     let mut answers = answers.to_vec();
     if is_gpu() {
-        answers.iter_mut().for_each(|answer| answer.score = None);
+        for answer in &mut answers {
+            answer.score = None;
+        }
     }
     answers
 }

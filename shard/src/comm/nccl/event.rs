@@ -92,7 +92,7 @@ pub(super) fn wait(mut is_done: impl FnMut() -> Result<bool, CommError>) -> Resu
         looks = looks.saturating_add(1);
         if looks >= SPINS {
             thread::sleep(PAUSE);
-        } else if looks % 64 == 0 {
+        } else if looks.is_multiple_of(64) {
             thread::yield_now();
         }
     }

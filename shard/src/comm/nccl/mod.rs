@@ -128,7 +128,7 @@ impl Group {
     /// Waits for the fence before the last, now and then.
     fn fence(&mut self) -> Result<(), CommError> {
         self.fences.queued += 1;
-        if self.fences.queued % FENCE_EVERY != 0 {
+        if !self.fences.queued.is_multiple_of(FENCE_EVERY) {
             return Ok(());
         }
         let mark = &self.fences.marks[self.fences.next];
@@ -392,24 +392,30 @@ fn unique_id(bytes: &[u8]) -> Result<ncclUniqueId, CommError> {
 
 /// All as NCCL would choose, except that no call waits inside NCCL.
 fn config() -> sys::ncclConfig_t {
-    // Every field that is not named below: "not said", also in what is left between and after the fields,
-    // where newer versions of the library have more of them.
     const NOT_SAID: i32 = i32::MIN;
-    let mut config = MaybeUninit::<sys::ncclConfig_t>::zeroed();
-    let start = config.as_mut_ptr().cast::<i32>();
-    for at in 0..size_of::<sys::ncclConfig_t>() / size_of::<i32>() {
-        // SAFETY: inside the configuration, whose size and alignment are those of whole words.
-        unsafe { start.add(at).write(NOT_SAID) };
+    sys::ncclConfig_t {
+        // The library takes so many bytes and no more: the fields of the version that is named.
+        size: offset_of!(sys::ncclConfig_t, collnetEnable),
+        magic: CONFIG_MAGIC,
+        version: CONFIG_VERSION,
+        blocking: 0,
+        cgaClusterSize: NOT_SAID,
+        minCTAs: NOT_SAID,
+        maxCTAs: NOT_SAID,
+        netName: std::ptr::null(),
+        splitShare: NOT_SAID,
+        trafficClass: NOT_SAID,
+        commName: std::ptr::null(),
+        collnetEnable: NOT_SAID,
+        CTAPolicy: NOT_SAID,
+        shrinkShare: NOT_SAID,
+        nvlsCTAs: NOT_SAID,
+        nChannelsPerNetPeer: NOT_SAID,
+        nvlinkCentricSched: NOT_SAID,
+        graphUsageMode: NOT_SAID,
+        numRmaCtx: NOT_SAID,
+        maxP2pPeers: NOT_SAID,
     }
-    // SAFETY: plain numbers and pointers that nobody follows before they are set below.
-    let mut config = unsafe { config.assume_init() };
-    config.size = offset_of!(sys::ncclConfig_t, collnetEnable);
-    config.magic = CONFIG_MAGIC;
-    config.version = CONFIG_VERSION;
-    config.blocking = 0;
-    config.netName = std::ptr::null();
-    config.commName = std::ptr::null();
-    config
 }
 
 #[cfg(test)]
