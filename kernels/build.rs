@@ -5,6 +5,8 @@
 //! the same files are compiled by the host's compiler against `src/cuda/emulation.h`, and no toolkit is needed.
 //! Without either nothing is done. Resource use per kernel is left in `OUT_DIR/*.resources`, for a report.
 //!
+//! Objects are kept in `target/cuda-kernels`, so that builds of other profiles and features find them.
+//!
 //! Invariant: a kernel is compiled again when it, a header that it includes, or the list of architectures changes.
 
 #![expect(clippy::print_stderr, reason = "cargo shows it where the build fails")]
@@ -16,11 +18,13 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{self, Command, ExitCode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::SystemTime;
 
 /// A100, H100 with its own instructions, B200, and the workstation cards of the same time.
 const DEFAULT_ARCHS: &str = "80 90a 100 120";
@@ -58,13 +62,32 @@ fn run() -> Result<(), String> {
     }
     sources.sort();
 
-    let objects: Vec<PathBuf> = sources
-        .iter()
-        .map(|source| object_path(&out, source))
-        .collect();
+    let kept = target_dir()?.join("cuda-kernels").join(&compiler.identity);
+    fs::create_dir_all(&kept).map_err(|error| format!("make {}: {error}", kept.display()))?;
+    let in_dir = |dir: &Path| -> Vec<PathBuf> {
+        (sources.iter().map(|source| object_path(dir, source))).collect()
+    };
+    let (objects, copies) = (in_dir(&kept), in_dir(&out));
     compile_all(&compiler, &sources, &objects)?;
-    archive(&out, &objects)?;
-    compiler.link(&out);
+    for (object, copy) in objects.iter().zip(&copies) {
+        copy_object(object, copy)?;
+    }
+    archive(&out, &copies)?;
+    compiler.link();
+    Ok(())
+}
+
+/// Copies an object, and what was said about its kernels, to where scripts find those of this build.
+fn copy_object(object: &Path, copy: &Path) -> Result<(), String> {
+    for extension in ["o", "resources"] {
+        let (from, to) = (
+            object.with_extension(extension),
+            copy.with_extension(extension),
+        );
+        if from.exists() {
+            fs::copy(&from, &to).map_err(|error| format!("copy {}: {error}", from.display()))?;
+        }
+    }
     Ok(())
 }
 
@@ -143,7 +166,7 @@ struct Compiler {
     arguments: Vec<OsString>,
     /// The toolkit's libraries; none under emulation.
     libraries: Option<PathBuf>,
-    /// Changes when objects of another compiler or another list of architectures must not be taken.
+    /// A directory's name: another compiler's objects, or those for other architectures, must not be taken.
     identity: String,
 }
 
@@ -188,6 +211,10 @@ impl Compiler {
             .chain(on_path)
             .find(|root| root.join("bin/nvcc").is_file())
             .ok_or("no CUDA compiler: neither in CUDA_HOME, nor in target/cuda, nor on the PATH; run scripts/cuda_toolchain.sh, which installs one into target/cuda")?;
+        println!(
+            "cargo:rerun-if-changed={}",
+            installed.join("pins").display()
+        );
         let flashinfer = installed.join("flashinfer");
         if !flashinfer.is_dir() {
             return Err("FlashInfer's headers are not in target/cuda; run scripts/cuda_toolchain.sh, which installs them".to_owned());
@@ -235,7 +262,15 @@ impl Compiler {
     }
 
     fn new(program: PathBuf, arguments: Vec<OsString>, libraries: Option<PathBuf>) -> Self {
-        let identity = format!("{} {arguments:?}", program.display());
+        let mut hasher = DefaultHasher::new();
+        // Paths in what compilers write are relative to the package.
+        (&program, &arguments, env::var_os("CARGO_MANIFEST_DIR")).hash(&mut hasher);
+        let kind = if libraries.is_some() {
+            "nvcc"
+        } else {
+            "emulation"
+        };
+        let identity = format!("{kind}-{:016x}", hasher.finish());
         Self {
             program,
             arguments,
@@ -246,32 +281,39 @@ impl Compiler {
 
     /// Compiles one file unless its object is newer than everything it was made of.
     fn compile(&self, source: &Path, object: &Path) -> Result<(), String> {
-        let dependencies = object.with_extension("d");
-        let stamp = object.with_extension("args");
-        let same = fs::read_to_string(&stamp).is_ok_and(|made_by| made_by == self.identity);
-        if same && is_newer(object, &dependencies) {
+        if is_newer(object, &object.with_extension("d")) {
             return Ok(());
         }
-        let _ = fs::remove_file(&stamp);
+        let start = SystemTime::now();
+        // Another build may be at the same object: each writes its own and moves it into place.
+        let own = |extension: &str| object.with_extension(format!("{}.{extension}", process::id()));
+        let (made, dependencies, resources) = (own("o"), own("d"), own("resources"));
         let mut command = Command::new(&self.program);
         command
             .args(&self.arguments)
             .arg(source)
             .arg("-o")
-            .arg(object);
+            .arg(&made);
         command.arg("-MMD").arg("-MF").arg(&dependencies);
         let said = run_quietly(&mut command)?;
-        let write = |path: &Path, text: &str| {
-            fs::write(path, text).map_err(|error| format!("write {}: {error}", path.display()))
+        let place = || {
+            // What changed while the compiler ran is newer than this.
+            fs::File::options()
+                .write(true)
+                .open(&made)?
+                .set_modified(start)?;
+            if self.libraries.is_some() {
+                fs::write(&resources, &said)?;
+                fs::rename(&resources, object.with_extension("resources"))?;
+            }
+            fs::rename(&dependencies, object.with_extension("d"))?;
+            fs::rename(&made, object)
         };
-        if self.libraries.is_some() {
-            write(&object.with_extension("resources"), &said)?;
-        }
-        write(&stamp, &self.identity)
+        place().map_err(|error| format!("write {}: {error}", object.display()))
     }
 
     /// What the kernels need beside themselves.
-    fn link(&self, out: &Path) {
+    fn link(&self) {
         if let Some(libraries) = &self.libraries {
             println!("cargo:rustc-link-search=native={}", libraries.display());
             println!("cargo:rustc-link-lib=static=cudart_static");
@@ -280,8 +322,6 @@ impl Compiler {
             }
         }
         println!("cargo:rustc-link-lib=stdc++");
-        // For scripts that report registers and spills.
-        println!("cargo:rustc-env=CLUSTER_KERNEL_OBJECTS={}", out.display());
     }
 }
 

@@ -192,8 +192,7 @@ mod tests {
     fn a_large_weight_arrives_whole_with_its_progress_and_its_copy_for_biases() {
         each_element(42, |cuda, rng| {
             let (rows, cols) = (2 * cuda.element().bytes() + 1, 5 << 20);
-            let stored: Vec<u8> = (0..rows * cols).map(|i| (i % 251) as u8 & 0x3f).collect();
-            // Two bytes are one half: small numbers of either sign, exact in f32.
+            let stored: Vec<u8> = (0..=250).cycle().take(rows * cols).collect();
             let part = |element: Element| HostMatrix {
                 data: bytes::Bytes::from(stored.clone()),
                 element,

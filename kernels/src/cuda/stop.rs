@@ -6,6 +6,11 @@
 //!
 //! Invariant: a wait returns within a millisecond of the flag, whatever the device does.
 
+#![cfg_attr(
+    all(feature = "cuda-emulation", not(test)),
+    expect(dead_code, reason = "an emulated device is never waited for")
+)]
+
 use std::hint;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
