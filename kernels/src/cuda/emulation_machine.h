@@ -147,20 +147,16 @@ class Machine {
         const unsigned base = self.linear / WARP * WARP;
         if (!(mask >> (self.linear - base) & 1))
             fail("thread " + std::to_string(self.linear) + " is not in the mask of its own " + name_of(operation));
-        unsigned& missing = missing_[self.linear / WARP];
-        if (mask >> missing & 1 && base + missing < in_use_ && threads_[base + missing].wait != Wait::Warp)
-            return yield(), self.result;
-        for (unsigned lane = 0; lane < WARP; ++lane) {
+        for (unsigned i = 0; i < WARP; ++i) {
+            // The lane that runs last comes first: mostly one look is enough to know that some are missing.
+            const unsigned lane = forward_ ? WARP - 1 - i : i;
             if (!(mask >> lane & 1)) continue;
             if (base + lane >= in_use_)
                 fail(std::string(name_of(operation)) + " waits for lane " + std::to_string(lane) +
                      ", which the block does not have: use a multiple of 32 threads");
             const Thread& other = threads_[base + lane];
             // A lane in another operation may be one of fewer lanes, and come here after it.
-            if (other.wait != Wait::Warp || !same_operation(other, self)) {
-                missing = lane;
-                return yield(), self.result;
-            }
+            if (other.wait != Wait::Warp || !same_operation(other, self)) return yield(), self.result;
         }
         for (unsigned lane = 0; lane < WARP; ++lane)
             if (mask >> lane & 1) threads_[base + lane].result = exchange(base, lane);
@@ -196,8 +192,7 @@ class Machine {
     size_t shared_bytes_ = 0;
     unsigned in_use_ = 0;
     unsigned at_barrier_ = 0;
-    // The lane of each warp that was last found missing: most arrivals need to look at no other.
-    unsigned missing_[MAX_THREADS / WARP] = {};
+    bool forward_ = true;
     uint64_t launches_ = 0;
     bool inside_ = false;
     Thread* current_ = nullptr;
@@ -235,6 +230,7 @@ class Machine {
         memset(dynamic_shared() + shared_bytes_, FENCE_BYTE, FENCE);
         for (unsigned i = 0; i < in_use_; ++i) threads_[i].wait = Wait::Ready;
         at_barrier_ = 0;
+        forward_ = forward;
         // Changed between the jumps.
         volatile bool running = true;
         while (running) {
@@ -383,7 +379,8 @@ inline void Machine::begin(Thread& thread) {
     thread.begun = true;
     getcontext(&thread.entry);
     thread.entry.uc_stack.ss_sp = thread.stack + GUARD;
-    thread.entry.uc_stack.ss_size = STACK;
+    // Stacks of one size would all need the same lines of the processor's cache.
+    thread.entry.uc_stack.ss_size = STACK - thread.linear * 448 % 16384;
     thread.entry.uc_link = nullptr;
     makecontext(&thread.entry, enter_fiber, 0);
     setcontext(&thread.entry);

@@ -90,7 +90,7 @@ fn wrong_kernels_end_with_a_sentence_and_the_next_launch_works() {
         (7, FAILED, "wrote behind its 128 bytes"),
         (8, FAILED, "index 32 is outside its array"),
         (10, REFUSED, "a device refuses a grid of (0, 1, 1)"),
-        (11, FAILED, "no thread can go on"),
+        (11, FAILED, "which the block does not have"),
     ] {
         let message = sentence(which, code);
         assert!(message.contains(expected), "kernel {which}: {message}");
