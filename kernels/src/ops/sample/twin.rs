@@ -165,6 +165,26 @@ fn the_device_gives_the_answers_of_the_cpu() {
     }
 }
 
+/// Where one token is all but certain, its log-probability is the other's weight, to the last bit.
+#[test]
+fn weights_are_the_same_to_the_last_bit() {
+    let mut rng = Rng::new(28);
+    let Some(cuda) = cuda_backend() else { return };
+    let rows = 1500;
+    let values: Vec<f32> = (0..rows)
+        .flat_map(|_| [0.0, -6.5 + 4.5 * rng.value()])
+        .collect();
+    let mut twins = Twins::new(cuda, &values, (2, 2));
+    let requests: Vec<_> = (0..rows)
+        .map(|row| SampleRequest {
+            row,
+            choice: Choice::Score(0),
+            logprobs: Some(0),
+        })
+        .collect();
+    twins.agree(&requests);
+}
+
 #[test]
 fn ties_are_broken_alike_where_many_tokens_are_equal() {
     let mut rng = Rng::new(25);

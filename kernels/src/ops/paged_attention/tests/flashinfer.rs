@@ -1,0 +1,83 @@
+//! `FlashInfer`'s kernels against the CPU path, on sequences long enough for every size of tile and for keys cut
+//! into chunks. Runs on a device only: nothing of it is emulated.
+
+use super::super::flashinfer::{FlashInfer, attend as launch, takes};
+use super::{Attend, Scene};
+use crate::backend::{Element, Heads};
+use crate::cpu::CpuBackend;
+use crate::cuda::CudaBackend;
+use crate::cuda::testing::each_element;
+use crate::ops::paged_attention::attend;
+use crate::testing::{Rng, assert_close, rounded};
+
+/// Probabilities and the results of chunks are rounded to `element`, too.
+fn tolerance(element: Element) -> (f32, f32) {
+    match element {
+        Element::F32 => (0.0, 0.0),
+        Element::Bf16 => (6e-3, 1.0 / 128.0),
+        Element::F16 => (8e-4, 1.0 / 1024.0),
+    }
+}
+
+const TAKEN: Attend<CudaBackend> = |cuda, batch, attention, (qkv, cache), out| {
+    let taken = launch(cuda, batch, attention, (qkv, cache), out);
+    assert!(taken.expect("it is launched"), "the shape is compiled");
+};
+
+fn scene(rng: &mut Rng, element: Element, head_dim: usize) -> Scene {
+    let local_kv_heads = rng.pick(&[1, 2, 8]);
+    let heads = Heads {
+        local_heads: local_kv_heads * rng.pick(&[1, 4, 7]),
+        local_kv_heads,
+        head_dim,
+    };
+    // One long sequence alone has its keys cut into chunks; several short ones have small tiles.
+    let longest = rng.pick(&[20, 300, 1500]);
+    let lengths: Vec<usize> = (0..rng.pick(&[1, 1, 3]))
+        .map(|_| rng.within(longest / 2..longest))
+        .collect();
+    let mut scene = Scene::with_lengths(rng, heads, &lengths);
+    scene.layout.element = element;
+    scene.attention.sliding_window = rng.pick(&[None, None, Some(1), Some(7), Some(700)]);
+    for sequence in &mut scene.sequences {
+        *sequence = rounded(sequence, element);
+    }
+    scene
+}
+
+#[test]
+fn tiles_and_chunks_give_the_same() {
+    each_element(109, |cuda, rng| {
+        let element = cuda.element();
+        if !FlashInfer::is_for(element) {
+            return println!("skipped: no kernel of FlashInfer's for {element:?} is in this build");
+        }
+        let cpu = CpuBackend::new(2, None).expect("threads start");
+        let (atol, rtol) = tolerance(element);
+        for case in 0..24 {
+            let scene = scene(rng, element, [64, 128, 256][case % 3]);
+            println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
+            assert!(takes(element, &scene.layout, &scene.attention));
+            let expected = scene.whole((&cpu, attend));
+
+            let on = (cuda, TAKEN);
+            let mut ends = vec![Vec::new(); expected.len()];
+            let mut cache = scene.dirty_cache(cuda);
+            // All but the last tokens, and then those: prefill and decode.
+            let lengths: Vec<usize> = (0..expected.len()).map(|s| scene.length(s)).collect();
+            for last in [false, true] {
+                let part = |(s, &length): (usize, &usize)| {
+                    let start = if last { length - 1 } else { 0 };
+                    (s, start..start.max(length - 1) + usize::from(last))
+                };
+                let parts: Vec<_> = lengths.iter().enumerate().map(part).collect();
+                scene.step(on, &parts, &mut cache, &mut ends);
+            }
+            for outputs in [ends, scene.whole(on), scene.chunked(on, rng)] {
+                for (actual, expected) in outputs.iter().zip(&expected) {
+                    assert_close(actual, expected, atol, rtol);
+                }
+            }
+        }
+    });
+}
