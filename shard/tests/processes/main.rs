@@ -7,6 +7,7 @@
 //! Invariant: every wait has a deadline, so a check that hangs fails.
 
 mod collectives;
+mod doubles;
 mod group;
 mod life;
 #[path = "../engine/reference.rs"]
@@ -18,7 +19,7 @@ mod testing;
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 
-const CHECKS: [(&str, fn()); 8] = [
+const CHECKS: [(&str, fn()); 9] = [
     (
         "sums_are_the_same_in_all_processes",
         collectives::sums_are_the_same_in_all_processes,
@@ -50,6 +51,10 @@ const CHECKS: [(&str, fn()); 8] = [
     (
         "a_plan_that_cannot_be_computed_is_told_in_a_sentence",
         life::a_bad_plan,
+    ),
+    (
+        "the_same_over_doubles_of_cuda_and_nccl",
+        doubles::the_same_over_doubles_of_cuda_and_nccl,
     ),
 ];
 
