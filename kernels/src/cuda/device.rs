@@ -78,6 +78,7 @@ impl Device {
 
     /// Zeroed memory.
     pub(crate) fn allocate(&self, what: &str, bytes: usize) -> Result<Memory, DeviceError> {
+        self.bind()?;
         // The driver gives none for no bytes; a pointer is wanted all the same.
         let bytes = bytes.max(1);
         // SAFETY: the memory is filled below, before anything reads it.
@@ -104,6 +105,7 @@ impl Device {
 
     /// A pinned buffer.
     pub(crate) fn pinned(&self, what: &str, bytes: usize) -> Result<Pinned, DeviceError> {
+        self.bind()?;
         let bytes = bytes.max(1);
         // SAFETY: the memory is zeroed below, before anything reads it.
         let start = unsafe { result::malloc_host(bytes, 0) };
@@ -129,6 +131,7 @@ impl Device {
         bytes: usize,
         (to, at): (&mut Memory, usize),
     ) -> Result<(), DeviceError> {
+        self.bind()?;
         let from_bytes = &from.bytes_now()[..bytes];
         let to = to.range(at..at + bytes);
         // SAFETY: both ranges were checked; `from` is neither freed nor changed before its event.
@@ -145,6 +148,7 @@ impl Device {
         bytes: usize,
         to: &mut Pinned,
     ) -> Result<(), DeviceError> {
+        self.bind()?;
         let from = from.range(at..at + bytes);
         let stream = self.stream.cu_stream();
         let to_bytes = &mut to.write()?[..bytes];
@@ -182,6 +186,13 @@ impl Device {
 
     fn context(&self) -> &Arc<CudaContext> {
         self.stream.context()
+    }
+
+    /// Makes the context this thread's. A backend may have been made on another one; a step begins with an
+    /// upload, so launches find it there.
+    fn bind(&self) -> Result<(), DeviceError> {
+        let bound = self.context().bind_to_thread();
+        bound.map_err(|error| self.failed("cannot be used by this thread", error))
     }
 
     fn failed(&self, what: &str, error: DriverError) -> DeviceError {

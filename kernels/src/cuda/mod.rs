@@ -5,7 +5,7 @@
 //! With the feature `cuda-emulation` the same code runs on the CPU: `device` is its twin, and the kernels are
 //! compiled by the host's compiler.
 //!
-//! Invariant: one thread uses a backend, the one that made it.
+//! Invariant: one thread uses a backend at a time.
 
 mod batch;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated_blas.rs")]
@@ -37,7 +37,7 @@ use crate::backend::{DeviceError, Element};
 use crate::ops::sample::cuda::Space as Sampler;
 use blas::Blas;
 use device::Device;
-use std::cell::{OnceCell, RefCell, RefMut};
+use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -54,6 +54,8 @@ pub struct CudaBackend {
     sampler: RefCell<Sampler>,
     /// The first failure of an operation.
     failure: OnceCell<String>,
+    /// Whether an operation was not queued because a wait before it was interrupted.
+    interrupted: Cell<bool>,
 }
 
 impl CudaBackend {
@@ -70,6 +72,7 @@ impl CudaBackend {
             device,
             element: Element::F32,
             failure: OnceCell::new(),
+            interrupted: Cell::new(false),
         })
     }
 
@@ -82,6 +85,7 @@ impl CudaBackend {
     /// long as its owner keeps it. What was queued still runs; ending that is up to whoever raises it.
     pub fn interrupt_with(&self, flag: &Arc<AtomicBool>) {
         self.device.stop().set(flag);
+        self.interrupted.set(false);
     }
 
     /// Waits until everything queued is done.
@@ -125,11 +129,26 @@ impl CudaBackend {
         let _ = self.failure.set(reason);
     }
 
+    /// Remembers an error. An interruption ends the step it is in and not the device.
+    pub(crate) fn fail_with(&self, error: DeviceError) {
+        match error {
+            DeviceError::Interrupted { .. } => self.interrupted.set(true),
+            DeviceError::Failed { reason, .. } => self.fail(reason),
+            error @ DeviceError::OutOfMemory { .. } => self.fail(error.to_string()),
+        }
+    }
+
     /// An error if an operation was refused since the start.
     ///
     /// # Errors
-    /// [`DeviceError::Failed`], with the first reason.
+    /// [`DeviceError::Failed`], with the first reason; [`DeviceError::Interrupted`] if that was it, until the
+    /// next [`Self::interrupt_with`].
     pub fn check(&self) -> Result<(), DeviceError> {
+        if self.interrupted.get() {
+            return Err(DeviceError::Interrupted {
+                device: self.device.name().to_owned(),
+            });
+        }
         self.failure.get().map_or(Ok(()), |reason| {
             Err(DeviceError::Failed {
                 device: self.device.name().to_owned(),

@@ -174,7 +174,7 @@ impl Backend for CudaBackend {
         match flashinfer::attend(self, batch, attention, (qkv, cache), out) {
             Ok(true) => {}
             Ok(false) => cuda::attend(self, batch, attention, (qkv, cache), out),
-            Err(error) => self.fail(error.to_string()),
+            Err(error) => self.fail_with(error),
         }
     }
 
