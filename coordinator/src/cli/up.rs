@@ -12,7 +12,7 @@ use super::{EXIT_FAULT, EXIT_INPUT, EXIT_NOW, complain};
 use crate::clock::{now, since};
 use crate::engine::handle::{EngineHandle, Readiness, Submission};
 use crate::engine::{Connections, DrainDeadline, Engine};
-use crate::fleet::{Cause, Fault, Fleet, Limits, Ready, Setup};
+use crate::fleet::{Cause, Fault, Fleet, Limits, LocalHost, Program, Ready, Setup};
 use crate::http::auth::ApiKeys;
 use crate::http::limits::ServerLimits;
 use crate::http::{ServedModel, ServerConfig, router, server};
@@ -140,6 +140,7 @@ async fn serve(
         submissions,
         readiness,
         metrics,
+        max_recovery_attempts: up.max_recovery_attempts,
     };
     run_engine(
         scheduler,
@@ -157,6 +158,7 @@ struct Wiring {
     submissions: mpsc::Receiver<Submission>,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
+    max_recovery_attempts: u32,
 }
 
 /// Serves until a signal or a fault; then lets answers reach their clients.
@@ -174,6 +176,7 @@ async fn run_engine(
         shutdown: on_shutdown,
         readiness: wiring.readiness.clone(),
         metrics: wiring.metrics.clone(),
+        max_recovery_attempts: wiring.max_recovery_attempts,
     };
     let mut engine = tokio::spawn(Engine::new(scheduler, fleet, connections).run());
     let mut state = wiring.readiness.subscribe();
@@ -279,20 +282,22 @@ async fn start(
     alive: mpsc::Sender<()>,
 ) -> Result<(Fleet, Ready), Failure> {
     let program = std::env::current_exe().context("cannot find this program's own file");
-    let setup = Setup {
-        program: program.map_err(Failure::Input)?.into(),
+    let host = LocalHost::new(Program {
+        path: program.map_err(Failure::Input)?.into(),
         log_level: up.log_level.clone(),
         devices: prepared.placement.devices.clone(),
+        alive,
+    })?;
+    let setup = Setup {
         load: prepared.load.clone(),
         limits: Limits {
             startup: Duration::from_secs(up.startup_timeout.into()),
             step: Duration::from_secs(up.step_timeout.into()),
         },
-        alive,
     };
     let mut progress = Progress::new(prepared.placement.world_size());
     let choose = |needs: &[_]| prepared.choose_blocks(up, needs).map_err(|e| e.to_string());
-    let started = Fleet::start(&setup, choose, |event| progress.show(&event)).await;
+    let started = Fleet::start(host, setup, choose, |event| progress.show(&event)).await;
     progress.finish();
     Ok(started?)
 }

@@ -2,11 +2,12 @@
 //!
 //! `take commands → schedule (pure) → fleet.step (the only I/O) → apply (pure) → deliver`: every
 //! turn, nothing between. The loop knows no text, HTTP or process; what a step computes is the
-//! scheduler's decision, how it is computed the shards'. Invariant: however the loop ends, every
-//! stream that was opened got its last event.
+//! scheduler's decision, how it is computed the shards'. A fault takes it to [`recovery`] and back.
+//! Invariant: however the loop ends, every stream that was opened got its last event.
 
 pub mod handle;
 mod record;
+mod recovery;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -16,10 +17,12 @@ use crate::fleet::{Cause, Fault, Group, StepOutcome};
 use crate::metrics::Metrics;
 use crate::scheduler::Scheduler;
 use handle::{Readiness, Submission, SubmitError};
+use recovery::Attempts;
 use std::sync::Arc;
 use std::time::Instant;
 use streams::{Streams, Taken};
 use tokio::sync::{mpsc, watch};
+use topology::ids::Rank;
 
 /// What clients hear whose answer was not finished when the time to shut down was over.
 const CUT_BY_SHUTDOWN: &str = "the server is shutting down and the answer was not finished in time";
@@ -37,6 +40,7 @@ pub struct Engine<G> {
     shutdown: watch::Receiver<DrainDeadline>,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
+    attempts: Attempts,
 }
 
 /// What the loop is connected to.
@@ -50,6 +54,8 @@ pub struct Connections {
     pub readiness: watch::Sender<Readiness>,
     /// Where numbers go.
     pub metrics: Arc<Metrics>,
+    /// How often in a row the group may be formed again after faults.
+    pub max_recovery_attempts: u32,
 }
 
 impl<G: Group> Engine<G> {
@@ -63,26 +69,21 @@ impl<G: Group> Engine<G> {
             shutdown: connections.shutdown,
             readiness: connections.readiness,
             metrics: connections.metrics,
+            attempts: Attempts::new(connections.max_recovery_attempts),
         }
     }
 
-    /// Serves until it is told to end and running requests are finished, or a fault. All shards
-    /// are gone when it returns.
+    /// Serves until it is told to end and running requests are finished, or a fault that cannot be
+    /// mended. All shards are gone when it returns.
     ///
     /// # Errors
     /// The [`Fault`] that ended it.
     pub async fn run(mut self) -> Result<(), Fault> {
         // Whoever ends the process before it served has said so already.
-        self.readiness.send_if_modified(|state| {
-            let loading = *state == Readiness::Loading;
-            if loading {
-                *state = Readiness::Ready;
-            }
-            loading
-        });
+        self.change(&Readiness::Loading, Readiness::Ready);
         let shutdown = self.shutdown.clone();
         let ended = tokio::select! {
-            ended = self.turns() => ended,
+            ended = self.serve() => ended,
             () = passed(shutdown) => Ok(()),
         };
         match &ended {
@@ -117,7 +118,8 @@ impl<G: Group> Engine<G> {
             let answered = now();
             self.scheduler
                 .apply(&outcome.outputs)
-                .map_err(|bad| Fault::group(Cause::Answer(bad.to_string())))?;
+                .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
+            self.attempts.step();
             self.deliver(planned, &outcome);
             self.record(planned, answered, &outcome);
         }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use topology::ids::Rank;
+use topology::ids::{Epoch, Rank};
 use topology::wire::{RowOutput, ScoredToken, StepPlan, StepTimings};
 
 const VOCAB: u32 = 100;
@@ -24,7 +24,11 @@ struct Counting {
     steps: Arc<AtomicU64>,
     rows: Arc<AtomicU64>,
     step_takes: Duration,
-    fails_at: Option<u64>,
+    /// Steps, counted over all epochs, that fail.
+    fails_at: Vec<u64>,
+    /// How many faults can be mended.
+    mendable: u32,
+    epoch: Epoch,
     ended: watch::Sender<Option<&'static str>>,
 }
 
@@ -34,7 +38,8 @@ impl Group for Counting {
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
         self.rows.store(plan.rows.len() as u64, Ordering::SeqCst);
         tokio::time::sleep(self.step_takes).await;
-        if self.fails_at.is_some_and(|at| step >= at) {
+        assert_eq!(plan.epoch, self.epoch);
+        if self.fails_at.contains(&step) {
             return Err(Fault::of(
                 Rank(1),
                 Cause::Exited("signal: 9 (SIGKILL)".into()),
@@ -59,6 +64,13 @@ impl Group for Counting {
         std::future::pending().await
     }
 
+    async fn recover(&mut self, fault: &Fault) -> Result<Epoch, Fault> {
+        tokio::time::sleep(self.step_takes).await;
+        self.mendable = self.mendable.checked_sub(1).ok_or(fault.clone())?;
+        self.epoch = self.epoch.next();
+        Ok(self.epoch)
+    }
+
     async fn stop(self) {
         self.ended.send_replace(Some("stopped"));
     }
@@ -79,6 +91,11 @@ struct Rig {
 }
 
 async fn rig(step_takes: Duration, fails_at: Option<u64>) -> Rig {
+    failing_rig(step_takes, (Vec::from_iter(fails_at), 0)).await
+}
+
+/// A group whose steps fail at those counts, and as many of the faults can be mended.
+async fn failing_rig(step_takes: Duration, (fails_at, mendable): (Vec<u64>, u32)) -> Rig {
     let scheduler = Scheduler::new(SchedulerConfig {
         num_blocks: 4096,
         block_size: 16,
@@ -109,6 +126,8 @@ async fn rig(step_takes: Duration, fails_at: Option<u64>) -> Rig {
         rows: rows.clone(),
         step_takes,
         fails_at,
+        mendable,
+        epoch: Epoch::default(),
         ended,
     };
     let connections = Connections {
@@ -116,6 +135,7 @@ async fn rig(step_takes: Duration, fails_at: Option<u64>) -> Rig {
         shutdown: on_shutdown,
         readiness,
         metrics: metrics.clone(),
+        max_recovery_attempts: 3,
     };
     let engine = tokio::spawn(Engine::new(scheduler, group, connections).run());
     ready
@@ -294,6 +314,59 @@ async fn a_fault_ends_every_stream_with_a_sentence() {
         .await
         .unwrap_err();
     assert!(matches!(refused, SubmitError::NotReady(why) if why.contains("rank 1")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_go_on_through_faults_without_gap_or_repeat() {
+    let faults = vec![0, 1, 9, 30, 31, 60];
+    let rig = failing_rig(MS, (faults.clone(), u32::MAX)).await;
+    let first = [10, 40, 70];
+    let choices = first.map(|first| request(&rig.handle, first, 50)).to_vec();
+    let events = rig.handle.submit(choices).await.unwrap();
+    // `read_all` asserts that indices have no gap and no repeat.
+    for (first, (tokens, last)) in first.iter().zip(read_all(events, 3).await) {
+        let expected: Vec<u32> = (1..=50).map(|i| (first + i) % VOCAB).collect();
+        assert_eq!(tokens, expected);
+        assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    }
+    assert_eq!(rig.handle.readiness(), Readiness::Ready);
+    let text = rig.metrics.render();
+    for line in [
+        format!("cluster_recoveries_total {}", faults.len()),
+        format!("cluster_epoch {}", faults.len()),
+        "cluster_ranks_ready 2".to_owned(),
+    ] {
+        assert!(text.contains(&line), "{line} is missing in {text}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_group_that_never_gets_far_is_given_up() {
+    let rig = failing_rig(MS, ((5..).step_by(3).take(50).collect(), u32::MAX)).await;
+    let events = rig.handle.submit(vec![request(&rig.handle, 1, 500)]);
+    let (tokens, last) = read_all(events.await.unwrap(), 1).await.remove(0);
+    assert!(
+        matches!(last, StreamEventKind::Failed(why) if why.contains("SIGKILL")),
+        "ends with a sentence"
+    );
+    // Three attempts are allowed; each gives two tokens before the next fault.
+    assert_eq!(tokens.len(), 5 + 3 * 2);
+    assert!(rig.engine.await.unwrap().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_come_while_the_group_is_formed_wait_and_are_served() {
+    let rig = failing_rig(Duration::from_secs(1), (vec![2], 1)).await;
+    let early = rig.handle.submit(vec![request(&rig.handle, 1, 5)]);
+    let early = early.await.unwrap();
+    // The third step fails after 3 s, and mending it takes another.
+    tokio::time::sleep(Duration::from_millis(3500)).await;
+    let readiness = rig.handle.readiness();
+    assert!(matches!(&readiness, Readiness::Recovering(why) if why.contains("rank 1")));
+    let late = rig.handle.submit(vec![request(&rig.handle, 50, 5)]);
+    let late = late.await.unwrap();
+    assert_eq!(read_all(early, 1).await[0].0, [2, 3, 4, 5, 6]);
+    assert_eq!(read_all(late, 1).await[0].0, [51, 52, 53, 54, 55]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -56,6 +56,8 @@ const OVERHEAD: &[f64] = &[
     0.000_001, 0.000_002, 0.000_005, 0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.000_2, 0.000_5,
     0.001, 0.002, 0.005, 0.01, 0.1, 1.0,
 ];
+/// Forming the group again: from a process of the built-in model to one that loads hundreds of gigabytes.
+const RECOVERY: &[f64] = &[0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0];
 
 /// Histograms by name; those counted in tokens of a request get [`one_two_five`] instead.
 const HISTOGRAMS: &[(&str, &[f64])] = &[
@@ -75,6 +77,7 @@ const HISTOGRAMS: &[(&str, &[f64])] = &[
     ("cluster_rank_collective_seconds", STEP),
     ("cluster_rank_wait_seconds", STEP),
     ("cluster_rank_sample_seconds", STEP),
+    ("cluster_recovery_seconds", RECOVERY),
     ("cluster_schedule_seconds", OVERHEAD),
     ("cluster_apply_seconds", OVERHEAD),
     ("cluster_step_overhead_seconds", OVERHEAD),
@@ -228,6 +231,10 @@ handles! {
             ("state", "total");
         epoch: Gauge = "cluster_epoch",
             "The communicator's life; a fault begins a new one.";
+        recoveries_total: Counter = "cluster_recoveries_total",
+            "Faults after which the group was formed again and requests went on.";
+        recovery_seconds: Histogram = "cluster_recovery_seconds",
+            "From a fault until the group can compute again.";
         ranks_ready: Gauge = "cluster_ranks_ready",
             "Ranks that can compute.";
         slow_streams_cut_total: Counter = "cluster_slow_streams_cut_total",
@@ -375,6 +382,11 @@ impl Metrics {
         self.registrar()
             .make::<Gauge>("cluster_rank_memory_bytes", help, &labels)
             .set(bytes as f64);
+    }
+
+    /// Ranks of the group.
+    pub fn world_size(&self) -> usize {
+        self.ranks.len()
     }
 
     /// Records where a step's time went on one rank.
