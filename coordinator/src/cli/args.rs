@@ -213,8 +213,8 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_STEP_TIMEOUT", default_value_t = 300, value_name = "SECONDS",
           value_parser = clap::value_parser!(u32).range(1..), help_heading = SERVER)]
     pub step_timeout: u32,
-    /// How often in a row the shards may be formed into a group again after faults, before the cluster gives up.
-    #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 5, value_name = "N", help_heading = SERVER)]
+    /// How often in a row, without a new token in between, the group of shards may be formed again after a fault.
+    #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 10, value_name = "N", help_heading = SERVER)]
     pub max_recovery_attempts: u32,
     /// How log lines look.
     #[arg(long, env = "CLUSTER_LOG_FORMAT", default_value = "text", help_heading = SERVER)]

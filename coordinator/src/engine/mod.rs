@@ -119,7 +119,9 @@ impl<G: Group> Engine<G> {
             self.scheduler
                 .apply(&outcome.outputs)
                 .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
-            self.attempts.step();
+            if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
+                self.attempts.succeeded();
+            }
             self.deliver(planned, &outcome);
             self.record(planned, answered, &outcome);
         }

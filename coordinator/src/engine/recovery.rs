@@ -2,8 +2,8 @@
 //!
 //! No request is lost: the scheduler puts running sequences back to waiting with the tokens they
 //! have, and streams stay open. How a group is formed again is the fleet's business. Invariant: it is
-//! given up after as many failed attempts as the operator allows, never silently and never
-//! for ever.
+//! given up after as many attempts without a new token as the operator allows, never silently. An epoch
+//! that gave a token brought some request nearer to its end, so that nothing goes on for ever.
 
 use super::Engine;
 use super::handle::Readiness;
@@ -11,44 +11,32 @@ use crate::clock::{now, since};
 use crate::fleet::{Fault, Group};
 use std::time::Duration;
 
-/// A recovery counts as a success once this many steps were computed after it. A request that kills
-/// its shards within fewer steps, again and again, must end the cluster rather than occupy it for ever.
-const STEPS_OF_SUCCESS: u32 = 8;
-
 /// Wait before the second attempt in a row; doubled for each further one, up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait before an attempt.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// How often in a row the group had to be formed again.
+/// How often in a row the group had to be formed again without a new token in between.
 #[derive(Debug)]
 pub(super) struct Attempts {
     allowed: u32,
     in_a_row: u32,
-    steps: u32,
 }
 
 impl Attempts {
     /// None so far, of `allowed` in a row.
     pub(super) fn new(allowed: u32) -> Self {
-        Self {
-            allowed,
-            in_a_row: 0,
-            steps: 0,
-        }
+        let in_a_row = 0;
+        Self { allowed, in_a_row }
     }
 
-    /// A step was computed.
-    pub(super) fn step(&mut self) {
-        self.steps += 1;
-        if self.steps >= STEPS_OF_SUCCESS {
-            *self = Self::new(self.allowed);
-        }
+    /// A token was computed.
+    pub(super) fn succeeded(&mut self) {
+        self.in_a_row = 0;
     }
 
     /// How long to wait before the next attempt; `None`: there have been enough.
     fn next(&mut self) -> Option<Duration> {
-        self.steps = 0;
         self.in_a_row += 1;
         if self.in_a_row > self.allowed {
             return None;
@@ -128,17 +116,12 @@ mod tests {
     }
 
     #[test]
-    fn only_a_recovery_that_lasts_is_a_success() {
-        let mut attempts = Attempts::new(3);
-        for _ in 0..3 {
-            assert!(attempts.next().is_some());
-            (1..STEPS_OF_SUCCESS).for_each(|_| attempts.step());
-        }
-        assert_eq!(attempts.next(), None, "it never got far");
-        let mut attempts = Attempts::new(3);
+    fn a_token_makes_the_next_fault_the_first() {
+        let mut attempts = Attempts::new(2);
         for _ in 0..100 {
             assert_eq!(attempts.next(), Some(Duration::ZERO));
-            (0..STEPS_OF_SUCCESS).for_each(|_| attempts.step());
+            assert_eq!(attempts.next(), Some(FIRST_PAUSE));
+            attempts.succeeded();
         }
     }
 }

@@ -137,6 +137,9 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        if thread::panicking() {
+            println!("it said: {}", self.stderr.lock().expect("not poisoned"));
+        }
         // For tests that fail half-way; the shards end with their parent's pipe.
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -105,7 +105,15 @@ fn kill_at_random(
         for survivor in shards.iter().filter(|pid| **pid != victim) {
             assert!(after.contains(survivor), "survivors keep their processes");
         }
-        thread::sleep(Duration::from_millis(rng.u64(..400)));
+        // Often before the new group has computed anything; but for ever so would be given up.
+        if rng.bool() {
+            let tokens = || metric(cluster.address, "vllm:generation_tokens_total", "");
+            let known = tokens();
+            until("a token is computed, or all are", || {
+                tokens() > known || stop.load(Ordering::SeqCst)
+            });
+        }
+        thread::sleep(Duration::from_millis(rng.u64(..200)));
     }
     done
 }
@@ -121,8 +129,9 @@ fn random_kills_under_64_streams_lose_nothing() {
     let (mut done, mut gaps, mut rounds) = (0, Vec::new(), 0);
     while done < kills {
         let ended = AtomicBool::new(false);
+        let left = kills - done;
         let told = thread::scope(|scope| {
-            let killer = scope.spawn(|| kill_at_random(&cluster, &mut rng, kills - done, &ended));
+            let killer = scope.spawn(|| kill_at_random(&cluster, &mut rng, left, &ended));
             let told = round(cluster.address, STREAMS, 200);
             ended.store(true, Ordering::SeqCst);
             done += killer.join().expect("the group is always formed again");
