@@ -36,7 +36,7 @@ use pace::Pace;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 /// Header that names a request, ours or the client's.
 const REQUEST_ID: &str = "x-request-id";
@@ -264,7 +264,8 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
         CorsLayer::new()
             .allow_origin(origin)
             .allow_methods([Method::GET, Method::POST])
-            .allow_headers(Any)
+            // By name: to browsers `*` is everything but `authorization`.
+            .allow_headers(AllowHeaders::mirror_request())
             .expose_headers([
                 header::RETRY_AFTER,
                 REQUEST_ID.parse().expect("a header's name"),
