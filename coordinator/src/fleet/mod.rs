@@ -74,9 +74,9 @@ impl Group for Fleet {
             let why = format!("a plan of epoch {planned} in epoch {current}");
             return Err(coordinator(why));
         }
-        let digest = plan.digest().map_err(|e| coordinator(e.to_string()))?;
-        let expected = (plan.epoch, plan.step, digest);
-        self.send_all(&ToShard::Run(Box::new(plan))).await?;
+        let (epoch, step) = (plan.epoch, plan.step);
+        let (frame, digest) = Frame::run(plan).map_err(|e| coordinator(e.to_string()))?;
+        self.send_frame(&frame).await?;
         let ran = |_, message| match message {
             FromShard::Ran(ran) => Ok(Some(*ran)),
             other => Err(other),
@@ -86,7 +86,7 @@ impl Group for Fleet {
             .gather(0..self.members.len(), Phase::Step, self.step_limit, ran)
             .await?;
         let took = since(sent);
-        check_agreement(expected, &answers)?;
+        check_agreement((epoch, step, digest), &answers)?;
         let timings = answers.iter().map(|ran| ran.timings).collect();
         let outputs = answers.into_iter().next().map(|ran| ran.outputs);
         Ok(StepOutcome {
@@ -119,8 +119,11 @@ impl Fleet {
 
     /// Encodes once and sends to every rank, also if one cannot be reached.
     async fn send_all(&mut self, message: &ToShard) -> Result<(), Fault> {
-        let frame = frame(message)?;
-        let sends = self.members.iter_mut().map(|member| member.send(&frame));
+        self.send_frame(&frame(message)?).await
+    }
+
+    async fn send_frame(&mut self, frame: &Frame<ToShard>) -> Result<(), Fault> {
+        let sends = self.members.iter_mut().map(|member| member.send(frame));
         join_all(sends).await.into_iter().collect()
     }
 }
