@@ -16,6 +16,7 @@ mod health;
 pub mod limits;
 pub mod openai;
 mod pace;
+mod refusal;
 pub mod server;
 pub mod sse;
 mod stall;
@@ -242,7 +243,7 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     });
     let id = match given.and_then(|id| id.to_str().ok()) {
         Some(id) => id.to_owned(),
-        None => uuid::Uuid::new_v4().simple().to_string(),
+        None => new_request_id(),
     };
     request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = next.run(request).await;
@@ -250,6 +251,10 @@ async fn name_request(mut request: Request, next: Next) -> Response {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+fn new_request_id() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
 }
 
 fn cors(origins: &[String]) -> Option<CorsLayer> {
