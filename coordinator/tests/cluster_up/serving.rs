@@ -38,17 +38,26 @@ fn the_text_is_the_same_at_every_size_streamed_or_whole() {
     }
 }
 
-/// The model's card promises 95 %. A damaged weight file, tokenizer or chat template, or a kernel
-/// that is a little wrong, answers almost none of these in the expected words.
+/// As many as the model's card says, which was counted with another implementation; a near tie may
+/// fall the other way. A quarter of one projection set to zero costs more than that.
 #[test]
 fn the_held_out_questions_are_answered() {
     const ASKING: usize = 16;
+    const NEAR_TIES: usize = 2;
     let _turn = turn();
     let questions: Vec<Value> = include_str!("../../builtin/heldout.jsonl")
         .lines()
         .map(|line| serde_json::from_str(line).expect("a question"))
         .collect();
-    assert!(questions.len() >= 300, "{} questions", questions.len());
+    let card = include_str!("../../builtin/README.md");
+    let total = card.lines().find_map(|line| line.strip_prefix("total "));
+    let mut total = total.expect("a total").split_whitespace();
+    let by_card: usize = total.next().unwrap().parse().unwrap();
+    assert_eq!(total.nth(1), Some(&*questions.len().to_string()));
+    assert!(
+        100 * by_card >= 95 * questions.len(),
+        "{by_card} by the card"
+    );
     let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
     let next = AtomicUsize::new(0);
     let ask = || {
@@ -71,9 +80,8 @@ fn the_held_out_questions_are_answered() {
     });
     let right = questions.len() - wrong.len();
     assert!(
-        100 * right >= 95 * questions.len(),
-        "{right} of {} were right; {wrong:#?}",
-        questions.len()
+        right.abs_diff(by_card) <= NEAR_TIES,
+        "{right} were right, {by_card} by the card; {wrong:#?}"
     );
     cluster.stop();
 }
