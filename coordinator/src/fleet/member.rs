@@ -8,7 +8,7 @@ use super::fault::{Cause, Fault};
 use super::inbox::{Heard, Outlet};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 use topology::ids::Rank;
 use topology::launch::local::Process;
@@ -44,12 +44,11 @@ impl Child {
         outlet: Outlet,
         alive: mpsc::Sender<()>,
     ) -> Self {
-        if let Some(lines) = process.lines.take() {
-            tokio::spawn(forward_log(rank, lines));
-        }
+        let lines = process.lines.take();
+        let log = lines.map(|lines| tokio::spawn(forward_log(rank, lines)).abort_handle());
         let (end, ending) = oneshot::channel();
         let watcher = tokio::spawn(async move {
-            watch(rank, process, outlet, ending).await;
+            watch((rank, log), process, outlet, ending).await;
             drop(alive);
         });
         Self { end, watcher }
@@ -102,7 +101,7 @@ async fn read(rank: Rank, mut receiver: LinkReceiver<FromShard>, outlet: Outlet)
 }
 
 async fn watch(
-    rank: Rank,
+    (rank, log): (Rank, Option<AbortHandle>),
     mut process: Process,
     outlet: Outlet,
     mut ending: oneshot::Receiver<Duration>,
@@ -120,7 +119,11 @@ async fn watch(
             }
             return;
         }
-        limit = &mut ending => limit.unwrap_or(Duration::ZERO),
+        limit = &mut ending => limit.unwrap_or_else(|_| {
+            // The fleet was dropped on demand. That its link ends is no news from the shard.
+            log.iter().for_each(AbortHandle::abort);
+            Duration::ZERO
+        }),
     };
     // It was told to stop; its pipe stays open, or it would take its parent for dead.
     if timeout(limit, process.wait()).await.is_err() {
