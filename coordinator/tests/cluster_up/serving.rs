@@ -155,6 +155,54 @@ fn sixty_four_streams_finish_with_the_text_each_gives_alone() {
     cluster.stop();
 }
 
+/// Chunked = whole, preempted = undisturbed, cache hit = miss, batched = alone: to the last bit of
+/// every log-probability, through the whole of the program.
+#[test]
+fn neither_chunks_nor_preemption_nor_the_cache_change_a_bit() {
+    let _turn = turn();
+    // Blocks are the same in both: their borders are where attention adds up.
+    let same = ["--block-size", "4", "--max-model-len", "256"];
+    let calm = Cluster::start(&[&same[..], &["--enable-prefix-caching=false"]].concat());
+    let crowded = ["--num-gpu-blocks-override", "80"];
+    let chunked = ["--long-prefill-token-threshold", "5"];
+    let disturbed = Cluster::start(&[&same[..], &crowded, &chunked].concat());
+    let story = "Once upon a time there was a little dog named Max who lived in a red house. ";
+    let body = |index: u32| {
+        let mut body = json!({
+            "prompt": format!("{story}{}", ["One day", "Max was sad", "A cat"][index as usize % 3]),
+            "max_tokens": 100, "ignore_eos": true, "logprobs": 3, "seed": index,
+        });
+        if index % 2 == 0 {
+            body["temperature"] = 0.into();
+        } else {
+            body["temperature"] = 1.into();
+            body["repetition_penalty"] = 1.2.into();
+            body["frequency_penalty"] = 0.3.into();
+        }
+        body
+    };
+    let ask = |address, index| post(address, COMPLETIONS, &body(index))["choices"].take();
+    let alone: Vec<Value> = (0..8).map(|index| ask(calm.address, index)).collect();
+    let together = thread::scope(|scope| {
+        let address = disturbed.address;
+        let asking: Vec<_> = (0..16)
+            .map(|index| scope.spawn(move || ask(address, index % 8)))
+            .collect();
+        let answers = asking.into_iter().map(|thread| thread.join().unwrap());
+        answers.collect::<Vec<Value>>()
+    });
+    for (index, found) in together.iter().enumerate() {
+        assert_eq!(*found, alone[index % 8], "request {index}");
+    }
+    let count = |cluster: &Cluster, name| metric(cluster.address, name, "");
+    for name in ["vllm:num_preemptions_total", "vllm:prefix_cache_hits_total"] {
+        assert!(count(&disturbed, name) > 0.5, "no {name}");
+        assert!(count(&calm, name) < 0.5, "{name} where all were alone");
+    }
+    calm.stop();
+    disturbed.stop();
+}
+
 #[test]
 fn what_was_served_is_counted() {
     let _turn = turn();
