@@ -6,7 +6,7 @@
 
 use super::args::Up;
 use super::prepare::Prepared;
-use super::progress::Progress;
+use super::progress::{Notes, Progress};
 use super::report::Report;
 use super::{EXIT_FAULT, EXIT_INPUT, EXIT_NOW, complain};
 use crate::clock::{now, since};
@@ -89,7 +89,7 @@ async fn serve(
     (begun, alive): (Instant, mpsc::Sender<()>),
 ) -> Result<(), Failure> {
     for warning in &prepared.placement.warnings {
-        note(warning);
+        Notes(up.log_format).warn(warning);
     }
     let listener = bind(prepared.address).await.map_err(Failure::Input)?;
     let address = listener
@@ -135,7 +135,6 @@ async fn serve(
         phases: &ready.phases,
         startup: since(begun),
     };
-    let limit = Duration::from_secs(up.shutdown_timeout.into());
     let connections = Wiring {
         submissions,
         readiness,
@@ -146,7 +145,7 @@ async fn serve(
         scheduler,
         fleet,
         connections,
-        (&report, limit),
+        (&report, up),
         &mut signals,
         door,
     )
@@ -166,7 +165,7 @@ async fn run_engine(
     scheduler: Scheduler,
     fleet: Fleet,
     wiring: Wiring,
-    (report, shutdown_limit): (&Report<'_>, Duration),
+    (report, up): (&Report<'_>, &Up),
     signals: &mut Signals,
     door: Door,
 ) -> Result<(), Failure> {
@@ -188,11 +187,12 @@ async fn run_engine(
         ended = &mut engine => ended,
         () = signals.next() => {
             wiring.readiness.send_replace(Readiness::Draining);
-            shutdown.send_replace(Some(tokio::time::Instant::now() + shutdown_limit));
-            note("finishing running requests; Ctrl-C again ends them");
+            let limit = Duration::from_secs(up.shutdown_timeout.into());
+            shutdown.send_replace(Some(tokio::time::Instant::now() + limit));
+            Notes(up.log_format).say("finishing running requests; Ctrl-C again ends them");
             tokio::select! {
                 ended = &mut engine => ended,
-                () = signals.next() => {
+                () = signals.urgent() => {
                     // With the engine its fleet is dropped, and with that its processes end.
                     engine.abort();
                     let _ = engine.await;
@@ -295,7 +295,7 @@ async fn start(
             step: Duration::from_secs(up.step_timeout.into()),
         },
     };
-    let mut progress = Progress::new(prepared.placement.world_size());
+    let mut progress = Progress::new(prepared.placement.world_size(), Notes(up.log_format));
     let choose = |needs: &[_]| prepared.choose_blocks(up, needs).map_err(|e| e.to_string());
     let started = Fleet::start(host, setup, choose, |event| progress.show(&event)).await;
     progress.finish();
@@ -354,27 +354,55 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Ctrl-C and SIGTERM.
+/// Ctrl-C, SIGTERM, and the end of the terminal.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// Under `nohup` the cluster is to outlive its terminal.
+    hangup: Option<Signal>,
 }
 
 impl Signals {
     fn new() -> Result<Self> {
         let listen = |kind| signal(kind).context("cannot listen for signals");
+        let hangup = !hangup_is_ignored();
         Ok(Self {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
+            hangup: hangup.then(|| listen(SignalKind::hangup())).transpose()?,
         })
     }
 
+    /// A signal that asks for the end.
     async fn next(&mut self) {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = hangup => {}
+        }
+    }
+
+    /// A signal that somebody sends who does not want to wait: one terminal hangs up several times.
+    async fn urgent(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
     }
+}
+
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // Signal 1 is the lowest bit.
+    mask.is_some_and(|mask| mask & 1 != 0)
 }
 
 async fn upkeep(metrics: Arc<Metrics>) {
@@ -383,10 +411,4 @@ async fn upkeep(metrics: Arc<Metrics>) {
         every.tick().await;
         metrics.upkeep();
     }
-}
-
-/// A line for whoever watches the start and the end.
-fn note(text: &str) {
-    // A closed standard error must not stop the cluster.
-    let _ = writeln!(io::stderr(), "{text}");
 }

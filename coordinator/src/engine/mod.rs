@@ -159,7 +159,7 @@ impl<G: Group> Engine<G> {
             answer,
             cancelled,
         } = submission;
-        let taken: Vec<Taken> = choices.iter().map(Taken::from).collect();
+        let taken = Taken::all(&choices);
         let answered = if self.shutdown.borrow().is_some() {
             Err(SubmitError::Draining)
         } else {

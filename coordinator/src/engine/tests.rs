@@ -218,6 +218,31 @@ async fn every_choice_gets_its_tokens_and_one_end() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn choices_of_one_prompt_are_measured_together() {
+    let rig = rig(MS, None).await;
+    let prompt = request(&rig.handle, 10, 0).prompt;
+    // Three choices of one prompt, of which the longest counts, and a second prompt.
+    let mut choices = [5, 9, 7, 4].map(|most| request(&rig.handle, 10, most));
+    for choice in &mut choices[..3] {
+        choice.prompt = Arc::clone(&prompt);
+    }
+    let events = rig.handle.submit(choices.to_vec()).await.unwrap();
+    assert_eq!(read_all(events, 4).await.len(), 4);
+    let text = rig.metrics.render();
+    for (name, count, sum) in [
+        ("params_n", 2, 3 + 1),
+        ("max_num_generation_tokens", 2, 9 + 4),
+        ("generation_tokens", 4, 5 + 9 + 7 + 4),
+    ] {
+        for (suffix, value) in [("count", count), ("sum", sum)] {
+            let line =
+                format!("vllm:request_{name}_{suffix}{{model_name=\"test\",engine=\"0\"}} {value}");
+            assert!(text.lines().any(|it| it == line), "{line} is not in {text}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_idle_engine_computes_nothing_and_wakes_at_once() {
     let rig = rig(MS, None).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;

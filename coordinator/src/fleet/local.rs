@@ -14,7 +14,7 @@ use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 use topology::ids::Rank;
 use topology::launch::local::{self, Process};
@@ -207,14 +207,13 @@ impl Child {
         outlet: Outlet,
         alive: mpsc::Sender<()>,
     ) -> Self {
-        if let Some(lines) = process.lines.take() {
-            tokio::spawn(forward_log(source.rank, lines));
-        }
+        let lines = process.lines.take();
+        let log = lines.map(|lines| tokio::spawn(forward_log(source.rank, lines)).abort_handle());
         let pid = process.pid().unwrap_or_default();
         let (end, ending) = oneshot::channel();
         let (exit, exited) = watch::channel(None);
         let watcher = tokio::spawn(async move {
-            watch(process, (source, outlet, exit), ending).await;
+            watch((process, log), (source, outlet, exit), ending).await;
             drop(alive);
         });
         Self {
@@ -277,7 +276,7 @@ async fn read(source: Source, mut receiver: LinkReceiver<FromShard>, outlet: Out
 }
 
 async fn watch(
-    mut process: Process,
+    (mut process, log): (Process, Option<AbortHandle>),
     (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
     mut ending: oneshot::Receiver<Duration>,
 ) {
@@ -296,7 +295,11 @@ async fn watch(
             }
             return;
         }
-        limit = &mut ending => limit.unwrap_or(Duration::ZERO),
+        limit = &mut ending => limit.unwrap_or_else(|_| {
+            // The fleet was dropped on demand. That its link ends is no news from the shard.
+            log.iter().for_each(AbortHandle::abort);
+            Duration::ZERO
+        }),
     };
     // It was told to stop; its pipe stays open, or it would take its parent for dead.
     if timeout(limit, process.wait()).await.is_err() {

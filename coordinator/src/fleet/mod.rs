@@ -94,11 +94,11 @@ impl<H: Host> Group for Fleet<H> {
             let why = format!("a plan of epoch {planned} in epoch {current}");
             return Err(coordinator(why));
         }
-        let digest = plan.digest().map_err(|e| coordinator(e.to_string()))?;
+        let (epoch, step) = (plan.epoch, plan.step);
         let tokens = plan.rows.iter().map(|row| row.tokens.len()).sum();
         let limit = self.pace.limit(tokens, self.setup.limits.step);
-        let expected = (plan.epoch, plan.step, digest);
-        self.send_all(&ToShard::Run(Box::new(plan))).await?;
+        let (frame, digest) = Frame::run(plan).map_err(|e| coordinator(e.to_string()))?;
+        self.send_frame(&frame).await?;
         let ran = |_, message| match message {
             FromShard::Ran(ran) => Ok(Some(*ran)),
             other => Err(other),
@@ -108,7 +108,7 @@ impl<H: Host> Group for Fleet<H> {
             .gather(0..self.members.len(), Phase::Step, limit, ran)
             .await?;
         let took = since(sent);
-        check_agreement(expected, &answers)?;
+        check_agreement((epoch, step, digest), &answers)?;
         self.pace.record(tokens, took);
         let timings = answers.iter().map(|ran| ran.timings).collect();
         let outputs = answers.into_iter().next().map(|ran| ran.outputs);
@@ -147,9 +147,12 @@ impl<H: Host> Fleet<H> {
 
     /// Encodes once and sends to every rank, also if one cannot be reached.
     async fn send_all(&mut self, message: &ToShard) -> Result<(), Fault> {
-        let frame = frame(message)?;
+        self.send_frame(&frame(message)?).await
+    }
+
+    async fn send_frame(&mut self, frame: &Frame<ToShard>) -> Result<(), Fault> {
         let sends = (0..).map(Rank).zip(&mut self.members);
-        let sends = sends.map(|(rank, member)| send(rank, member.as_mut(), &frame));
+        let sends = sends.map(|(rank, member)| send(rank, member.as_mut(), frame));
         join_all(sends).await.into_iter().collect()
     }
 

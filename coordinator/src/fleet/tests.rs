@@ -64,7 +64,7 @@ fn a_rank_that_computed_something_else_is_named() {
         step: Step(7),
         rows: Vec::new(),
     };
-    let digest = plan.digest().unwrap();
+    let digest = plan.digest();
     let ran = || Ran {
         epoch: plan.epoch,
         step: plan.step,

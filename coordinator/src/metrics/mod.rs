@@ -85,6 +85,7 @@ const HISTOGRAMS: &[(&str, &[f64])] = &[
 const TOKEN_HISTOGRAMS: &[&str] = &[
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
+    "vllm:request_max_num_generation_tokens",
     "vllm:request_params_max_tokens",
 ];
 
@@ -187,10 +188,12 @@ handles! {
             "Prompt tokens of a request.";
         generation_tokens: Histogram = "vllm:request_generation_tokens",
             "Tokens generated for a request.";
+        max_num_generation_tokens: Histogram = "vllm:request_max_num_generation_tokens",
+            "Tokens generated for the longest choice of a prompt.";
         params_max_tokens: Histogram = "vllm:request_params_max_tokens",
             "Most tokens that a request asked for.";
         params_n: Histogram = "vllm:request_params_n",
-            "Choices that a request asked for.";
+            "Choices that a request asked for, for each of its prompts.";
     }
 }
 
@@ -201,6 +204,12 @@ handles! {
             "Sequences that hold KV blocks and are computed.";
         num_requests_waiting: Gauge = "vllm:num_requests_waiting",
             "Sequences that wait to be computed.";
+        num_requests_waiting_for_capacity: Gauge = "vllm:num_requests_waiting_by_reason",
+            "Sequences that wait to be computed, by reason; none is deferred for another's sake.",
+            ("reason", "capacity");
+        num_requests_waiting_deferred: Gauge = "vllm:num_requests_waiting_by_reason",
+            "Sequences that wait to be computed, by reason; none is deferred for another's sake.",
+            ("reason", "deferred");
         kv_cache_usage_perc: Gauge = "vllm:kv_cache_usage_perc",
             "Share of the KV blocks that running sequences use; 1 is all.";
         num_preemptions_total: Counter = "vllm:num_preemptions_total",

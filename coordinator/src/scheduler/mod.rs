@@ -18,6 +18,7 @@ mod plan;
 mod prefix;
 mod queue;
 pub mod request;
+mod room;
 mod sequence;
 mod stats;
 #[cfg(test)]
@@ -30,6 +31,7 @@ pub use stats::{Counters, Stats};
 use blocks::BlockPool;
 use queue::Queue;
 use request::{Event, EventKind, FinishReason, Refusal, Request, SequenceId};
+use room::Room;
 use sequence::{Rank, Sequence};
 use std::collections::{BTreeMap, BTreeSet};
 use topology::ids::{BlockId, Epoch, Step};
@@ -140,10 +142,10 @@ impl Scheduler {
         if self.step_under_way {
             return None;
         }
-        let mut budget = self.config.max_num_batched_tokens as usize;
+        let mut room = Room::new(&self.config);
         // What was just taken from one sequence is not for a new one.
-        if !self.continue_running(&mut budget) {
-            self.admit_waiting(budget);
+        if !self.continue_running(&mut room) {
+            self.admit_waiting(room);
         }
         if self.running.is_empty() {
             return None;
@@ -238,13 +240,19 @@ impl Scheduler {
         }
     }
 
-    /// Gives every running sequence its share of the step, in order; where blocks run out, the
-    /// last in order gives its own up. Says whether one did.
+    /// Gives every running sequence its share of the step, in order; where blocks or bytes run out,
+    /// the last in order gives its own up. Says whether one did.
     ///
     /// A sequence never takes so much that one behind it gets nothing: all running sequences
     /// progress in every step.
-    fn continue_running(&mut self, budget: &mut usize) -> bool {
-        let mut preempted = false;
+    fn continue_running(&mut self, room: &mut Room) -> bool {
+        let block_size = self.config.block_size;
+        let rows = self.running.iter();
+        let told = rows.take_while(|s| room.take_row(s, block_size)).count();
+        let mut preempted = told < self.running.len();
+        while told < self.running.len() {
+            self.preempt_last();
+        }
         let mut index = 0;
         while index < self.running.len() {
             let sequence = &mut self.running[index];
@@ -257,8 +265,7 @@ impl Scheduler {
             }
             let behind = self.running.len() - index - 1;
             let sequence = &mut self.running[index];
-            sequence.scheduled = self.config.chunk(sequence.gap(), *budget - behind);
-            *budget -= sequence.scheduled;
+            sequence.scheduled = room.take_tokens(sequence, behind, &self.config);
             index += 1;
         }
         preempted
@@ -275,14 +282,14 @@ impl Scheduler {
         self.counters.preemptions += 1;
     }
 
-    /// Admits waiting sequences in order, until seats, budget or blocks run out.
+    /// Admits waiting sequences in order, until seats, room or blocks run out.
     ///
     /// The first that does not fit holds back those behind it, or it would never fit.
-    fn admit_waiting(&mut self, mut budget: usize) {
+    fn admit_waiting(&mut self, mut room: Room) {
         let mut passed = None;
         let mut num_passed = 0;
         let mut computing = self.prefixes_under_way();
-        while budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
+        while room.tokens > 0 && self.running.len() < self.config.max_num_seqs as usize {
             let Some(candidate) = self.waiting.first_after(passed) else {
                 break;
             };
@@ -303,12 +310,12 @@ impl Scheduler {
                 passed = Some(rank);
                 continue;
             }
-            if !self.fits(candidate, &hits) {
+            if !self.fits(candidate, &hits) || !room.take_row(candidate, self.config.block_size) {
                 self.blocked = Some((id, self.pool.num_releases()));
                 break;
             }
             let sequence = self.waiting.remove(rank).expect("the candidate waits");
-            budget -= self.start(sequence, hits, budget);
+            self.start(sequence, hits, &mut room);
             computing.extend(next);
         }
     }
@@ -335,15 +342,15 @@ impl Scheduler {
         needed + self.running.len() <= self.pool.num_available()
     }
 
-    /// Puts a waiting sequence among the running; returns the tokens it takes of the budget.
-    fn start(&mut self, mut sequence: Sequence, hits: blocks::Hits, budget: usize) -> usize {
+    /// Puts a waiting sequence among the running.
+    fn start(&mut self, mut sequence: Sequence, hits: blocks::Hits, room: &mut Room) {
         sequence.computed = hits.blocks.len() * self.config.block_size as usize;
         self.pool.take_hits(&hits.blocks);
         sequence.table = hits.blocks;
         let len = sequence.len();
         let fits = self.pool.extend(&mut sequence.table, len);
         assert!(fits, "a sequence is started only if it fits");
-        sequence.scheduled = self.config.chunk(sequence.gap(), budget);
+        sequence.scheduled = room.take_tokens(&sequence, 0, &self.config);
         if !sequence.started {
             sequence.started = true;
             if sequence.may_hit() {
@@ -353,12 +360,10 @@ impl Scheduler {
             let cached_tokens = u32::try_from(sequence.computed).expect("below max_model_len");
             self.emit(sequence.request.id, EventKind::Started { cached_tokens });
         }
-        let scheduled = sequence.scheduled;
         let index = self
             .running
             .partition_point(|other| other.rank() < sequence.rank());
         self.running.insert(index, sequence);
-        scheduled
     }
 
     /// The blocks of prefixes that this step computes: who needs the same ones better waits.

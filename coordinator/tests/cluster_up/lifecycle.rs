@@ -136,4 +136,29 @@ fn a_second_signal_ends_it_at_once() {
     cluster.signal(Signal::INT);
     let (status, stderr) = cluster.wait();
     assert_eq!(status.code(), Some(130), "{stderr}");
+    assert!(
+        !stderr.contains("ERROR"),
+        "what was asked for is no error: {stderr}"
+    );
+}
+
+/// A terminal that goes away says so to everyone in it, more than once.
+#[test]
+fn a_hangup_finishes_what_runs() {
+    let _turn = turn();
+    let cluster = Cluster::start(&["--log-format", "json", "--log-level", "info"]);
+    let mut stream = Stream::open(cluster.address, COMPLETIONS, endless("Once", 300));
+    stream.next().expect("it streams");
+    for _ in 0..3 {
+        cluster.signal(Signal::HUP);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let last = std::iter::from_fn(|| stream.next()).last();
+    assert_eq!(last.as_deref(), Some("[DONE]"));
+    let (status, stderr) = cluster.wait();
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    for line in stderr.lines() {
+        let event: Result<Value, _> = serde_json::from_str(line);
+        assert!(event.is_ok(), "not JSON: {line}");
+    }
 }
