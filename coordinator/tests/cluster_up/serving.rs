@@ -172,7 +172,7 @@ fn neither_chunks_nor_preemption_nor_the_cache_change_a_bit() {
             "prompt": format!("{story}{}", ["One day", "Max was sad", "A cat"][index as usize % 3]),
             "max_tokens": 100, "ignore_eos": true, "logprobs": 3, "seed": index,
         });
-        if index % 2 == 0 {
+        if index.is_multiple_of(2) {
             body["temperature"] = 0.into();
         } else {
             body["temperature"] = 1.into();
