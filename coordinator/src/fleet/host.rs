@@ -11,17 +11,17 @@ use std::time::Duration;
 use topology::link::Frame;
 use topology::wire::{Hello, ToShard};
 
-/// A shard that said who it is.
-#[derive(Debug)]
-pub struct Launched<S> {
-    /// What it said.
-    pub hello: Hello,
-    /// The way to it.
-    pub shard: S,
-}
-
 /// How long a phase took.
 pub type Took = (Phase, Duration);
+
+/// Shards that said who they are.
+#[derive(Debug)]
+pub struct Launched<S> {
+    /// What each said, and the way to it.
+    pub shards: Vec<(Hello, S)>,
+    /// What launching and admitting them took.
+    pub phases: Vec<Took>,
+}
 
 /// Starts shards.
 pub trait Host: Send + 'static {
@@ -38,7 +38,7 @@ pub trait Host: Send + 'static {
         sources: &[Source],
         outlet: &Outlet,
         tell: &mut (dyn FnMut(StartEvent) + Send),
-    ) -> impl Future<Output = Result<(Vec<Launched<Self::Shard>>, Vec<Took>), Fault>> + Send;
+    ) -> impl Future<Output = Result<Launched<Self::Shard>, Fault>> + Send;
 }
 
 /// A shard as the fleet holds it. It ends when this is dropped, at the latest.

@@ -5,7 +5,7 @@
 //! it, at the latest when that is dropped.
 
 use super::fault::{Cause, Fault, Phase};
-use super::host::{Host, Launched, Shard, Took};
+use super::host::{Host, Launched, Shard};
 use super::inbox::{Heard, Outlet, Source};
 use super::start::StartEvent;
 use crate::clock::{now, since};
@@ -145,7 +145,7 @@ impl Host for LocalHost {
         sources: &[Source],
         outlet: &Outlet,
         tell: &mut (dyn FnMut(StartEvent) + Send),
-    ) -> Result<(Vec<Launched<LocalShard>>, Vec<Took>), Fault> {
+    ) -> Result<Launched<LocalShard>, Fault> {
         let begun = now();
         let mut children = self.start(sources, outlet).await?;
         let launching = since(begun);
@@ -160,16 +160,17 @@ impl Host for LocalHost {
                 return Err(fault);
             }
         };
-        let join = |(child, admitted): (Child, Admitted)| Launched {
-            hello: admitted.hello.clone(),
-            shard: LocalShard::new(child, admitted, outlet.clone()),
+        let join = |(child, admitted): (Child, Admitted)| {
+            let hello = admitted.hello.clone();
+            (hello, LocalShard::new(child, admitted, outlet.clone()))
         };
-        let shards = children.into_iter().zip(admitted).map(join).collect();
-        let phases = vec![
-            (Phase::Launch, launching),
-            (Phase::Admit, since(begun).saturating_sub(launching)),
-        ];
-        Ok((shards, phases))
+        Ok(Launched {
+            shards: children.into_iter().zip(admitted).map(join).collect(),
+            phases: vec![
+                (Phase::Launch, launching),
+                (Phase::Admit, since(begun).saturating_sub(launching)),
+            ],
+        })
     }
 }
 

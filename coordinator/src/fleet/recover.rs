@@ -7,7 +7,7 @@
 //! or never was in it.
 
 use super::fault::{Cause, Fault, Phase};
-use super::host::{Host, Launched, Shard};
+use super::host::{Host, Shard};
 use super::inbox::unexpected;
 use super::start::{ALLOCATE_LIMIT, StartEvent};
 use super::{Fleet, frame};
@@ -148,10 +148,10 @@ impl<H: Host> Fleet<H> {
             }
         };
         let launching = self.host.launch(&sources, self.inbox.outlet(), &mut tell);
-        let (launched, _) = launching.await?;
+        let launched = launching.await?;
         let orders = self.orders();
         let until = Instant::now() + self.setup.limits.startup;
-        for (rank, Launched { mut shard, .. }) in ranks.iter().zip(launched) {
+        for (rank, (_, mut shard)) in ranks.iter().zip(launched.shards) {
             for order in &orders {
                 if let Err(cause) = shard.send(&frame(order)?).await {
                     self.inbox.give_up_on(*rank, cause);

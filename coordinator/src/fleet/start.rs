@@ -157,10 +157,10 @@ impl<H: Host> Fleet<H> {
         let ranks = (0..world_size).map(Rank);
         let sources: Vec<_> = ranks.map(|rank| self.inbox.source(rank)).collect();
         let launching = self.host.launch(&sources, self.inbox.outlet(), tell);
-        let (launched, phases) = launching.await?;
-        let (hellos, members): (Vec<_>, Vec<_>) = launched
+        let Launched { shards, phases } = launching.await?;
+        let (hellos, members): (Vec<_>, Vec<_>) = shards
             .into_iter()
-            .map(|Launched { hello, shard }| (hello, Some(Member::standing(shard))))
+            .map(|(hello, shard)| (hello, Some(Member::standing(shard))))
             .unzip();
         self.members = members;
         let mut watch = Stopwatch {

@@ -136,6 +136,7 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
+    #[expect(clippy::print_stdout, reason = "shown with the test that failed")]
     fn drop(&mut self) {
         if thread::panicking() {
             println!("it said: {}", self.stderr.lock().expect("not poisoned"));
