@@ -222,9 +222,9 @@ impl Pool<'_> {
         let fixed = self.total(RankNeeds::fixed);
         if fixed >= self.free {
             let advice = if self.shared {
-                "use a smaller model, --dtype bfloat16, or a host with more memory"
+                "use a smaller model, --dtype bfloat16, a smaller --max-model-len, or a host with more memory"
             } else {
-                "use more ranks (--tensor-parallel-size), or a smaller model"
+                "use more ranks (--tensor-parallel-size), a smaller --max-model-len, or a smaller model"
             };
             return Err(FitError::Weights {
                 place: self.place.clone(),
