@@ -13,7 +13,7 @@ mod streams;
 mod tests;
 
 use crate::clock::{now, since};
-use crate::fleet::{Cause, Fault, Group, StepOutcome};
+use crate::fleet::{Cause, Fault, Group};
 use crate::metrics::Metrics;
 use crate::scheduler::Scheduler;
 use handle::{Readiness, Submission, SubmitError};
@@ -122,7 +122,7 @@ impl<G: Group> Engine<G> {
             if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
                 self.attempts.succeeded();
             }
-            self.deliver(planned, &outcome);
+            self.deliver(planned, outcome.answered);
             self.record(planned, answered, &outcome);
         }
         Ok(())
@@ -176,8 +176,8 @@ impl<G: Group> Engine<G> {
         let _ = answer.send(answered);
     }
 
-    fn deliver(&mut self, planned: Instant, outcome: &StepOutcome) {
-        let answered = outcome.answered;
+    /// Passes on what happened to sequences, in a step that was planned and answered at these times.
+    fn deliver(&mut self, planned: Instant, answered: Instant) {
         for event in self.scheduler.take_events() {
             let slow = self
                 .streams

@@ -17,6 +17,10 @@ use tokio::sync::mpsc;
 /// What a client is told whose stream was ended because it did not read.
 pub(super) const SLOW_CLIENT: &str = "the client does not read its stream; the answer was cut here";
 
+/// What a client is told whose request was given up.
+pub(super) const GIVEN_UP: &str = "the shards failed each time they computed this request, also when \
+     they computed nothing else; it was given up";
+
 /// All sequences someone listens to.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
@@ -116,7 +120,10 @@ impl Streams {
                 FinishReason::Error => Outcome::Error,
             };
             stream.count_end(outcome, now, metrics);
-            stream.send_last(event.kind.into());
+            stream.send_last(match reason {
+                FinishReason::Error => StreamEventKind::Failed(GIVEN_UP.into()),
+                _ => event.kind.into(),
+            });
             return None;
         }
         if stream.events.capacity() > stream.choices {

@@ -1,7 +1,7 @@
 //! The loop against a group of shards that exists in the test alone.
 
 use super::handle::{EngineHandle, Events, Readiness, StreamEventKind, SubmitError};
-use super::streams::SLOW_CLIENT;
+use super::streams::{GIVEN_UP, SLOW_CLIENT};
 use super::{CUT_BY_SHUTDOWN, Connections, DrainDeadline, Engine};
 use crate::clock::now;
 use crate::fleet::{Cause, Fault, Group, StepOutcome};
@@ -26,6 +26,8 @@ struct Counting {
     step_takes: Duration,
     /// Steps, counted over all epochs, that fail.
     fails_at: Vec<u64>,
+    /// A token that ends every step in which it is computed.
+    poison: Option<u32>,
     /// How many faults can be mended.
     mendable: u32,
     epoch: Epoch,
@@ -39,7 +41,9 @@ impl Group for Counting {
         self.rows.store(plan.rows.len() as u64, Ordering::SeqCst);
         tokio::time::sleep(self.step_takes).await;
         assert_eq!(plan.epoch, self.epoch);
-        if self.fails_at.contains(&step) {
+        let poison =
+            |row: &topology::wire::PlanRow| row.tokens.iter().any(|t| Some(*t) == self.poison);
+        if self.fails_at.contains(&step) || plan.rows.iter().any(poison) {
             return Err(Fault::of(
                 Rank(1),
                 Cause::Exited("signal: 9 (SIGKILL)".into()),
@@ -96,6 +100,14 @@ async fn rig(step_takes: Duration, fails_at: Option<u64>) -> Rig {
 
 /// A group whose steps fail at those counts, and as many of the faults can be mended.
 async fn failing_rig(step_takes: Duration, (fails_at, mendable): (Vec<u64>, u32)) -> Rig {
+    rig_of(step_takes, (fails_at, mendable), None).await
+}
+
+async fn rig_of(
+    step_takes: Duration,
+    (fails_at, mendable): (Vec<u64>, u32),
+    poison: Option<u32>,
+) -> Rig {
     let scheduler = Scheduler::new(SchedulerConfig {
         num_blocks: 4096,
         block_size: 16,
@@ -126,6 +138,7 @@ async fn failing_rig(step_takes: Duration, (fails_at, mendable): (Vec<u64>, u32)
         rows: rows.clone(),
         step_takes,
         fails_at,
+        poison,
         mendable,
         epoch: Epoch::default(),
         ended,
@@ -135,7 +148,7 @@ async fn failing_rig(step_takes: Duration, (fails_at, mendable): (Vec<u64>, u32)
         shutdown: on_shutdown,
         readiness,
         metrics: metrics.clone(),
-        max_recovery_attempts: 3,
+        max_recovery_attempts: if poison.is_some() { 10 } else { 3 },
     };
     let engine = tokio::spawn(Engine::new(scheduler, group, connections).run());
     ready
@@ -381,6 +394,26 @@ async fn a_group_that_never_gets_far_is_given_up() {
         "three attempts are allowed"
     );
     assert!(rig.engine.await.unwrap().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_kills_its_shards_ends_alone() {
+    let rig = rig_of(MS, (Vec::new(), u32::MAX), Some(30)).await;
+    // The second prompt is the poison; no other counts up to it.
+    let choices = [1, 30, 50]
+        .map(|first| request(&rig.handle, first, 20))
+        .to_vec();
+    let events = rig.handle.submit(choices).await.unwrap();
+    let told = read_all(events, 3).await;
+    for (first, (tokens, last)) in [(1, &told[0]), (50, &told[2])] {
+        assert_eq!(*tokens, (1..=20).map(|i| first + i).collect::<Vec<u32>>());
+        assert_eq!(*last, StreamEventKind::Finished(FinishReason::Length));
+    }
+    assert_eq!(told[1], (vec![], StreamEventKind::Failed(GIVEN_UP.into())));
+    let late = rig.handle.submit(vec![request(&rig.handle, 60, 5)]).await;
+    assert_eq!(read_all(late.unwrap(), 1).await[0].0, [61, 62, 63, 64, 65]);
+    let text = rig.metrics.render();
+    assert!(text.contains("finished_reason=\"error\"} 1"), "{text}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -21,6 +21,7 @@ pub mod request;
 mod room;
 mod sequence;
 mod stats;
+mod suspects;
 #[cfg(test)]
 mod tests;
 
@@ -51,6 +52,8 @@ pub struct Scheduler {
     running: Vec<Sequence>,
     /// Where each sequence that has not ended is to be found.
     ranks: BTreeMap<SequenceId, Rank>,
+    /// Sequences that may be what kills the shards: each is run alone until it has a new token.
+    suspects: BTreeSet<Rank>,
     next_arrival: u64,
     epoch: Epoch,
     next_step: Step,
@@ -81,6 +84,7 @@ impl Scheduler {
             waiting: Queue::default(),
             running: Vec::new(),
             ranks: BTreeMap::new(),
+            suspects: BTreeSet::new(),
             next_arrival: 0,
             epoch: Epoch::default(),
             next_step: Step::default(),
@@ -118,6 +122,7 @@ impl Scheduler {
         let Some(rank) = self.ranks.remove(&id) else {
             return false;
         };
+        self.suspects.remove(&rank);
         self.emit(id, EventKind::Finished(FinishReason::Cancelled));
         if self.waiting.remove(rank).is_some() {
             return true;
@@ -143,8 +148,10 @@ impl Scheduler {
             return None;
         }
         let mut room = Room::new(&self.config);
-        // What was just taken from one sequence is not for a new one.
-        if !self.continue_running(&mut room) {
+        if let Some(suspect) = self.suspects.first().copied() {
+            self.run_alone(suspect, room);
+        } else if !self.continue_running(&mut room) {
+            // What was just taken from one sequence is not for a new one.
             self.admit_waiting(room);
         }
         if self.running.is_empty() {
@@ -181,6 +188,7 @@ impl Scheduler {
             let stays = self.advance(sequence, output);
             if !stays {
                 self.ranks.remove(&sequence.request.id);
+                self.suspects.remove(&sequence.rank());
                 self.pool.release(&mut sequence.table);
             }
             stays
@@ -190,16 +198,20 @@ impl Scheduler {
     }
 
     /// A new epoch: the step under way is forgotten, all blocks lost their content, and running
-    /// sequences wait in front with the tokens they have.
+    /// sequences wait in front with the tokens they have. One that killed the shards again and again,
+    /// also when it ran alone, ends with `Finished(Error)`.
     pub fn reset(&mut self, epoch: Epoch) {
         self.epoch = epoch;
         self.next_step = Step::default();
-        self.step_under_way = false;
+        let in_step = std::mem::take(&mut self.step_under_way);
         self.pool.clear();
         for mut sequence in std::mem::take(&mut self.running) {
-            if !sequence.cancelled {
-                self.counters.recomputations += 1;
-                sequence.forget_computation();
+            if sequence.cancelled {
+                continue;
+            }
+            self.counters.recomputations += 1;
+            sequence.forget_computation();
+            if !in_step || !self.suspect(&mut sequence) {
                 self.waiting.insert(sequence);
             }
         }
@@ -229,6 +241,7 @@ impl Scheduler {
             waiting_tokens: self.waiting.num_tokens() + gaps.map(Sequence::gap).sum::<usize>(),
             queued: self.waiting.num_fresh(),
             queued_tokens: self.waiting.num_fresh_tokens(),
+            suspects: self.suspects.len(),
             block_size: self.config.block_size as usize,
             blocks_total: self.pool.num_blocks(),
             blocks_used: self.pool.num_blocks() - self.pool.num_available(),
@@ -440,6 +453,7 @@ impl Scheduler {
             let token = sampled.token;
             let score = sampled.score.clone();
             sequence.generated.push(token);
+            self.clear(sequence);
             self.emit(
                 id,
                 EventKind::Token {
