@@ -11,4 +11,6 @@ if ! command -v cargo-deny >/dev/null; then
   export PATH="$PWD/target/tools/bin:$PATH"
   command -v cargo-deny >/dev/null || cargo install --locked --quiet --version 0.20.2 --root target/tools cargo-deny
 fi
+# A build fetches what this machine needs; the policy is about all platforms.
+cargo fetch --locked --quiet
 cargo deny --offline --config .deny.toml check --hide-inclusion-graph "${checks[@]}"

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Does what the README tells a newcomer: runs its first command, pastes the printed `curl` line,
-# presses Ctrl-C, and looks for processes that stayed behind. Needs port 8000 and curl.
+# presses Ctrl-C, and looks for processes that stayed behind. Needs port 8000, curl and pgrep.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+for tool in curl pgrep; do
+  command -v "$tool" >/dev/null || { echo "smoke: $tool is missing: apt-get install -y curl procps"; exit 1; }
+done
 
 # The README's first command, taken from the README so that the two cannot differ.
 first_command=$(sed -n '/^```sh/,/^```/p' README.md | grep -m1 '^cargo run')

@@ -38,6 +38,9 @@ pub struct Serve {
     /// Which API is used.
     #[arg(long, value_enum, default_value_t = Backend::Openai)]
     pub backend: Backend,
+    /// Where prompts come from.
+    #[arg(long, value_enum, default_value_t = Dataset::Random)]
+    pub dataset_name: Dataset,
     /// Model's name; if not given, the first that the server names.
     #[arg(long)]
     pub model: Option<String>,
@@ -92,17 +95,39 @@ pub struct Serve {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
     /// `/v1/completions`, prompts as token ids: lengths are exact.
+    #[value(alias = "vllm")]
     Openai,
     /// `/v1/chat/completions`, prompts as words: lengths are about those asked for.
     OpenaiChat,
 }
 
+/// Where prompts come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dataset {
+    /// Drawn from the seed, as the `--random-…` options say.
+    Random,
+}
+
 impl Serve {
-    /// The server's address without a slash at the end.
+    /// The server's address without a slash or the API's `/v1` at the end.
     pub fn url(&self) -> String {
         match &self.base_url {
-            Some(url) => url.trim_end_matches('/').to_owned(),
+            Some(url) => {
+                let url = url.trim_end_matches('/');
+                // SDKs take the address with it, and so people have it at hand.
+                url.strip_suffix("/v1").unwrap_or(url).to_owned()
+            }
             None => format!("http://{}:{}", self.host, self.port),
+        }
+    }
+}
+
+impl Backend {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Openai => "openai",
+            Self::OpenaiChat => "openai-chat",
         }
     }
 }
@@ -143,7 +168,10 @@ mod tests {
         assert_eq!(serve.url(), "http://h:1");
         assert_eq!(serve.backend, Backend::OpenaiChat);
         assert_eq!((serve.max_concurrency, serve.request_rate), (Some(3), 2.5));
-        let plain = parse("serve --request-rate inf").unwrap();
+        let plain = parse("serve --request-rate inf --backend vllm --dataset-name random").unwrap();
+        assert_eq!(plain.backend, Backend::Openai);
+        let pasted = parse("serve --base-url http://h:1/v1/").unwrap();
+        assert_eq!(pasted.url(), "http://h:1");
         assert_eq!(plain.url(), "http://127.0.0.1:8000");
         assert!(plain.request_rate.is_infinite());
     }

@@ -14,7 +14,7 @@ pub mod steps;
 pub mod stream;
 
 pub use args::{Args, Mode, Serve};
-pub use report::Report;
+pub use report::{Outcome, Report, Setting};
 
 use anyhow::{Context, ensure};
 use args::Backend;
@@ -23,7 +23,6 @@ use load::Planned;
 use std::sync::Arc;
 use std::time::Duration;
 use steps::{Page, StepTimes};
-use stream::Answer;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -38,7 +37,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let report = measure(&serve).await?;
     println!("{report}");
     if let Some(path) = &serve.json {
-        let json = serde_json::to_vec_pretty(&report)?;
+        let json = serde_json::to_vec_pretty(&report.json())?;
         std::fs::write(path, json).with_context(|| format!("write {}", path.display()))?;
     }
     ensure!(
@@ -81,7 +80,8 @@ pub async fn measure(serve: &Serve) -> anyhow::Result<Report> {
     let steps = before
         .zip(after)
         .and_then(|(before, after)| StepTimes::between(&before, &after));
-    Ok(Report::new(&outcomes, duration, steps))
+    let setting = Setting::new(serve, &model);
+    Ok(Report::new(setting, &outcomes, duration, steps))
 }
 
 /// Sends each request when it is due and there is room for it.
@@ -91,7 +91,7 @@ async fn send_all(
     plan: Vec<Planned>,
     serve: &Serve,
     start: Instant,
-) -> anyhow::Result<Vec<(u64, anyhow::Result<Answer>)>> {
+) -> anyhow::Result<Vec<Outcome>> {
     let deadline = Duration::from_secs(serve.timeout);
     let room = serve.max_concurrency.unwrap_or(serve.num_prompts);
     let room = Arc::new(Semaphore::new(room as usize));
@@ -101,9 +101,14 @@ async fn send_all(
         let seat = Arc::clone(&room).acquire_owned().await?;
         let client = Arc::clone(client);
         requests.spawn(async move {
+            let sent = start.elapsed();
             let answer = client.generate(path, &planned.body, deadline).await;
             drop(seat);
-            (planned.prompt_tokens, answer)
+            Outcome {
+                prompt_tokens: planned.prompt_tokens,
+                sent,
+                answer,
+            }
         });
     }
     let mut outcomes = Vec::with_capacity(requests.len());

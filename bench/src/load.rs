@@ -3,7 +3,7 @@
 //! Token ids are drawn from a range that is ordinary text in every tokenizer we know: special
 //! tokens and single bytes lie below it or far above.
 
-use crate::args::{Backend, Serve};
+use crate::args::{Backend, Dataset, Serve};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -71,6 +71,7 @@ impl Rng {
 
 /// The first `count` requests of a run, in order of time.
 pub fn plan(args: &Serve, model: &str, count: u32) -> Vec<Planned> {
+    let Dataset::Random = args.dataset_name;
     let mut rng = Rng::new(args.seed);
     let prefix = draw(&mut rng, args.random_prefix_len, args.random_vocab_size);
     let mut due = Duration::ZERO;

@@ -14,16 +14,22 @@ pub struct Page(BTreeMap<String, f64>);
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct StepTimes {
     /// Steps that ran.
+    #[serde(rename = "count")]
     pub steps: f64,
     /// From sending the plan to the last rank's answer.
+    #[serde(rename = "mean_step_s")]
     pub step: f64,
     /// The slowest rank's own time.
+    #[serde(rename = "mean_slowest_rank_s")]
     pub rank: f64,
     /// Deciding what a step computes.
+    #[serde(rename = "mean_schedule_s")]
     pub schedule: f64,
     /// Taking in and delivering what it gave.
+    #[serde(rename = "mean_apply_s")]
     pub apply: f64,
     /// A whole turn of the loop without the slowest rank's own time.
+    #[serde(rename = "mean_overhead_s")]
     pub overhead: f64,
 }
 

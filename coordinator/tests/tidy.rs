@@ -67,7 +67,15 @@ fn files_open_with_their_purpose_and_stay_short() {
             ));
         }
     }
-    for (name, text) in rust.iter().chain(&files("scripts", &["py", "sh"])) {
+    let scripts = files("scripts", &["py", "sh"]);
+    for (name, text) in &scripts {
+        let mut lines = text.lines().filter(|line| !line.starts_with("#!"));
+        let first = lines.next().unwrap_or_default();
+        if !first.starts_with("\"\"\"") && !first.starts_with("# ") {
+            broken.push(format!("{name}:1: open with what the script is for"));
+        }
+    }
+    for (name, text) in rust.iter().chain(&scripts) {
         let lines = text.lines().count();
         if lines > MAX_FILE_LINES {
             broken.push(format!(

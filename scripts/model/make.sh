@@ -3,7 +3,7 @@
 #
 #   scripts/python_env.sh && scripts/model/make.sh [train.py's options]
 #
-# About an hour on two cores. Not run by any test: the result is committed in `coordinator/builtin/`.
+# Up to an hour and a half on two cores. Not run by any test: the result is committed in `coordinator/builtin/`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=target/venv/bin/python

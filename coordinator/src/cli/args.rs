@@ -4,6 +4,7 @@
 //! from (`layers` does). Flags that `vllm serve` has keep its names and meaning.
 
 use super::values::{AutoTokens, bytes, part, positive_tokens, tokens};
+use clap::builder::{BoolishValueParser, NonEmptyStringValueParser as NonEmpty};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::ffi::OsString;
@@ -99,26 +100,27 @@ pub enum LogFormat {
 #[serde(rename_all = "kebab-case")]
 pub struct Up {
     /// Directory of the model, or NAME=DIR; without one, the built-in demo model.
-    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    #[arg(value_name = "MODEL", value_parser = NonEmpty::new())]
     #[serde(skip)]
     pub model_positional: Option<String>,
     /// Directory of the model, or NAME=DIR.
-    #[arg(long, env = "CLUSTER_MODEL", value_name = "[NAME=]DIR", help_heading = MODEL)]
+    #[arg(long, env = "CLUSTER_MODEL", value_name = "[NAME=]DIR", value_parser = NonEmpty::new(),
+          help_heading = MODEL)]
     pub model: Option<String>,
     /// Names under which the API knows the model; the first one is shown.
     #[arg(long, env = "CLUSTER_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',',
-          value_name = "NAME", help_heading = MODEL)]
+          value_name = "NAME", value_parser = NonEmpty::new(), help_heading = MODEL)]
     pub served_model_name: Vec<String>,
     /// Element type of the weights.
     #[arg(long, env = "CLUSTER_DTYPE", default_value = "auto", help_heading = MODEL)]
     pub dtype: DtypeArg,
     /// Longest sequence, prompt and answer together: `auto`, 4096, 32k.
     #[arg(long, env = "CLUSTER_MAX_MODEL_LEN", default_value = "auto", value_name = "TOKENS",
-          value_parser = AutoTokens::parse, allow_hyphen_values = true, help_heading = MODEL)]
+          value_parser = AutoTokens::parse, help_heading = MODEL)]
     pub max_model_len: AutoTokens,
     /// Where default sampling parameters come from: the model (`auto`), nowhere (`vllm`), or a directory.
     #[arg(long, env = "CLUSTER_GENERATION_CONFIG", default_value = "auto",
-          value_name = "auto|vllm|DIR", help_heading = MODEL)]
+          value_name = "auto|vllm|DIR", value_parser = NonEmpty::new(), help_heading = MODEL)]
     pub generation_config: String,
     /// Chat template to use instead of the model's own.
     #[arg(long, env = "CLUSTER_CHAT_TEMPLATE", value_name = "FILE", help_heading = MODEL)]
@@ -128,11 +130,12 @@ pub struct Up {
     pub seed: Option<u64>,
 
     /// GPUs to use, one rank on each: 0,1,2,3. A GPU that is named twice is shared, for tests.
-    #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", conflicts_with = "cpus",
+    #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", value_parser = NonEmpty::new(),
           help_heading = DEVICES)]
     pub gpus: Option<String>,
     /// CPU cores for all shards together: a count (4) or a list (0-3,8).
-    #[arg(long, env = "CLUSTER_CPUS", value_name = "COUNT|LIST", help_heading = DEVICES)]
+    #[arg(long, env = "CLUSTER_CPUS", value_name = "COUNT|LIST", value_parser = NonEmpty::new(),
+          help_heading = DEVICES)]
     pub cpus: Option<String>,
     /// Shards the model is split over (short: -tp).
     #[arg(long, env = "CLUSTER_TENSOR_PARALLEL_SIZE", value_name = "N",
@@ -170,7 +173,8 @@ pub struct Up {
     /// Reuse KV blocks of equal prompt beginnings (turn off: --no-enable-prefix-caching).
     #[arg(long, env = "CLUSTER_ENABLE_PREFIX_CACHING", default_value_t = true,
           default_missing_value = "true", num_args = 0..=1, require_equals = true,
-          value_name = "BOOL", action = clap::ArgAction::Set, help_heading = SCHEDULING)]
+          value_name = "BOOL", value_parser = BoolishValueParser::new(),
+          action = clap::ArgAction::Set, help_heading = SCHEDULING)]
     pub enable_prefix_caching: bool,
     /// Most requests that may wait; more are answered 429.
     #[arg(long, env = "CLUSTER_MAX_NUM_QUEUED_REQS", default_value_t = 1024, value_name = "N",
@@ -186,7 +190,8 @@ pub struct Up {
     pub max_logprobs: u32,
 
     /// Address to serve on. Anything but this machine's own loopback asks for an API key.
-    #[arg(long, env = "CLUSTER_HOST", default_value = "127.0.0.1", help_heading = SERVER)]
+    #[arg(long, env = "CLUSTER_HOST", default_value = "127.0.0.1", value_parser = NonEmpty::new(),
+          help_heading = SERVER)]
     pub host: String,
     /// Port to serve on; 0 takes a free one, and the output says which.
     #[arg(long, env = "CLUSTER_PORT", default_value_t = 8000, help_heading = SERVER)]
@@ -202,11 +207,12 @@ pub struct Up {
     /// Serve other machines without any key.
     #[arg(long, env = "CLUSTER_INSECURE_NO_API_KEY", default_value_t = false,
           default_missing_value = "true", num_args = 0..=1, require_equals = true,
-          value_name = "BOOL", action = clap::ArgAction::Set, help_heading = SERVER)]
+          value_name = "BOOL", value_parser = BoolishValueParser::new(),
+          action = clap::ArgAction::Set, help_heading = SERVER)]
     pub insecure_no_api_key: bool,
     /// Web origins whose pages may call the API; `*` is any.
     #[arg(long, env = "CLUSTER_ALLOWED_ORIGINS", value_delimiter = ',', value_name = "ORIGIN",
-          help_heading = SERVER)]
+          value_parser = NonEmpty::new(), help_heading = SERVER)]
     pub allowed_origins: Vec<String>,
     /// Seconds that running requests get to finish after Ctrl-C or SIGTERM.
     #[arg(long, env = "CLUSTER_SHUTDOWN_TIMEOUT", default_value_t = 30, value_name = "SECONDS",
@@ -220,6 +226,9 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_STEP_TIMEOUT", default_value_t = 300, value_name = "SECONDS",
           value_parser = clap::value_parser!(u32).range(1..), help_heading = SERVER)]
     pub step_timeout: u32,
+    /// How often in a row, without a new token in between, the group of shards may be formed again after a fault.
+    #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 10, value_name = "N", help_heading = SERVER)]
+    pub max_recovery_attempts: u32,
     /// How log lines look.
     #[arg(long, env = "CLUSTER_LOG_FORMAT", default_value = "text", help_heading = SERVER)]
     pub log_format: LogFormat,

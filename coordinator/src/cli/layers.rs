@@ -5,8 +5,10 @@
 //! parser with the same limits. Invariant: an unknown or unusable key is an error, never ignored.
 
 use super::args::{Cli, Command};
+use clap::builder::Resettable;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, CommandFactory, FromArgMatches};
+use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use toml::Value;
@@ -14,9 +16,17 @@ use toml::Value;
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
-    /// A flag, an environment variable, or a request for help: clap knows what to print.
+    /// A flag, or a request for help: clap knows what to print.
     #[error(transparent)]
     Usage(#[from] clap::Error),
+    /// A variable of the environment.
+    #[error("{variable}: {reason}")]
+    Environment {
+        /// Its name.
+        variable: String,
+        /// What to change.
+        reason: String,
+    },
     /// The file.
     #[error("{}: {reason}", .file.display())]
     File {
@@ -27,36 +37,80 @@ pub enum LayerError {
     },
 }
 
+/// Pairs of flags of which one is enough. Between layers the higher one wins, as between two values
+/// of one flag; only within a layer is it a mistake to give both.
+const RIVALS: [(&str, &str); 2] = [("model_positional", "model"), ("gpus", "cpus")];
+
 /// Reads a command line (the program's name first) with everything below it.
 ///
 /// # Errors
 /// [`LayerError`] if a flag, the environment or the file is wrong, or help was asked for.
 pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, LayerError> {
     let mut argv: Vec<OsString> = argv.into_iter().map(long_spelling).collect();
-    let matches = Cli::command().try_get_matches_from(&argv)?;
+    let mut matches = matches(&argv).map_err(|error| blame_environment(error, &argv))?;
     if let Some((name @ ("up" | "plan"), given)) = matches.subcommand()
         && let Some(file) = given.get_one::<PathBuf>("config")
     {
-        let command = Cli::command();
-        let flags = command
-            .find_subcommand(name)
-            .expect("it was just matched by this name");
-        let extra = from_file(file, flags, given).map_err(|reason| LayerError::File {
+        let in_file = |reason| LayerError::File {
             file: file.clone(),
             reason,
-        })?;
+        };
+        let flags = flags(name).expect("it was just matched by this name");
+        let extra = from_file(file, &flags, given).map_err(in_file)?;
         if !extra.is_empty() {
             argv.splice(2..2, extra);
-            let matches = Cli::command()
-                .try_get_matches_from(&argv)
-                .map_err(|error| LayerError::File {
-                    file: file.clone(),
-                    reason: first_sentence(&error),
-                })?;
-            return Ok(Cli::from_arg_matches(&matches)?);
+            matches = self::matches(&argv).map_err(|error| in_file(sentence(&error)))?;
         }
     }
     Ok(Cli::from_arg_matches(&matches)?)
+}
+
+/// Reads flags and environment, and settles which of two rivals counts.
+fn matches(argv: &[OsString]) -> Result<ArgMatches, clap::Error> {
+    let mut command = command();
+    let matches = command.clone().try_get_matches_from(argv)?;
+    let Some((name @ ("up" | "plan"), given)) = matches.subcommand() else {
+        return Ok(matches);
+    };
+    for (one, other) in RIVALS {
+        let (Some(source), Some(rival)) = (given.value_source(one), given.value_source(other))
+        else {
+            continue;
+        };
+        if source == rival {
+            let mut flags = flags(name).expect("it was just matched by this name");
+            let shown = |id: &str| flags.get_arguments().find(|flag| flag.get_id() == id);
+            let both = [one, other].into_iter().filter_map(shown);
+            let both = both.map(ToString::to_string).collect::<Vec<_>>();
+            let sentence = format!("give one of {}, not both", both.join(" and "));
+            return Err(flags.error(ErrorKind::ArgumentConflict, sentence));
+        }
+        // Below the command line is only the environment here: the loser is not to read it.
+        let loser = if source > rival { other } else { one };
+        command = command.mut_subcommand(name, |flags| {
+            flags.mut_arg(loser, |flag| flag.env(Resettable::Reset))
+        });
+    }
+    command.try_get_matches_from(argv)
+}
+
+fn command() -> clap::Command {
+    // A number may be wrong because it is negative; it is not another flag.
+    let number = |flag: clap::Arg| {
+        let negative = flag.get_long().is_some() && flag.get_action().takes_values();
+        flag.allow_negative_numbers(negative)
+    };
+    Cli::command().mut_subcommands(|command| match command.get_name() {
+        "up" | "plan" => command.mut_args(number),
+        _ => command,
+    })
+}
+
+/// The flags of a subcommand, if there is one of that name.
+fn flags(name: &str) -> Option<clap::Command> {
+    let mut command = command();
+    command.build(); // so that flags and usage can be shown
+    command.find_subcommand(name).cloned()
 }
 
 /// Spellings of `vllm serve` that clap does not know by itself.
@@ -64,7 +118,39 @@ fn long_spelling(argument: OsString) -> OsString {
     match argument.to_str() {
         Some("-tp") => "--tensor-parallel-size".into(),
         Some("--no-enable-prefix-caching") => "--enable-prefix-caching=false".into(),
-        _ => argument,
+        Some(text) => match text.strip_prefix("-tp=") {
+            Some(size) => format!("--tensor-parallel-size={size}").into(),
+            None => argument,
+        },
+        None => argument,
+    }
+}
+
+/// clap says which value is wrong, but not that nobody typed it.
+fn blame_environment(error: clap::Error, argv: &[OsString]) -> LayerError {
+    let told = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let (Some(shown), Some(value)) = (
+        told(ContextKind::InvalidArg),
+        told(ContextKind::InvalidValue),
+    ) else {
+        return error.into();
+    };
+    let flags = argv.get(1).and_then(|name| name.to_str()).and_then(flags);
+    let flag = flags
+        .as_ref()
+        .and_then(|flags| flags.get_arguments().find(|flag| flag.to_string() == shown));
+    let variable = flag.and_then(clap::Arg::get_env);
+    match variable {
+        Some(variable) if std::env::var_os(variable).is_some_and(|set| set == value) => {
+            LayerError::Environment {
+                variable: variable.to_string_lossy().into_owned(),
+                reason: sentence(&error),
+            }
+        }
+        _ => error.into(),
     }
 }
 
@@ -77,7 +163,8 @@ fn from_file(
     let text = std::fs::read_to_string(file).map_err(|e| format!("it cannot be read: {e}"))?;
     let table: toml::Table = text
         .parse()
-        .map_err(|e: toml::de::Error| format!("it is not TOML: {}", e.message()))?;
+        .map_err(|e: toml::de::Error| not_toml(&e, &text))?;
+    let above = |id: &str| given.value_source(id) > Some(ValueSource::DefaultValue);
     let mut extra = Vec::new();
     for (key, value) in &table {
         let name = key.replace('_', "-");
@@ -86,25 +173,32 @@ fn from_file(
             .find(|flag| flag.get_long() == Some(&*name))
             .filter(|_| !["config", "print-config", "help"].contains(&&*name))
             .ok_or_else(|| format!("`{key}` is not a setting; `cluster up --help` lists them"))?;
+        let values = match value {
+            Value::Array(items) if matches!(flag.get_action(), ArgAction::Append) => {
+                items.iter().map(scalar).collect()
+            }
+            value => scalar(value).map(|value| vec![value]),
+        };
+        let values: Vec<String> =
+            values.ok_or_else(|| format!("`{key}` must be a text, a number, true or false"))?;
         let id = flag.get_id().as_str();
-        let source = given.value_source(id);
-        let by_place = id == "model" && given.contains_id("model_positional");
-        let above = [ValueSource::CommandLine, ValueSource::EnvVariable];
-        if !by_place && source.is_none_or(|source| !above.contains(&source)) {
-            let values = match value {
-                Value::Array(items) => items.iter().map(scalar).collect(),
-                value => scalar(value).map(|value| vec![value]),
-            };
-            let values: Vec<String> =
-                values.ok_or_else(|| format!("`{key}` must be a text, a number, true or false"))?;
-            extra.extend(
-                values
-                    .iter()
-                    .map(|value| format!("--{name}={value}").into()),
-            );
+        let rival = RIVALS.iter().find_map(|(one, other)| match id {
+            _ if id == *one => Some(*other),
+            _ if id == *other => Some(*one),
+            _ => None,
+        });
+        if !above(id) && !rival.is_some_and(above) {
+            let typed = values.iter().map(|value| format!("--{name}={value}"));
+            extra.extend(typed.map(OsString::from));
         }
     }
     Ok(extra)
+}
+
+fn not_toml(error: &toml::de::Error, text: &str) -> String {
+    let begin = error.span().map_or(0, |span| span.start);
+    let line = text[..begin].matches('\n').count() + 1;
+    format!("line {line} is not TOML: {}", error.message())
 }
 
 fn scalar(value: &Value) -> Option<String> {
@@ -117,10 +211,11 @@ fn scalar(value: &Value) -> Option<String> {
     }
 }
 
-/// clap's complaint without its headline word and usage.
-fn first_sentence(error: &clap::Error) -> String {
+/// clap's complaint without its headline word and usage, on one line.
+fn sentence(error: &clap::Error) -> String {
     let text = error.to_string();
-    let line = text.lines().next().unwrap_or_default();
+    let lines = text.lines().take_while(|line| !line.is_empty());
+    let line = lines.map(str::trim).collect::<Vec<_>>().join(" ");
     line.trim_start_matches("error: ").to_owned()
 }
 
@@ -183,13 +278,49 @@ mod tests {
         assert_eq!((got.model(), got.enable_prefix_caching), (Some("/y"), true));
     }
 
+    /// `--cpus` typed must not fail for a `gpus` that stands in a file somewhere.
+    #[test]
+    fn of_two_rivals_the_higher_layer_counts() {
+        let file = file("gpus = \"0,1\"\nmodel = \"/x\"\n");
+        let path = file.path().to_str().unwrap();
+        let got = up(&["--config", path, "--cpus", "3", "/y"]).unwrap();
+        assert_eq!((got.gpus, got.cpus.as_deref()), (None, Some("3")));
+        let got = up(&["--config", path]).unwrap();
+        assert_eq!((got.gpus.as_deref(), got.cpus), (Some("0,1"), None));
+        for both in [
+            &["--gpus", "0", "--cpus", "1"][..],
+            &["/x", "--model", "/y"],
+        ] {
+            assert!(up(both).unwrap_err().contains("not both"));
+        }
+    }
+
+    #[test]
+    fn numbers_may_be_wrong_by_being_negative() {
+        for flag in ["--port", "--max-logprobs", "--seed", "--block-size"] {
+            let error = up(&[flag, "-1"]).unwrap_err();
+            assert!(error.contains("invalid value '-1'"), "{flag}: {error}");
+        }
+        assert_eq!(up(&["-tp=4"]).unwrap().tensor_parallel_size, Some(4));
+        assert!(
+            up(&["--model", ""])
+                .unwrap_err()
+                .contains("value is required")
+        );
+    }
+
     #[test]
     fn what_is_wrong_in_the_file_is_said() {
         for (text, said) in [
             ("prot = 1", "`prot` is not a setting"),
             ("port = \"many\"", "invalid value 'many' for '--port"),
             ("port = { a = 1 }", "`port` must be"),
-            ("port", "not TOML"),
+            ("\nport", "line 2 is not TOML"),
+            ("port = [1, 2]", "`port` must be a text, a number"),
+            ("seed = []", "`seed` must be"),
+            ("port = -1", "-1 is not in"),
+            ("log-format = \"xml\"", "[possible values: text, json]"),
+            ("gpus = \"0\"\ncpus = 2", "not both"),
             ("config = \"x\"", "`config` is not a setting"),
             ("block-size = 0", "invalid value '0' for '--block-size"),
         ] {

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 use topology::wire::WIRE_VERSION;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// The revision this binary was built from, where the build was told.
 pub const BUILD: &str = match option_env!("CLUSTER_BUILD") {
@@ -52,7 +53,7 @@ const EXIT_NOW: u8 = 130;
 pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, ExitCode> {
     layers::parse(argv).map_err(|error| match error {
         LayerError::Usage(usage) => self::usage(&usage),
-        file @ LayerError::File { .. } => complain(&file.into(), EXIT_INPUT),
+        below => complain(&below.into(), EXIT_INPUT),
     })
 }
 
@@ -113,13 +114,22 @@ fn plan(prepared: &Prepared) -> String {
     text + &prepared.report.to_string() + "\n"
 }
 
+/// Which lines are logged. A lone word must be a level: as the name of a part of the program it would
+/// silence all others.
+fn filter(text: &str) -> anyhow::Result<EnvFilter> {
+    let mut words = text.split(',').filter(|part| !part.contains(['=', '[']));
+    if let Some(word) = words.find(|word| word.trim().parse::<LevelFilter>().is_err()) {
+        anyhow::bail!(
+            "--log-level {text}: `{word}` is no level; give error, warn, info, debug or trace, or a \
+             filter such as coordinator=debug"
+        );
+    }
+    let filter = EnvFilter::try_new(text);
+    filter.with_context(|| format!("--log-level {text} is no filter such as coordinator=debug"))
+}
+
 fn log_to_stderr(up: &Up) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&up.log_level).map_err(|e| {
-        anyhow::anyhow!(
-            "--log-level {}: {e}; give a level such as info",
-            up.log_level
-        )
-    })?;
+    let filter = filter(&up.log_level)?;
     let subscriber = tracing_subscriber::fmt()
         .with_writer(io::stderr)
         .with_env_filter(filter)

@@ -16,7 +16,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use topology::checkpoint::Checkpoint;
-use topology::fit::{FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit};
+use topology::fit::{Asked, FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit};
 use topology::host::{HostCores, HostMemory};
 use topology::ids::Rank;
 use topology::launch::probe;
@@ -95,7 +95,6 @@ impl Prepared {
             },
         };
         let (sizes, report) = sizes(up, &model.shape, &partitions, (&memory, gpus.as_ref()))?;
-        let num_blocks = up.num_gpu_blocks_override.unwrap_or(report.num_blocks);
         let load = Load {
             model: model.location.clone(),
             tensor_parallel_size: world_size,
@@ -105,7 +104,7 @@ impl Prepared {
             max_num_batched_tokens: sizes.max_num_batched_tokens,
             max_num_seqs: sizes.max_num_seqs,
         };
-        let scheduler = scheduler_config(up, &sizes, model.shape.vocab_size, num_blocks);
+        let scheduler = scheduler_config(up, &report, model.shape.vocab_size);
         // Nothing is kept of it: it says whether the limits make sense together.
         Scheduler::new(scheduler.clone())?;
         Ok(Self {
@@ -128,18 +127,13 @@ impl Prepared {
     pub fn choose_blocks(&self, up: &Up, loaded: &[Loaded]) -> Result<u32, FitError> {
         let ranks = (0..).map(Rank).zip(loaded);
         let mut needs: Vec<_> = ranks
-            .map(|(r, loaded)| RankNeeds::reported(r, loaded))
+            .map(|(rank, loaded)| RankNeeds::reported(rank, loaded))
             .collect();
         if let Some(gpus) = &self.gpus {
             needs = gpus.reported(needs, loaded);
         }
-        let report = fit(
-            &needs,
-            &self.memory,
-            up.kv_cache_memory_bytes,
-            &self.report.sizes,
-        )?;
-        Ok(up.num_gpu_blocks_override.unwrap_or(report.num_blocks))
+        let report = fit(&needs, &self.memory, asked(up), &self.report.sizes)?;
+        Ok(report.num_blocks)
     }
 
     /// Reads tokenizer, template and defaults. Takes a second for the largest vocabularies.
@@ -348,7 +342,7 @@ fn sizes(
         if let Some(gpus) = gpus {
             needs = gpus.estimated(needs);
         }
-        match fit(&needs, memory, up.kv_cache_memory_bytes, &sizes) {
+        match fit(&needs, memory, asked(up), &sizes) {
             Ok(report) => return Ok((sizes, report)),
             Err(FitError::Sequence { .. })
                 if may_shrink && sizes.max_model_len > LEAST_AUTO_LEN =>
@@ -360,9 +354,16 @@ fn sizes(
     }
 }
 
-fn scheduler_config(up: &Up, sizes: &Sizes, vocab_size: u32, num_blocks: u32) -> SchedulerConfig {
+/// What is to be had instead of what fits; a number of blocks is the more exact wish.
+fn asked(up: &Up) -> Option<Asked> {
+    let blocks = up.num_gpu_blocks_override.map(Asked::Blocks);
+    blocks.or(up.kv_cache_memory_bytes.map(Asked::Bytes))
+}
+
+fn scheduler_config(up: &Up, report: &FitReport, vocab_size: u32) -> SchedulerConfig {
+    let sizes = &report.sizes;
     SchedulerConfig {
-        num_blocks,
+        num_blocks: report.num_blocks,
         block_size: sizes.block_size,
         max_num_seqs: sizes.max_num_seqs,
         max_num_batched_tokens: sizes.max_num_batched_tokens,

@@ -1,18 +1,44 @@
 //! What a person sees while shards start.
 //!
-//! Bars on a terminal, a few plain lines elsewhere (logs, pipes). Says nothing that the final
-//! report or an error does not say again.
+//! Bars on a terminal, a few plain lines elsewhere, log events where standard error is read by a
+//! program. Says nothing that the final report or an error does not say again.
 
+use super::args::LogFormat;
 use crate::fleet::StartEvent;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use std::io::{self, IsTerminal, Write};
 use topology::ids::Rank;
+
+/// Lines for whoever watches. With `--log-format json` every line of standard error is JSON, so they
+/// become events of the log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Notes(pub LogFormat);
+
+impl Notes {
+    /// Something is going on.
+    pub(super) fn say(self, text: &str) {
+        match self.0 {
+            // A closed standard error must not stop the cluster.
+            LogFormat::Text => drop(writeln!(io::stderr(), "{text}")),
+            LogFormat::Json => tracing::info!("{text}"),
+        }
+    }
+
+    /// Something should be changed.
+    pub(super) fn warn(self, text: &str) {
+        match self.0 {
+            LogFormat::Text => self.say(&format!("warning: {text}")),
+            LogFormat::Json => tracing::warn!("{text}"),
+        }
+    }
+}
 
 /// Shows the start of one cluster on standard error.
 #[derive(Debug)]
 pub(super) struct Progress {
     bars: MultiProgress,
     ranks: Vec<RankLine>,
+    notes: Notes,
     terminal: bool,
 }
 
@@ -26,12 +52,12 @@ struct RankLine {
 
 impl Progress {
     /// For `world_size` ranks.
-    pub(super) fn new(world_size: u32) -> Self {
+    pub(super) fn new(world_size: u32, notes: Notes) -> Self {
         let bars = MultiProgress::new();
         let style = ProgressStyle::with_template("{prefix:>9} {wide_msg} [{bar:24}] {percent:>3}%")
             .expect("the template is a constant")
             .progress_chars("=> ");
-        let terminal = io::stderr().is_terminal();
+        let terminal = io::stderr().is_terminal() && notes.0 == LogFormat::Text;
         let ranks = (0..world_size)
             .map(|rank| {
                 let bar = ProgressBar::new(100).with_style(style.clone());
@@ -51,6 +77,7 @@ impl Progress {
         Self {
             bars,
             ranks,
+            notes,
             terminal,
         }
     }
@@ -94,20 +121,18 @@ impl Progress {
         if self.terminal {
             line.bar.set_message(format!("loading on {}", line.device));
         } else if next {
-            plain(rank, &format!("{}% of the weights are loaded", tenth * 10));
+            let percent = tenth * 10;
+            self.notes.say(&format!(
+                "rank {rank}: {percent}% of the weights are loaded"
+            ));
         }
     }
 
     fn say(&self, rank: Rank, what: &str) {
         if !self.terminal {
-            plain(rank, what);
+            self.notes.say(&format!("rank {rank}: {what}"));
         } else if let Some(line) = self.ranks.get(rank.index()) {
             line.bar.set_message(what.to_owned());
         }
     }
-}
-
-fn plain(rank: Rank, what: &str) {
-    // A closed standard error must not stop the cluster.
-    let _ = writeln!(io::stderr(), "rank {rank}: {what}");
 }

@@ -6,13 +6,13 @@
 
 use super::args::Up;
 use super::prepare::Prepared;
-use super::progress::Progress;
+use super::progress::{Notes, Progress};
 use super::report::Report;
 use super::{EXIT_FAULT, EXIT_INPUT, EXIT_NOW, complain};
 use crate::clock::{now, since};
 use crate::engine::handle::{EngineHandle, Readiness, Submission};
 use crate::engine::{Connections, DrainDeadline, Engine};
-use crate::fleet::{Cause, Fault, Fleet, Limits, Ready, Setup};
+use crate::fleet::{Cause, Fault, Fleet, Limits, LocalHost, Program, Ready, Setup};
 use crate::http::auth::ApiKeys;
 use crate::http::limits::ServerLimits;
 use crate::http::{ServedModel, ServerConfig, router, server};
@@ -89,7 +89,7 @@ async fn serve(
     (begun, alive): (Instant, mpsc::Sender<()>),
 ) -> Result<(), Failure> {
     for warning in &prepared.placement.warnings {
-        note(warning);
+        Notes(up.log_format).warn(warning);
     }
     let listener = bind(prepared.address).await.map_err(Failure::Input)?;
     let address = listener
@@ -135,17 +135,17 @@ async fn serve(
         phases: &ready.phases,
         startup: since(begun),
     };
-    let limit = Duration::from_secs(up.shutdown_timeout.into());
     let connections = Wiring {
         submissions,
         readiness,
         metrics,
+        max_recovery_attempts: up.max_recovery_attempts,
     };
     run_engine(
         scheduler,
         fleet,
         connections,
-        (&report, limit),
+        (&report, up),
         &mut signals,
         door,
     )
@@ -157,6 +157,7 @@ struct Wiring {
     submissions: mpsc::Receiver<Submission>,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
+    max_recovery_attempts: u32,
 }
 
 /// Serves until a signal or a fault; then lets answers reach their clients.
@@ -164,7 +165,7 @@ async fn run_engine(
     scheduler: Scheduler,
     fleet: Fleet,
     wiring: Wiring,
-    (report, shutdown_limit): (&Report<'_>, Duration),
+    (report, up): (&Report<'_>, &Up),
     signals: &mut Signals,
     door: Door,
 ) -> Result<(), Failure> {
@@ -174,6 +175,7 @@ async fn run_engine(
         shutdown: on_shutdown,
         readiness: wiring.readiness.clone(),
         metrics: wiring.metrics.clone(),
+        max_recovery_attempts: wiring.max_recovery_attempts,
     };
     let mut engine = tokio::spawn(Engine::new(scheduler, fleet, connections).run());
     let mut state = wiring.readiness.subscribe();
@@ -185,11 +187,12 @@ async fn run_engine(
         ended = &mut engine => ended,
         () = signals.next() => {
             wiring.readiness.send_replace(Readiness::Draining);
-            shutdown.send_replace(Some(tokio::time::Instant::now() + shutdown_limit));
-            note("finishing running requests; Ctrl-C again ends them");
+            let limit = Duration::from_secs(up.shutdown_timeout.into());
+            shutdown.send_replace(Some(tokio::time::Instant::now() + limit));
+            Notes(up.log_format).say("finishing running requests; Ctrl-C again ends them");
             tokio::select! {
                 ended = &mut engine => ended,
-                () = signals.next() => {
+                () = signals.urgent() => {
                     // With the engine its fleet is dropped, and with that its processes end.
                     engine.abort();
                     let _ = engine.await;
@@ -279,24 +282,26 @@ async fn start(
     alive: mpsc::Sender<()>,
 ) -> Result<(Fleet, Ready), Failure> {
     let program = std::env::current_exe().context("cannot find this program's own file");
-    let setup = Setup {
-        program: program.map_err(Failure::Input)?.into(),
+    let host = LocalHost::new(Program {
+        path: program.map_err(Failure::Input)?.into(),
         log_level: up.log_level.clone(),
         devices: prepared.placement.devices.clone(),
+        alive,
+    })?;
+    let setup = Setup {
         load: prepared.load.clone(),
         limits: Limits {
             startup: Duration::from_secs(up.startup_timeout.into()),
             step: Duration::from_secs(up.step_timeout.into()),
         },
-        alive,
     };
-    let mut progress = Progress::new(prepared.placement.world_size());
+    let mut progress = Progress::new(prepared.placement.world_size(), Notes(up.log_format));
     let choose = |loaded: &[_]| {
         prepared
             .choose_blocks(up, loaded)
             .map_err(|e| e.to_string())
     };
-    let started = Fleet::start(&setup, choose, |event| progress.show(&event)).await;
+    let started = Fleet::start(host, setup, choose, |event| progress.show(&event)).await;
     progress.finish();
     Ok(started?)
 }
@@ -353,27 +358,55 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Ctrl-C and SIGTERM.
+/// Ctrl-C, SIGTERM, and the end of the terminal.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// Under `nohup` the cluster is to outlive its terminal.
+    hangup: Option<Signal>,
 }
 
 impl Signals {
     fn new() -> Result<Self> {
         let listen = |kind| signal(kind).context("cannot listen for signals");
+        let hangup = !hangup_is_ignored();
         Ok(Self {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
+            hangup: hangup.then(|| listen(SignalKind::hangup())).transpose()?,
         })
     }
 
+    /// A signal that asks for the end.
     async fn next(&mut self) {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = hangup => {}
+        }
+    }
+
+    /// A signal that somebody sends who does not want to wait: one terminal hangs up several times.
+    async fn urgent(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
     }
+}
+
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // Signal 1 is the lowest bit.
+    mask.is_some_and(|mask| mask & 1 != 0)
 }
 
 async fn upkeep(metrics: Arc<Metrics>) {
@@ -382,10 +415,4 @@ async fn upkeep(metrics: Arc<Metrics>) {
         every.tick().await;
         metrics.upkeep();
     }
-}
-
-/// A line for whoever watches the start and the end.
-fn note(text: &str) {
-    // A closed standard error must not stop the cluster.
-    let _ = writeln!(io::stderr(), "{text}");
 }

@@ -122,6 +122,8 @@ pub enum Readiness {
     Loading,
     /// Serving.
     Ready,
+    /// A fault ended the epoch, and the group is formed again; why. Requests are taken and wait.
+    Recovering(String),
     /// Finishing what runs, taking nothing new.
     Draining,
     /// A fault that ends the process; why.
@@ -196,7 +198,7 @@ impl EngineHandle {
     /// [`SubmitError`] if the cluster is not ready, drains, or the scheduler refuses.
     pub async fn submit(&self, choices: Vec<Request>) -> Result<Events, SubmitError> {
         match self.readiness() {
-            Readiness::Ready => {}
+            Readiness::Ready | Readiness::Recovering(_) => {}
             Readiness::Draining => return Err(SubmitError::Draining),
             Readiness::Loading => {
                 return Err(SubmitError::NotReady("shards are loading".into()));

@@ -2,24 +2,27 @@
 //!
 //! `take commands → schedule (pure) → fleet.step (the only I/O) → apply (pure) → deliver`: every
 //! turn, nothing between. The loop knows no text, HTTP or process; what a step computes is the
-//! scheduler's decision, how it is computed the shards'. Invariant: however the loop ends, every
-//! stream that was opened got its last event.
+//! scheduler's decision, how it is computed the shards'. A fault takes it to [`recovery`] and back.
+//! Invariant: however the loop ends, every stream that was opened got its last event.
 
 pub mod handle;
 mod record;
+mod recovery;
 mod streams;
 #[cfg(test)]
 mod tests;
 
 use crate::clock::{now, since};
-use crate::fleet::{Cause, Fault, Group, StepOutcome};
+use crate::fleet::{Cause, Fault, Group};
 use crate::metrics::Metrics;
 use crate::scheduler::Scheduler;
 use handle::{Readiness, Submission, SubmitError};
+use recovery::Attempts;
 use std::sync::Arc;
 use std::time::Instant;
 use streams::{Streams, Taken};
 use tokio::sync::{mpsc, watch};
+use topology::ids::Rank;
 
 /// What clients hear whose answer was not finished when the time to shut down was over.
 const CUT_BY_SHUTDOWN: &str = "the server is shutting down and the answer was not finished in time";
@@ -37,6 +40,7 @@ pub struct Engine<G> {
     shutdown: watch::Receiver<DrainDeadline>,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
+    attempts: Attempts,
 }
 
 /// What the loop is connected to.
@@ -50,6 +54,8 @@ pub struct Connections {
     pub readiness: watch::Sender<Readiness>,
     /// Where numbers go.
     pub metrics: Arc<Metrics>,
+    /// How often in a row the group may be formed again after faults.
+    pub max_recovery_attempts: u32,
 }
 
 impl<G: Group> Engine<G> {
@@ -63,26 +69,21 @@ impl<G: Group> Engine<G> {
             shutdown: connections.shutdown,
             readiness: connections.readiness,
             metrics: connections.metrics,
+            attempts: Attempts::new(connections.max_recovery_attempts),
         }
     }
 
-    /// Serves until it is told to end and running requests are finished, or a fault. All shards
-    /// are gone when it returns.
+    /// Serves until it is told to end and running requests are finished, or a fault that cannot be
+    /// mended. All shards are gone when it returns.
     ///
     /// # Errors
     /// The [`Fault`] that ended it.
     pub async fn run(mut self) -> Result<(), Fault> {
         // Whoever ends the process before it served has said so already.
-        self.readiness.send_if_modified(|state| {
-            let loading = *state == Readiness::Loading;
-            if loading {
-                *state = Readiness::Ready;
-            }
-            loading
-        });
+        self.change(&Readiness::Loading, Readiness::Ready);
         let shutdown = self.shutdown.clone();
         let ended = tokio::select! {
-            ended = self.turns() => ended,
+            ended = self.serve() => ended,
             () = passed(shutdown) => Ok(()),
         };
         match &ended {
@@ -117,8 +118,11 @@ impl<G: Group> Engine<G> {
             let answered = now();
             self.scheduler
                 .apply(&outcome.outputs)
-                .map_err(|bad| Fault::group(Cause::Answer(bad.to_string())))?;
-            self.deliver(planned, &outcome);
+                .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
+            if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
+                self.attempts.succeeded();
+            }
+            self.deliver(planned, outcome.answered);
             self.record(planned, answered, &outcome);
         }
         Ok(())
@@ -155,7 +159,7 @@ impl<G: Group> Engine<G> {
             answer,
             cancelled,
         } = submission;
-        let taken: Vec<Taken> = choices.iter().map(Taken::from).collect();
+        let taken = Taken::all(&choices);
         let answered = if self.shutdown.borrow().is_some() {
             Err(SubmitError::Draining)
         } else {
@@ -172,8 +176,8 @@ impl<G: Group> Engine<G> {
         let _ = answer.send(answered);
     }
 
-    fn deliver(&mut self, planned: Instant, outcome: &StepOutcome) {
-        let answered = outcome.answered;
+    /// Passes on what happened to sequences, in a step that was planned and answered at these times.
+    fn deliver(&mut self, planned: Instant, answered: Instant) {
         for event in self.scheduler.take_events() {
             let slow = self
                 .streams

@@ -36,6 +36,9 @@ impl<G> Engine<G> {
         let stats = self.scheduler.stats();
         engine.num_requests_running.set(stats.running as f64);
         engine.num_requests_waiting.set(stats.waiting as f64);
+        engine
+            .num_requests_waiting_for_capacity
+            .set(stats.waiting as f64);
         let total = stats.blocks_total.max(1) as f64;
         engine
             .kv_cache_usage_perc
@@ -62,7 +65,9 @@ impl<G> Engine<G> {
 
     pub(super) fn record_params(&self, choices: &[Taken]) {
         let requests = &self.metrics.requests;
-        requests.params_n.record(choices.len() as f64);
+        for of_one_prompt in choices.chunk_by(|one, next| one.prompt == next.prompt) {
+            requests.params_n.record(of_one_prompt.len() as f64);
+        }
         for choice in choices {
             requests
                 .params_max_tokens

@@ -9,11 +9,17 @@ use super::handle::{Cancelled, StreamEvent, StreamEventKind};
 use crate::metrics::{Metrics, Outcome};
 use crate::scheduler::request::{Event, EventKind, FinishReason, Request, SequenceId};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 use tokio::sync::mpsc;
 
 /// What a client is told whose stream was ended because it did not read.
 pub(super) const SLOW_CLIENT: &str = "the client does not read its stream; the answer was cut here";
+
+/// What a client is told whose request was given up.
+pub(super) const GIVEN_UP: &str = "the shards failed each time they computed this request, also when \
+     they computed nothing else; it was given up";
 
 /// All sequences someone listens to.
 #[derive(Debug, Default)]
@@ -35,6 +41,8 @@ struct Stream {
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     generated: u32,
+    /// Tokens of the longest choice of this prompt that has ended; its other choices share it.
+    longest: Arc<AtomicU32>,
 }
 
 impl Streams {
@@ -45,7 +53,12 @@ impl Streams {
         (events, cancelled): (&mpsc::Sender<StreamEvent>, &Cancelled),
         arrived: Instant,
     ) {
+        let mut longest = Arc::default();
+        let mut prompt = 0;
         for (choice, taken) in choices.iter().enumerate() {
+            if taken.prompt != prompt {
+                (prompt, longest) = (taken.prompt, Arc::default());
+            }
             let stream = Stream {
                 choice,
                 choices: choices.len(),
@@ -57,6 +70,7 @@ impl Streams {
                 first_token: None,
                 last_token: None,
                 generated: 0,
+                longest: Arc::clone(&longest),
             };
             self.open.insert(taken.id, stream);
         }
@@ -106,7 +120,10 @@ impl Streams {
                 FinishReason::Error => Outcome::Error,
             };
             stream.count_end(outcome, now, metrics);
-            stream.send_last(event.kind.into());
+            stream.send_last(match reason {
+                FinishReason::Error => StreamEventKind::Failed(GIVEN_UP.into()),
+                _ => event.kind.into(),
+            });
             return None;
         }
         if stream.events.capacity() > stream.choices {
@@ -135,18 +152,27 @@ impl Streams {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Taken {
     id: SequenceId,
+    /// Choices of one prompt stand together and share its tokens: they have the same number here.
+    pub(super) prompt: usize,
     prompt_tokens: usize,
     /// As asked for.
     pub(super) max_tokens: u32,
 }
 
-impl From<&Request> for Taken {
-    fn from(request: &Request) -> Self {
-        Self {
-            id: request.id,
-            prompt_tokens: request.prompt.len(),
-            max_tokens: request.max_tokens,
-        }
+impl Taken {
+    /// What is kept of a submission.
+    pub(super) fn all(choices: &[Request]) -> Vec<Self> {
+        let prompts = choices.chunk_by(|one, next| Arc::ptr_eq(&one.prompt, &next.prompt));
+        let numbered = prompts.enumerate();
+        let choices = numbered.flat_map(|(prompt, of_it)| of_it.iter().map(move |it| (prompt, it)));
+        choices
+            .map(|(prompt, request)| Self {
+                id: request.id,
+                prompt,
+                prompt_tokens: request.prompt.len(),
+                max_tokens: request.max_tokens,
+            })
+            .collect()
     }
 }
 
@@ -212,6 +238,14 @@ impl Stream {
             .record(now - self.arrived);
         requests.prompt_tokens.record(self.prompt_tokens as f64);
         requests.generation_tokens.record(f64::from(self.generated));
+        let longest = self.longest.fetch_max(self.generated, Ordering::Relaxed);
+        if Arc::strong_count(&self.longest) == 1 {
+            // The others of this prompt have ended before.
+            let longest = longest.max(self.generated);
+            requests
+                .max_num_generation_tokens
+                .record(f64::from(longest));
+        }
         if let Some(started) = self.started {
             requests.inference_time_seconds.record(now - started);
         }

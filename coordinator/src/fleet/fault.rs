@@ -20,6 +20,8 @@ pub enum Phase {
     Step,
     /// Waiting for work.
     Idle,
+    /// Leaving a collective of an epoch that is over.
+    Leave,
 }
 
 impl Phase {
@@ -33,6 +35,7 @@ impl Phase {
             Self::Join => "join",
             Self::Step => "step",
             Self::Idle => "idle",
+            Self::Leave => "leave",
         }
     }
 }
@@ -104,5 +107,22 @@ impl Fault {
     /// A fault of the whole group.
     pub fn group(cause: Cause) -> Self {
         Self { rank: None, cause }
+    }
+
+    /// Whether the rank it names is to blame. Who does not answer a step or a join in time may wait
+    /// for another one within the collective; that comes out when all are told to leave it.
+    pub fn is_its_ranks_own(&self) -> bool {
+        !matches!(
+            self.cause,
+            Cause::Deadline {
+                phase: Phase::Step | Phase::Join,
+                ..
+            }
+        )
+    }
+
+    /// Whether another group of shards could do better: not if it is the coordinator that is wrong.
+    pub fn can_be_mended(&self) -> bool {
+        !matches!(self.cause, Cause::Coordinator(_) | Cause::NoRoom(_))
     }
 }

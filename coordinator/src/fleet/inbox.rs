@@ -1,15 +1,16 @@
 //! Everything that shards say, in one queue.
 //!
 //! Readers and process watchers put it in; a phase takes out what it waits for, under one
-//! deadline. Knows nothing of what messages mean. Invariant: whoever waits here hears of a dead
-//! process or a lost link at once, whatever it waits for.
+//! deadline. Knows of messages only which epoch they belong to. Invariants: whoever waits here hears
+//! of a dead process or a lost link at once, whatever it waits for; nothing that an earlier
+//! process of a rank said, and nothing of an earlier epoch, comes out.
 
 use super::fault::{Cause, Fault, Phase};
 use std::ops::Range;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
-use topology::ids::Rank;
+use topology::ids::{Epoch, Rank};
 use topology::wire::FromShard;
 
 /// Messages that may wait per rank. A rank answers one request at a time; only loading says more,
@@ -22,9 +23,18 @@ const EXIT_GRACE: Duration = Duration::from_millis(300);
 /// Longest part of an unexpected message that is shown.
 const SHOWN: usize = 120;
 
+/// One process of a rank; the next one in its place has the next incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The rank.
+    pub rank: Rank,
+    /// Counts the rank's processes.
+    pub incarnation: u32,
+}
+
 /// What is heard of a rank.
 #[derive(Debug)]
-pub(super) enum Heard {
+pub enum Heard {
     /// A message.
     Message(FromShard),
     /// The process ended, or the link broke; nothing more comes from this source.
@@ -34,19 +44,73 @@ pub(super) enum Heard {
 /// The end that phases read.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    heard: mpsc::Receiver<(Rank, Heard)>,
-    /// The first fault; it does not pass.
-    fault: Option<Fault>,
+    heard: mpsc::Receiver<(Source, Heard)>,
+    outlet: Outlet,
+    /// By rank, whose words count.
+    incarnations: Vec<u32>,
+    /// Ranks that are gone, in the order in which that was heard. They stay gone until replaced.
+    gone: Vec<Fault>,
+    epoch: Epoch,
 }
 
 /// The end that readers and watchers write.
-pub(super) type Outlet = mpsc::Sender<(Rank, Heard)>;
+pub type Outlet = mpsc::Sender<(Source, Heard)>;
 
 impl Inbox {
-    /// Both ends.
-    pub(super) fn new(world_size: usize) -> (Self, Outlet) {
+    /// For `world_size` ranks, of which nothing was heard yet.
+    pub(super) fn new(world_size: usize) -> Self {
         let (outlet, heard) = mpsc::channel(CAPACITY_PER_RANK * world_size.max(1));
-        (Self { heard, fault: None }, outlet)
+        Self {
+            heard,
+            outlet,
+            incarnations: vec![0; world_size],
+            gone: Vec::new(),
+            epoch: Epoch::default(),
+        }
+    }
+
+    /// Where sources put what they hear.
+    pub(super) fn outlet(&self) -> &Outlet {
+        &self.outlet
+    }
+
+    /// Messages of epochs before `epoch` are over.
+    pub(super) fn begin(&mut self, epoch: Epoch) {
+        self.epoch = epoch;
+    }
+
+    /// As what the current process of `rank` speaks.
+    pub(super) fn source(&self, rank: Rank) -> Source {
+        Source {
+            rank,
+            incarnation: self.incarnations[rank.index()],
+        }
+    }
+
+    /// Forgets the process of `rank` and says as what its successor speaks.
+    pub(super) fn replace(&mut self, rank: Rank) -> Source {
+        self.incarnations[rank.index()] += 1;
+        self.gone.retain(|fault| fault.rank != Some(rank));
+        self.source(rank)
+    }
+
+    /// Takes `rank` for gone, if it is not yet.
+    pub(super) fn give_up_on(&mut self, rank: Rank, cause: Cause) {
+        if !self.is_gone(rank) {
+            self.gone.push(Fault::of(rank, cause));
+        }
+    }
+
+    /// Why `rank` is gone.
+    pub(super) fn fault_of(&self, rank: Rank) -> Fault {
+        let known = self.gone.iter().find(|fault| fault.rank == Some(rank));
+        let unknown = || Fault::of(rank, Cause::LinkLost("it was not replaced".into()));
+        known.cloned().unwrap_or_else(unknown)
+    }
+
+    /// Whether `rank` has no process that could be asked anything.
+    pub(super) fn is_gone(&self, rank: Rank) -> bool {
+        self.gone.iter().any(|fault| fault.rank == Some(rank))
     }
 
     /// One value from each of `ranks`, which begin at 0, in order.
@@ -63,7 +127,7 @@ impl Inbox {
         let deadline = Instant::now() + limit;
         let mut values: Vec<Option<T>> = ranks.map(|_| None).collect();
         while let Some(missing) = values.iter().position(Option::is_none) {
-            let next = timeout_at(deadline, self.next(phase)).await;
+            let next = timeout_at(deadline, self.next()).await;
             let Ok(next) = next else {
                 let missing = Rank(u32::try_from(missing).unwrap_or(u32::MAX));
                 return Err(Fault::of(missing, Cause::Deadline { phase, limit }));
@@ -86,54 +150,86 @@ impl Inbox {
 
     /// Waits for a fault while nothing is asked of the shards. Cancel-safe.
     pub(super) async fn fault(&mut self) -> Fault {
-        match self.next(Phase::Idle).await {
+        match self.next().await {
             Err(fault) => fault,
             Ok((rank, message)) => unexpected(rank, Phase::Idle, &message),
         }
     }
 
     /// The next message, or the fault that takes its place. Cancel-safe: a fault that was heard of
-    /// is kept, and every later call answers it.
-    async fn next(&mut self, phase: Phase) -> Result<(Rank, FromShard), Fault> {
-        if self.fault.is_none() {
-            match self.heard.recv().await {
-                Some((rank, Heard::Message(FromShard::Failed { reason }))) => {
-                    self.fault = Some(Fault::of(rank, Cause::Failed(reason)));
-                }
-                Some((rank, Heard::Message(message))) => return Ok((rank, message)),
-                Some((rank, Heard::Gone(cause))) => self.fault = Some(Fault::of(rank, cause)),
-                None => {
-                    let why = format!("no one listens to the shards ({})", phase.name());
-                    self.fault = Some(Fault::group(Cause::Coordinator(why)));
-                }
-            }
-        }
-        if let Some(lost) = &self.fault
-            && matches!(lost.cause, Cause::LinkLost(_))
-            && let Ok(Some(better)) = timeout(EXIT_GRACE, better_reason(&mut self.heard)).await
+    /// is kept, and every later call answers it until its rank is replaced.
+    async fn next(&mut self) -> Result<(Rank, FromShard), Fault> {
+        if self.gone.is_empty()
+            && let (rank, Some(message)) = self.hear().await
         {
-            self.fault = Some(better);
+            return Ok((rank, message));
         }
-        Err(self.fault.clone().expect("set above"))
-    }
-}
-
-/// A link is lost when its process dies, and is heard of first; the exit status, or the last words
-/// of the rank that failed first, say more.
-async fn better_reason(heard: &mut mpsc::Receiver<(Rank, Heard)>) -> Option<Fault> {
-    while let Some((rank, heard)) = heard.recv().await {
-        match heard {
-            Heard::Gone(cause @ Cause::Exited(_)) => return Some(Fault::of(rank, cause)),
-            Heard::Message(FromShard::Failed { reason }) => {
-                return Some(Fault::of(rank, Cause::Failed(reason)));
+        // A link is lost when its process dies, and may be heard of first; the exit status, or the
+        // last words of the rank that failed first, say more.
+        let better = async {
+            while self.best_fault().is_none_or(is_link_lost) {
+                self.hear().await;
             }
-            Heard::Message(_) | Heard::Gone(_) => {}
+        };
+        // What is known after that is what there is to say.
+        let _ = timeout(EXIT_GRACE, better).await;
+        Err(self.best_fault().cloned().expect("someone is gone"))
+    }
+
+    /// The next message of this epoch from a process that counts; without a message, the rank is gone.
+    /// Cancel-safe.
+    pub(super) async fn hear(&mut self) -> (Rank, Option<FromShard>) {
+        loop {
+            let heard = self.heard.recv().await;
+            let (source, heard) = heard.expect("this inbox holds an outlet itself");
+            let rank = source.rank;
+            if source != self.source(rank) {
+                continue;
+            }
+            let cause = match heard {
+                Heard::Message(FromShard::Failed { reason }) => Cause::Failed(reason),
+                Heard::Message(message) if epoch_of(&message).is_some_and(|e| e < self.epoch) => {
+                    continue;
+                }
+                Heard::Message(message) => return (rank, Some(message)),
+                Heard::Gone(cause) => cause,
+            };
+            match self.gone.iter_mut().find(|fault| fault.rank == Some(rank)) {
+                Some(known) if is_link_lost(known) => known.cause = cause,
+                Some(_) => {}
+                None => self.gone.push(Fault::of(rank, cause)),
+            }
+            return (rank, None);
         }
     }
-    None
+
+    /// What says most about why ranks are gone, if any is.
+    fn best_fault(&self) -> Option<&Fault> {
+        let telling = self.gone.iter().find(|fault| !is_link_lost(fault));
+        telling.or(self.gone.first())
+    }
 }
 
-fn unexpected(rank: Rank, phase: Phase, message: &FromShard) -> Fault {
+fn is_link_lost(fault: &Fault) -> bool {
+    matches!(fault.cause, Cause::LinkLost(_))
+}
+
+/// The epoch to which a message means something.
+fn epoch_of(message: &FromShard) -> Option<Epoch> {
+    match message {
+        FromShard::CommMade { epoch, .. } | FromShard::Joined { epoch } => Some(*epoch),
+        FromShard::Ran(ran) => Some(ran.epoch),
+        // The end of an epoch is awaited by the next one.
+        FromShard::Aborted { epoch } => Some(epoch.next()),
+        FromShard::Hello(_)
+        | FromShard::Progress { .. }
+        | FromShard::Loaded(_)
+        | FromShard::Allocated { .. }
+        | FromShard::Failed { .. } => None,
+    }
+}
+
+pub(super) fn unexpected(rank: Rank, phase: Phase, message: &FromShard) -> Fault {
     let mut message = format!("{message:?}");
     if let Some((cut, _)) = message.char_indices().nth(SHOWN) {
         message.truncate(cut);
@@ -145,6 +241,12 @@ fn unexpected(rank: Rank, phase: Phase, message: &FromShard) -> Fault {
 mod tests {
     use super::*;
     use topology::ids::Epoch;
+
+    fn rank(rank: u32) -> Source {
+        let incarnation = 0;
+        let rank = Rank(rank);
+        Source { rank, incarnation }
+    }
 
     fn joined(epoch: u32) -> Heard {
         Heard::Message(FromShard::Joined {
@@ -164,17 +266,18 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn answers_come_in_rank_order() {
-        let (mut inbox, outlet) = Inbox::new(3);
+        let mut inbox = Inbox::new(3);
+        let outlet = inbox.outlet().clone();
         let progress = FromShard::Progress {
             bytes_done: 1,
             bytes_total: 2,
         };
         outlet
-            .send((Rank(1), Heard::Message(progress)))
+            .send((rank(1), Heard::Message(progress)))
             .await
             .unwrap();
-        for (rank, value) in [(2, 12), (0, 10), (1, 11)] {
-            outlet.send((Rank(rank), joined(value))).await.unwrap();
+        for (from, value) in [(2, 12), (0, 10), (1, 11)] {
+            outlet.send((rank(from), joined(value))).await.unwrap();
         }
         assert_eq!(
             inbox.gather(0..3, Phase::Join, LIMIT, take).await,
@@ -184,8 +287,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_silent_rank_is_named_after_the_deadline() {
-        let (mut inbox, outlet) = Inbox::new(2);
-        outlet.send((Rank(0), joined(0))).await.unwrap();
+        let mut inbox = Inbox::new(2);
+        let outlet = inbox.outlet().clone();
+        outlet.send((rank(0), joined(0))).await.unwrap();
         let fault = inbox
             .gather(0..2, Phase::Join, LIMIT, take)
             .await
@@ -200,12 +304,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_exit_is_a_better_reason_than_the_lost_link() {
-        let (mut inbox, outlet) = Inbox::new(2);
+        let mut inbox = Inbox::new(2);
+        let outlet = inbox.outlet().clone();
         let lost = || Heard::Gone(Cause::LinkLost("timed out".into()));
-        outlet.send((Rank(1), lost())).await.unwrap();
+        outlet.send((rank(1), lost())).await.unwrap();
         let exited = Cause::Exited("signal: 9 (SIGKILL)".into());
         outlet
-            .send((Rank(1), Heard::Gone(exited.clone())))
+            .send((rank(1), Heard::Gone(exited.clone())))
             .await
             .unwrap();
         assert_eq!(inbox.fault().await, Fault::of(Rank(1), exited.clone()));
@@ -214,8 +319,9 @@ mod tests {
             Fault::of(Rank(1), exited),
             "it does not pass"
         );
-        let (mut inbox, outlet) = Inbox::new(2);
-        outlet.send((Rank(0), lost())).await.unwrap();
+        let mut inbox = Inbox::new(2);
+        let outlet = inbox.outlet().clone();
+        outlet.send((rank(0), lost())).await.unwrap();
         let fault = inbox.fault().await;
         assert_eq!(
             fault,
@@ -225,10 +331,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_fault_is_not_lost_with_who_waited_for_it() {
-        let (mut inbox, outlet) = Inbox::new(1);
+        let mut inbox = Inbox::new(1);
+        let outlet = inbox.outlet().clone();
         let lost = Cause::LinkLost("timed out".into());
         outlet
-            .send((Rank(0), Heard::Gone(lost.clone())))
+            .send((rank(0), Heard::Gone(lost.clone())))
             .await
             .unwrap();
         let cut = timeout(EXIT_GRACE / 2, inbox.fault()).await;
@@ -238,8 +345,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_no_one_asked_for_is_a_fault() {
-        let (mut inbox, outlet) = Inbox::new(1);
-        outlet.send((Rank(0), joined(3))).await.unwrap();
+        let mut inbox = Inbox::new(1);
+        let outlet = inbox.outlet().clone();
+        outlet.send((rank(0), joined(3))).await.unwrap();
         let fault = inbox.fault().await;
         assert!(
             matches!(
@@ -251,8 +359,8 @@ mod tests {
             ),
             "{fault}"
         );
-        outlet.send((Rank(0), joined(3))).await.unwrap();
-        outlet.send((Rank(0), joined(3))).await.unwrap();
+        outlet.send((rank(0), joined(3))).await.unwrap();
+        outlet.send((rank(0), joined(3))).await.unwrap();
         assert_eq!(
             inbox.gather(0..1, Phase::Join, LIMIT, take).await,
             Ok(vec![3])
@@ -261,7 +369,7 @@ mod tests {
             reason: "no memory".into(),
         };
         outlet
-            .send((Rank(0), Heard::Message(failed)))
+            .send((rank(0), Heard::Message(failed)))
             .await
             .unwrap();
         assert_eq!(

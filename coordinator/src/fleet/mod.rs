@@ -1,24 +1,32 @@
 //! The shards as seen from here.
 //!
-//! Starts them, brings them to readiness phase by phase, and has them compute steps. Owns the
-//! epoch; knows nothing of requests or of what a plan means. Invariant: an answer is passed on only
-//! if every rank computed the plan that was sent, in the epoch and step it was sent for; anything
-//! else is a [`Fault`], and no shard process outlives the fleet.
+//! Starts them, brings them to readiness phase by phase, has them compute steps, and after a
+//! fault replaces what is gone and forms the group anew. Owns the epoch; knows nothing of requests
+//! or of what a plan means. Invariant: an answer is passed on only if every rank computed the plan
+//! that was sent, in the epoch and step it was sent for; anything else is a [`Fault`], and no shard
+//! process outlives the fleet.
 
 mod fault;
+mod host;
 mod inbox;
-mod member;
+mod local;
+mod pace;
+mod recover;
 mod start;
 #[cfg(test)]
 mod tests;
 
 pub use fault::{Cause, Fault, Phase};
+pub use host::{Host, Launched, Shard, Took};
+pub use inbox::{Heard, Outlet, Source};
+pub use local::{LocalHost, LocalShard, Program};
 pub use start::{Limits, RankReport, Ready, Setup, StartEvent};
 
 use crate::clock::{now, since};
 use futures_util::future::join_all;
 use inbox::Inbox;
-use member::Member;
+use pace::Pace;
+use recover::Member;
 use std::time::{Duration, Instant};
 use topology::ids::{Epoch, Rank, Step};
 use topology::link::Frame;
@@ -29,11 +37,16 @@ const STOP_LIMIT: Duration = Duration::from_secs(3);
 
 /// The group of shards of one model.
 #[derive(Debug)]
-pub struct Fleet {
-    members: Vec<Member>,
+pub struct Fleet<H: Host = LocalHost> {
+    host: H,
+    /// One for each rank; none while a rank is being replaced.
+    members: Vec<Option<Member<H::Shard>>>,
     inbox: Inbox,
     epoch: Epoch,
-    step_limit: Duration,
+    /// KV blocks of every rank.
+    num_blocks: u32,
+    pace: Pace,
+    setup: Setup,
 }
 
 /// What the engine's loop needs of a group of shards; its tests bring their own.
@@ -43,6 +56,13 @@ pub trait Group: Send {
 
     /// Waits until something goes wrong while no step is under way. Cancel-safe.
     fn fault(&mut self) -> impl Future<Output = Fault> + Send;
+
+    /// Ends the epoch of `fault`, replaces shards that are gone or do not answer, and forms the group
+    /// again. All KV blocks have lost their content. Returns the new epoch.
+    ///
+    /// # Errors
+    /// What went wrong on the way; it may be tried again with that.
+    fn recover(&mut self, fault: &Fault) -> impl Future<Output = Result<Epoch, Fault>> + Send;
 
     /// Tells all shards to end and waits until their processes have; whoever does not within
     /// a few seconds is killed.
@@ -65,7 +85,7 @@ pub struct StepOutcome {
     pub answered: Instant,
 }
 
-impl Group for Fleet {
+impl<H: Host> Group for Fleet<H> {
     async fn step(&mut self, plan: StepPlan) -> Result<StepOutcome, Fault> {
         let sent = now();
         let coordinator = |why: String| Fault::group(Cause::Coordinator(why));
@@ -74,19 +94,22 @@ impl Group for Fleet {
             let why = format!("a plan of epoch {planned} in epoch {current}");
             return Err(coordinator(why));
         }
-        let digest = plan.digest().map_err(|e| coordinator(e.to_string()))?;
-        let expected = (plan.epoch, plan.step, digest);
-        self.send_all(&ToShard::Run(Box::new(plan))).await?;
+        let (epoch, step) = (plan.epoch, plan.step);
+        let tokens = plan.rows.iter().map(|row| row.tokens.len()).sum();
+        let limit = self.pace.limit(tokens, self.setup.limits.step);
+        let (frame, digest) = Frame::run(plan).map_err(|e| coordinator(e.to_string()))?;
+        self.send_frame(&frame).await?;
         let ran = |_, message| match message {
             FromShard::Ran(ran) => Ok(Some(*ran)),
             other => Err(other),
         };
         let answers = self
             .inbox
-            .gather(0..self.members.len(), Phase::Step, self.step_limit, ran)
+            .gather(0..self.members.len(), Phase::Step, limit, ran)
             .await?;
         let took = since(sent);
-        check_agreement(expected, &answers)?;
+        check_agreement((epoch, step, digest), &answers)?;
+        self.pace.record(tokens, took);
         let timings = answers.iter().map(|ran| ran.timings).collect();
         let outputs = answers.into_iter().next().map(|ran| ran.outputs);
         Ok(StepOutcome {
@@ -101,6 +124,10 @@ impl Group for Fleet {
         self.inbox.fault().await
     }
 
+    async fn recover(&mut self, fault: &Fault) -> Result<Epoch, Fault> {
+        self.form_again(fault).await
+    }
+
     async fn stop(mut self) {
         // A shard that cannot be told any more is killed below.
         let _ = self.send_all(&ToShard::Stop).await;
@@ -112,17 +139,37 @@ impl Group for Fleet {
     }
 }
 
-impl Fleet {
+impl<H: Host> Fleet<H> {
     async fn end(self, limit: Duration) {
-        join_all(self.members.into_iter().map(|member| member.end(limit))).await;
+        let members = self.members.into_iter().flatten();
+        join_all(members.map(|member| member.shard.end(limit))).await;
     }
 
     /// Encodes once and sends to every rank, also if one cannot be reached.
     async fn send_all(&mut self, message: &ToShard) -> Result<(), Fault> {
-        let frame = frame(message)?;
-        let sends = self.members.iter_mut().map(|member| member.send(&frame));
+        self.send_frame(&frame(message)?).await
+    }
+
+    async fn send_frame(&mut self, frame: &Frame<ToShard>) -> Result<(), Fault> {
+        let sends = (0..).map(Rank).zip(&mut self.members);
+        let sends = sends.map(|(rank, member)| send(rank, member.as_mut(), frame));
         join_all(sends).await.into_iter().collect()
     }
+
+    async fn send(&mut self, rank: Rank, frame: &Frame<ToShard>) -> Result<(), Fault> {
+        let member = self.members.get_mut(rank.index()).and_then(Option::as_mut);
+        send(rank, member, frame).await
+    }
+}
+
+async fn send(
+    rank: Rank,
+    member: Option<&mut Member<impl Shard>>,
+    frame: &Frame<ToShard>,
+) -> Result<(), Fault> {
+    let missing = || Fault::of(rank, Cause::LinkLost("it was not replaced yet".into()));
+    let sent = member.ok_or_else(missing)?.shard.send(frame).await;
+    sent.map_err(|cause| Fault::of(rank, cause))
 }
 
 fn frame(message: &ToShard) -> Result<Frame<ToShard>, Fault> {

@@ -1,22 +1,25 @@
 //! What a fleet refuses: programs that are no shards, answers that do not agree. The rest needs real
 //! shards, and is tested with the binary.
 
-use super::{Cause, Fault, Fleet, Limits, Phase, Setup, check_agreement};
+use super::{Cause, Fault, Fleet, Limits, LocalHost, Phase, Program, Setup, check_agreement};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use topology::ids::{Epoch, Rank, Step};
 use topology::placement::Device;
 use topology::wire::{Load, ModelLocation, Ran, StepPlan, StepTimings};
 
-fn setup(program: &str, alive: mpsc::Sender<()>) -> Setup {
+fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
     let cpu = Device::Cpu {
         threads: 1,
         cores: Vec::new(),
     };
-    Setup {
-        program: program.into(),
+    let host = LocalHost::new(Program {
+        path: program.into(),
         log_level: "warn".into(),
         devices: vec![cpu.clone(), cpu],
+        alive,
+    });
+    let setup = Setup {
         load: Load {
             model: ModelLocation::BuiltIn,
             tensor_parallel_size: 2,
@@ -30,8 +33,8 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> Setup {
             startup: Duration::from_secs(5),
             step: Duration::from_secs(5),
         },
-        alive,
-    }
+    };
+    (host.unwrap(), setup)
 }
 
 #[tokio::test]
@@ -42,15 +45,14 @@ async fn a_program_that_is_no_shard_is_named_and_nothing_stays() {
         ("/bin/echo", "the handshake went wrong"),
     ] {
         let (alive, mut all_gone) = mpsc::channel(1);
-        let setup = setup(program, alive);
-        let started = Fleet::start(&setup, |_| Ok(1), |_| {}).await;
+        let (host, setup) = setup(program, alive);
+        let started = Fleet::start(host, setup, |_| Ok(1), |_| {}).await;
         let fault = started.expect_err("it is no shard");
         assert!(fault.rank.is_some(), "{fault}");
         assert!(
             matches!(&fault.cause, Cause::Launch(why) if why.contains(said)),
             "{fault}"
         );
-        drop(setup);
         assert_eq!(all_gone.recv().await, None);
     }
 }
@@ -62,7 +64,7 @@ fn a_rank_that_computed_something_else_is_named() {
         step: Step(7),
         rows: Vec::new(),
     };
-    let digest = plan.digest().unwrap();
+    let digest = plan.digest();
     let ran = || Ran {
         epoch: plan.epoch,
         step: plan.step,

@@ -7,8 +7,11 @@ use axum::extract::Request;
 use axum::http::{StatusCode, header};
 use bytes::Bytes;
 use http_body_util::BodyExt;
-use serde::de::DeserializeOwned;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
 use serde_json::error::Category;
+use std::fmt;
+use std::marker::PhantomData;
 
 /// Bytes beyond the limit that are read and dropped. A client that is still sending when the
 /// connection closes sees a reset, not the answer that says why.
@@ -72,17 +75,45 @@ fn too_large(limit: usize) -> ApiError {
     )
 }
 
-/// Reads JSON. Unknown fields are ignored.
+/// A value that is written as an object. Derived readers also take a list with the values of their
+/// fields, in the order of our source, and call what they expect by our names.
+#[derive(Debug)]
+pub struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(Fields(PhantomData))
+    }
+}
+
+/// Reads a JSON object. Unknown fields are ignored.
 ///
 /// # Errors
 /// 400 with the path of the value that does not fit, or the place where it is not JSON.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+    let value = serde_path_to_error::deserialize(&mut deserializer);
+    let Object(value) = value.map_err(|error| {
         let path = error.path().to_string();
         let inner = error.into_inner();
         if inner.classify() == Category::Data {
             let param = if path == "." { "body".to_owned() } else { path };
+            // All of our 32-bit numbers are token ids.
+            let inner = inner.to_string();
+            let inner = inner.replace("expected u32", "expected a token id");
+            let inner = inner.replace("expected f64", "expected a number");
             ApiError::parameter(&param, format!("{param:.200}: {inner}"))
         } else {
             ApiError::bad_request(format!("The request's body is not valid JSON: {inner}"))
@@ -112,6 +143,8 @@ mod tests {
         assert!(error.message.contains("line 2"), "{error}");
         assert!(parse::<Example>(b"{} x").is_err());
         assert!(parse::<Example>(b"").is_err());
+        let error = parse::<Example>(b"[[1]]").unwrap_err();
+        assert!(error.message.contains("expected an object"), "{error}");
         assert!(parse::<Example>(b"{\"other\": 1}").unwrap().list.is_empty());
         // serde_json's own bound on nesting keeps the stack safe.
         assert!(parse::<Example>("[".repeat(1_000_000).as_bytes()).is_err());

@@ -118,6 +118,7 @@ impl ApiError {
         let message = error.to_string();
         match error {
             SubmitError::Refused(Refusal::TooLong { .. }) => Self::too_long(message),
+            SubmitError::Refused(refusal) if !refusal.is_temporary() => Self::bad_request(message),
             SubmitError::Refused(_) => Self {
                 code: Some("queue_full"),
                 retry_after: Some(retry_after.clamp(1, 60)),
@@ -171,7 +172,13 @@ mod tests {
             max_tokens: 9,
             limit: 10,
         };
+        let large = Refusal::TooLarge {
+            what: "sequences",
+            asked: 9,
+            limit: 8,
+        };
         for (error, status, retry) in [
+            (SubmitError::Refused(large), 400, None),
             (SubmitError::Refused(full.clone()), 429, Some(60)),
             (SubmitError::Refused(long), 400, None),
             (SubmitError::Draining, 503, Some(5)),

@@ -1,7 +1,8 @@
 //! Routes about the process: is it alive, is it ready, what is it.
 //!
-//! `/health` says whether restarting the process would help: 200 while it loads, serves or drains,
-//! 503 after a fault that ends it. `/ready` says whether to send requests here.
+//! `/health` says whether the group of shards is as it should be: 200 while it loads, serves or
+//! drains, 503 from a fault until the group computes again, and for good where it cannot.
+//! `/ready` says whether to send requests here.
 
 use super::ServerState;
 use super::error::ApiError;
@@ -18,6 +19,7 @@ use std::sync::atomic::Ordering;
 pub(super) async fn health(State(state): State<Arc<ServerState>>) -> Response {
     match state.engine.readiness() {
         Readiness::Failed(why) => ApiError::unavailable("failed", why).into_response(),
+        Readiness::Recovering(why) => ApiError::unavailable("recovering", why).into_response(),
         Readiness::Loading | Readiness::Ready | Readiness::Draining => ().into_response(),
     }
 }
@@ -27,6 +29,7 @@ pub(super) async fn ready(State(state): State<Arc<ServerState>>) -> Response {
     let (code, why) = match state.engine.readiness() {
         Readiness::Ready => return Json(json!({"status": "ready"})).into_response(),
         Readiness::Loading => ("not_ready", "shards are loading".to_owned()),
+        Readiness::Recovering(why) => ("recovering", why),
         Readiness::Draining => ("draining", "the server is draining".to_owned()),
         Readiness::Failed(why) => ("failed", why),
     };

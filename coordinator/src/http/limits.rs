@@ -72,8 +72,10 @@ impl Default for ServerLimits {
 }
 
 /// Checks a whole number.
-pub fn whole(param: &str, value: i64, range: RangeInclusive<i64>) -> Result<i64, ApiError> {
-    if range.contains(&value) {
+pub fn whole(param: &str, value: i128, range: RangeInclusive<i64>) -> Result<i64, ApiError> {
+    if let Ok(value) = i64::try_from(value)
+        && range.contains(&value)
+    {
         return Ok(value);
     }
     let (low, high) = range.into_inner();
@@ -150,9 +152,10 @@ impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for Bounded<T, N
     }
 }
 
-/// A whole number however it is written: `10`, `10.0`.
+/// A whole number however it is written: `10`, `10.0`. Wide enough for seeds, which use all 64 bits
+/// with or without a sign.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Whole(pub i64);
+pub struct Whole(pub i128);
 
 impl<'de> Deserialize<'de> for Whole {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -165,21 +168,23 @@ impl<'de> Deserialize<'de> for Whole {
             }
 
             fn visit_i64<E: Error>(self, value: i64) -> Result<Whole, E> {
-                Ok(Whole(value))
+                Ok(Whole(value.into()))
             }
 
             fn visit_u64<E: Error>(self, value: u64) -> Result<Whole, E> {
-                // Seeds use all 64 bits; everything else is refused by its range anyway.
-                Ok(Whole(value.cast_signed()))
+                Ok(Whole(value.into()))
             }
 
             fn visit_f64<E: Error>(self, value: f64) -> Result<Whole, E> {
                 const EXACT: f64 = 9_007_199_254_740_992.0;
-                if value.fract() == 0.0 && value.abs() <= EXACT {
-                    #[expect(clippy::cast_possible_truncation, reason = "checked just above")]
-                    return Ok(Whole(value as i64));
+                if value.fract() != 0.0 {
+                    return Err(E::custom(format!("{value} is not a whole number")));
                 }
-                Err(E::custom(format!("{value} is not a whole number")))
+                if value.abs() > EXACT {
+                    return Err(E::custom(format!("{value} is too large")));
+                }
+                #[expect(clippy::cast_possible_truncation, reason = "checked just above")]
+                Ok(Whole(value as i128))
             }
         }
         deserializer.deserialize_any(Number)
@@ -213,6 +218,8 @@ mod tests {
         assert!(error.to_string().contains("at most 2"), "{error}");
         assert_eq!(serde_json::from_str::<Whole>("10.0").unwrap(), Whole(10));
         assert_eq!(serde_json::from_str::<Whole>("-1").unwrap(), Whole(-1));
+        let most = serde_json::from_str::<Whole>("18446744073709551615").unwrap();
+        assert_eq!(most, Whole(u64::MAX.into()));
         for wrong in ["1.5", "1e300", "\"1\"", "null", "true"] {
             assert!(serde_json::from_str::<Whole>(wrong).is_err(), "{wrong}");
         }

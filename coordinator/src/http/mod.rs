@@ -16,6 +16,7 @@ mod health;
 pub mod limits;
 pub mod openai;
 mod pace;
+mod refusal;
 pub mod server;
 pub mod sse;
 mod stall;
@@ -36,7 +37,7 @@ use pace::Pace;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 /// Header that names a request, ours or the client's.
 const REQUEST_ID: &str = "x-request-id";
@@ -242,7 +243,7 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     });
     let id = match given.and_then(|id| id.to_str().ok()) {
         Some(id) => id.to_owned(),
-        None => uuid::Uuid::new_v4().simple().to_string(),
+        None => new_request_id(),
     };
     request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = next.run(request).await;
@@ -250,6 +251,10 @@ async fn name_request(mut request: Request, next: Next) -> Response {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+fn new_request_id() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
 }
 
 fn cors(origins: &[String]) -> Option<CorsLayer> {
@@ -264,7 +269,8 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
         CorsLayer::new()
             .allow_origin(origin)
             .allow_methods([Method::GET, Method::POST])
-            .allow_headers(Any)
+            // By name: to browsers `*` is everything but `authorization`.
+            .allow_headers(AllowHeaders::mirror_request())
             .expose_headers([
                 header::RETRY_AFTER,
                 REQUEST_ID.parse().expect("a header's name"),

@@ -5,6 +5,7 @@
 //! deadlines, and after the shutdown begins there is one for all that is still open.
 
 use super::limits::ServerLimits;
+use super::refusal::Explained;
 use super::stall::StallGuard;
 use axum::Router;
 use hyper::server::conn::http1;
@@ -77,12 +78,16 @@ pub async fn serve(
     Ok(())
 }
 
-type Connection = http1::Connection<TokioIo<StallGuard<TcpStream>>, TowerToHyperService<Router>>;
+type Io = TokioIo<StallGuard<Explained<TcpStream>>>;
+type Connection = http1::Connection<Io, TowerToHyperService<Router>>;
 
 fn connection(stream: TcpStream, router: Router, limits: &ServerLimits) -> Connection {
     // A token is a small packet that must not wait for the next one. The error is harmless.
     let _ = stream.set_nodelay(true);
-    let io = TokioIo::new(StallGuard::new(stream, limits.stall_timeout));
+    let io = TokioIo::new(StallGuard::new(
+        Explained::new(stream),
+        limits.stall_timeout,
+    ));
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)

@@ -119,6 +119,6 @@ impl<D: Dialect> EventStream<D> {
 }
 
 fn broken(error: &ApiError, frames: &mut Frames) {
-    tracing::warn!(message = %error.message, "a stream was cut");
+    tracing::warn!("a stream was cut: {}", error.message);
     frames.data(&error.body());
 }

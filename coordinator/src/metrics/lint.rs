@@ -135,6 +135,7 @@ fn names_that_gateways_and_dashboards_read_are_there_from_the_start() {
     for series in [
         "vllm:num_requests_running{",
         "vllm:num_requests_waiting{",
+        "vllm:num_requests_waiting_by_reason{",
         "vllm:kv_cache_usage_perc{",
         "vllm:cache_config_info{",
         "vllm:prompt_tokens_total{",
@@ -154,6 +155,7 @@ fn names_that_gateways_and_dashboards_read_are_there_from_the_start() {
         "vllm:request_decode_time_seconds_bucket{",
         "vllm:request_prompt_tokens_bucket{",
         "vllm:request_generation_tokens_bucket{",
+        "vllm:request_max_num_generation_tokens_bucket{",
         "vllm:request_params_max_tokens_bucket{",
         "vllm:request_params_n_bucket{",
         "vllm:iteration_tokens_total_bucket{",

@@ -56,6 +56,8 @@ const OVERHEAD: &[f64] = &[
     0.000_001, 0.000_002, 0.000_005, 0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.000_2, 0.000_5,
     0.001, 0.002, 0.005, 0.01, 0.1, 1.0,
 ];
+/// Forming the group again: from a process of the built-in model to one that loads hundreds of gigabytes.
+const RECOVERY: &[f64] = &[0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0];
 
 /// Histograms by name; those counted in tokens of a request get [`one_two_five`] instead.
 const HISTOGRAMS: &[(&str, &[f64])] = &[
@@ -75,6 +77,7 @@ const HISTOGRAMS: &[(&str, &[f64])] = &[
     ("cluster_rank_collective_seconds", STEP),
     ("cluster_rank_wait_seconds", STEP),
     ("cluster_rank_sample_seconds", STEP),
+    ("cluster_recovery_seconds", RECOVERY),
     ("cluster_schedule_seconds", OVERHEAD),
     ("cluster_apply_seconds", OVERHEAD),
     ("cluster_step_overhead_seconds", OVERHEAD),
@@ -82,6 +85,7 @@ const HISTOGRAMS: &[(&str, &[f64])] = &[
 const TOKEN_HISTOGRAMS: &[&str] = &[
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
+    "vllm:request_max_num_generation_tokens",
     "vllm:request_params_max_tokens",
 ];
 
@@ -184,10 +188,12 @@ handles! {
             "Prompt tokens of a request.";
         generation_tokens: Histogram = "vllm:request_generation_tokens",
             "Tokens generated for a request.";
+        max_num_generation_tokens: Histogram = "vllm:request_max_num_generation_tokens",
+            "Tokens generated for the longest choice of a prompt.";
         params_max_tokens: Histogram = "vllm:request_params_max_tokens",
             "Most tokens that a request asked for.";
         params_n: Histogram = "vllm:request_params_n",
-            "Choices that a request asked for.";
+            "Choices that a request asked for, for each of its prompts.";
     }
 }
 
@@ -198,6 +204,12 @@ handles! {
             "Sequences that hold KV blocks and are computed.";
         num_requests_waiting: Gauge = "vllm:num_requests_waiting",
             "Sequences that wait to be computed.";
+        num_requests_waiting_for_capacity: Gauge = "vllm:num_requests_waiting_by_reason",
+            "Sequences that wait to be computed, by reason; none is deferred for another's sake.",
+            ("reason", "capacity");
+        num_requests_waiting_deferred: Gauge = "vllm:num_requests_waiting_by_reason",
+            "Sequences that wait to be computed, by reason; none is deferred for another's sake.",
+            ("reason", "deferred");
         kv_cache_usage_perc: Gauge = "vllm:kv_cache_usage_perc",
             "Share of the KV blocks that running sequences use; 1 is all.";
         num_preemptions_total: Counter = "vllm:num_preemptions_total",
@@ -228,6 +240,10 @@ handles! {
             ("state", "total");
         epoch: Gauge = "cluster_epoch",
             "The communicator's life; a fault begins a new one.";
+        recoveries_total: Counter = "cluster_recoveries_total",
+            "Faults after which the group was formed again and requests went on.";
+        recovery_seconds: Histogram = "cluster_recovery_seconds",
+            "From a fault until the group can compute again.";
         ranks_ready: Gauge = "cluster_ranks_ready",
             "Ranks that can compute.";
         slow_streams_cut_total: Counter = "cluster_slow_streams_cut_total",
@@ -375,6 +391,11 @@ impl Metrics {
         self.registrar()
             .make::<Gauge>("cluster_rank_memory_bytes", help, &labels)
             .set(bytes as f64);
+    }
+
+    /// Ranks of the group.
+    pub fn world_size(&self) -> usize {
+        self.ranks.len()
     }
 
     /// Records where a step's time went on one rank.

@@ -20,6 +20,7 @@ impl Scheduler {
         self.waiting.check()?;
         self.check_places()?;
         self.check_limits()?;
+        self.check_suspects()?;
         for sequence in self.waiting.iter() {
             check_waiting(sequence)?;
         }

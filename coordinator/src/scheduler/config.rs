@@ -5,6 +5,7 @@
 
 use super::queue::Queue;
 use super::request::{Refusal, Request};
+use super::room::{MAX_STEP_TOKENS, fits_alone};
 
 /// Fixed for the life of a scheduler.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +49,14 @@ pub enum BadConfig {
         /// `max_num_seqs`.
         sequences: u32,
     },
+    /// The tokens of one step alone would fill its message.
+    #[error("--max-num-batched-tokens ({tokens}) must be at most {limit}; lower it")]
+    TooManyTokens {
+        /// `max_num_batched_tokens`.
+        tokens: u32,
+        /// Most.
+        limit: usize,
+    },
 }
 
 impl SchedulerConfig {
@@ -68,6 +77,12 @@ impl SchedulerConfig {
             return Err(BadConfig::FewerTokensThanSequences {
                 tokens: self.max_num_batched_tokens,
                 sequences: self.max_num_seqs,
+            });
+        }
+        if self.max_num_batched_tokens as usize > MAX_STEP_TOKENS {
+            return Err(BadConfig::TooManyTokens {
+                tokens: self.max_num_batched_tokens,
+                limit: MAX_STEP_TOKENS,
             });
         }
         Ok(())
@@ -149,6 +164,12 @@ impl SchedulerConfig {
                 max_tokens: request.max_tokens,
                 limit,
             });
+        }
+        if !fits_alone(request, self) {
+            return Err(Refusal::Invalid(
+                "what this request says of its next token is more than one step can carry: ask for \
+                 fewer tokens, log-probabilities or biases, or leave out the penalties",
+            ));
         }
         Ok(())
     }

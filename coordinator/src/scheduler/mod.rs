@@ -18,8 +18,10 @@ mod plan;
 mod prefix;
 mod queue;
 pub mod request;
+mod room;
 mod sequence;
 mod stats;
+mod suspects;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +32,7 @@ pub use stats::{Counters, Stats};
 use blocks::BlockPool;
 use queue::Queue;
 use request::{Event, EventKind, FinishReason, Refusal, Request, SequenceId};
+use room::Room;
 use sequence::{Rank, Sequence};
 use std::collections::{BTreeMap, BTreeSet};
 use topology::ids::{BlockId, Epoch, Step};
@@ -49,6 +52,8 @@ pub struct Scheduler {
     running: Vec<Sequence>,
     /// Where each sequence that has not ended is to be found.
     ranks: BTreeMap<SequenceId, Rank>,
+    /// Sequences that may be what kills the shards: each is run alone until it has a new token.
+    suspects: BTreeSet<Rank>,
     next_arrival: u64,
     epoch: Epoch,
     next_step: Step,
@@ -79,6 +84,7 @@ impl Scheduler {
             waiting: Queue::default(),
             running: Vec::new(),
             ranks: BTreeMap::new(),
+            suspects: BTreeSet::new(),
             next_arrival: 0,
             epoch: Epoch::default(),
             next_step: Step::default(),
@@ -116,6 +122,7 @@ impl Scheduler {
         let Some(rank) = self.ranks.remove(&id) else {
             return false;
         };
+        self.suspects.remove(&rank);
         self.emit(id, EventKind::Finished(FinishReason::Cancelled));
         if self.waiting.remove(rank).is_some() {
             return true;
@@ -140,10 +147,12 @@ impl Scheduler {
         if self.step_under_way {
             return None;
         }
-        let mut budget = self.config.max_num_batched_tokens as usize;
-        // What was just taken from one sequence is not for a new one.
-        if !self.continue_running(&mut budget) {
-            self.admit_waiting(budget);
+        let mut room = Room::new(&self.config);
+        if let Some(suspect) = self.suspects.first().copied() {
+            self.run_alone(suspect, room);
+        } else if !self.continue_running(&mut room) {
+            // What was just taken from one sequence is not for a new one.
+            self.admit_waiting(room);
         }
         if self.running.is_empty() {
             return None;
@@ -179,6 +188,7 @@ impl Scheduler {
             let stays = self.advance(sequence, output);
             if !stays {
                 self.ranks.remove(&sequence.request.id);
+                self.suspects.remove(&sequence.rank());
                 self.pool.release(&mut sequence.table);
             }
             stays
@@ -188,16 +198,20 @@ impl Scheduler {
     }
 
     /// A new epoch: the step under way is forgotten, all blocks lost their content, and running
-    /// sequences wait in front with the tokens they have.
+    /// sequences wait in front with the tokens they have. One that killed the shards again and again,
+    /// also when it ran alone, ends with `Finished(Error)`.
     pub fn reset(&mut self, epoch: Epoch) {
         self.epoch = epoch;
         self.next_step = Step::default();
-        self.step_under_way = false;
+        let in_step = std::mem::take(&mut self.step_under_way);
         self.pool.clear();
         for mut sequence in std::mem::take(&mut self.running) {
-            if !sequence.cancelled {
-                self.counters.recomputations += 1;
-                sequence.forget_computation();
+            if sequence.cancelled {
+                continue;
+            }
+            self.counters.recomputations += 1;
+            sequence.forget_computation();
+            if !in_step || !self.suspect(&mut sequence) {
                 self.waiting.insert(sequence);
             }
         }
@@ -227,6 +241,7 @@ impl Scheduler {
             waiting_tokens: self.waiting.num_tokens() + gaps.map(Sequence::gap).sum::<usize>(),
             queued: self.waiting.num_fresh(),
             queued_tokens: self.waiting.num_fresh_tokens(),
+            suspects: self.suspects.len(),
             block_size: self.config.block_size as usize,
             blocks_total: self.pool.num_blocks(),
             blocks_used: self.pool.num_blocks() - self.pool.num_available(),
@@ -238,13 +253,19 @@ impl Scheduler {
         }
     }
 
-    /// Gives every running sequence its share of the step, in order; where blocks run out, the
-    /// last in order gives its own up. Says whether one did.
+    /// Gives every running sequence its share of the step, in order; where blocks or bytes run out,
+    /// the last in order gives its own up. Says whether one did.
     ///
     /// A sequence never takes so much that one behind it gets nothing: all running sequences
     /// progress in every step.
-    fn continue_running(&mut self, budget: &mut usize) -> bool {
-        let mut preempted = false;
+    fn continue_running(&mut self, room: &mut Room) -> bool {
+        let block_size = self.config.block_size;
+        let rows = self.running.iter();
+        let told = rows.take_while(|s| room.take_row(s, block_size)).count();
+        let mut preempted = told < self.running.len();
+        while told < self.running.len() {
+            self.preempt_last();
+        }
         let mut index = 0;
         while index < self.running.len() {
             let sequence = &mut self.running[index];
@@ -257,8 +278,7 @@ impl Scheduler {
             }
             let behind = self.running.len() - index - 1;
             let sequence = &mut self.running[index];
-            sequence.scheduled = self.config.chunk(sequence.gap(), *budget - behind);
-            *budget -= sequence.scheduled;
+            sequence.scheduled = room.take_tokens(sequence, behind, &self.config);
             index += 1;
         }
         preempted
@@ -275,14 +295,14 @@ impl Scheduler {
         self.counters.preemptions += 1;
     }
 
-    /// Admits waiting sequences in order, until seats, budget or blocks run out.
+    /// Admits waiting sequences in order, until seats, room or blocks run out.
     ///
     /// The first that does not fit holds back those behind it, or it would never fit.
-    fn admit_waiting(&mut self, mut budget: usize) {
+    fn admit_waiting(&mut self, mut room: Room) {
         let mut passed = None;
         let mut num_passed = 0;
         let mut computing = self.prefixes_under_way();
-        while budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
+        while room.tokens > 0 && self.running.len() < self.config.max_num_seqs as usize {
             let Some(candidate) = self.waiting.first_after(passed) else {
                 break;
             };
@@ -303,12 +323,12 @@ impl Scheduler {
                 passed = Some(rank);
                 continue;
             }
-            if !self.fits(candidate, &hits) {
+            if !self.fits(candidate, &hits) || !room.take_row(candidate, self.config.block_size) {
                 self.blocked = Some((id, self.pool.num_releases()));
                 break;
             }
             let sequence = self.waiting.remove(rank).expect("the candidate waits");
-            budget -= self.start(sequence, hits, budget);
+            self.start(sequence, hits, &mut room);
             computing.extend(next);
         }
     }
@@ -335,15 +355,15 @@ impl Scheduler {
         needed + self.running.len() <= self.pool.num_available()
     }
 
-    /// Puts a waiting sequence among the running; returns the tokens it takes of the budget.
-    fn start(&mut self, mut sequence: Sequence, hits: blocks::Hits, budget: usize) -> usize {
+    /// Puts a waiting sequence among the running.
+    fn start(&mut self, mut sequence: Sequence, hits: blocks::Hits, room: &mut Room) {
         sequence.computed = hits.blocks.len() * self.config.block_size as usize;
         self.pool.take_hits(&hits.blocks);
         sequence.table = hits.blocks;
         let len = sequence.len();
         let fits = self.pool.extend(&mut sequence.table, len);
         assert!(fits, "a sequence is started only if it fits");
-        sequence.scheduled = self.config.chunk(sequence.gap(), budget);
+        sequence.scheduled = room.take_tokens(&sequence, 0, &self.config);
         if !sequence.started {
             sequence.started = true;
             if sequence.may_hit() {
@@ -353,12 +373,10 @@ impl Scheduler {
             let cached_tokens = u32::try_from(sequence.computed).expect("below max_model_len");
             self.emit(sequence.request.id, EventKind::Started { cached_tokens });
         }
-        let scheduled = sequence.scheduled;
         let index = self
             .running
             .partition_point(|other| other.rank() < sequence.rank());
         self.running.insert(index, sequence);
-        scheduled
     }
 
     /// The blocks of prefixes that this step computes: who needs the same ones better waits.
@@ -435,6 +453,7 @@ impl Scheduler {
             let token = sampled.token;
             let score = sampled.score.clone();
             sequence.generated.push(token);
+            self.clear(sequence);
             self.emit(
                 id,
                 EventKind::Token {

@@ -75,10 +75,6 @@ pub(super) fn row(sequence: &Sequence, block_size: usize) -> PlanRow {
 fn sampling(sequence: &Sequence) -> Sampling {
     let request = &sequence.request;
     let params = &request.sampling;
-    let repetition = differs(params.repetition_penalty, 1.0);
-    let penalises_generated = repetition
-        || differs(params.presence_penalty, 0.0)
-        || differs(params.frequency_penalty, 0.0);
     let mut banned = params.banned_token_ids.clone();
     if sequence.generated.len() < request.min_tokens as usize {
         banned.extend_from_slice(&request.stop_token_ids);
@@ -99,8 +95,8 @@ fn sampling(sequence: &Sequence) -> Sampling {
         logit_bias: params.logit_bias.clone(),
         banned,
         allowed: params.allowed_token_ids.clone(),
-        prompt: copy_if(repetition, &request.prompt),
-        generated: copy_if(penalises_generated, &sequence.generated),
+        prompt: copy_if(params.penalises_prompt(), &request.prompt),
+        generated: copy_if(params.penalises_generated(), &sequence.generated),
         logprobs: params.logprobs,
     }
 }
@@ -136,12 +132,6 @@ pub(super) fn validate(
     } else {
         Err(BadAnswer::Scores { row, got, expected })
     }
-}
-
-/// Whether a penalty is on; exact, because off is one exact value.
-#[expect(clippy::float_cmp, reason = "the neutral values are exact")]
-fn differs(value: f32, neutral: f32) -> bool {
-    value != neutral
 }
 
 fn narrow(tokens: usize) -> u32 {

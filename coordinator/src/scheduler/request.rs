@@ -90,7 +90,7 @@ pub enum FinishReason {
     Length,
     /// Cancelled by the caller.
     Cancelled,
-    /// The cluster could not go on.
+    /// The shards failed each time they computed it, also when they computed nothing else.
     Error,
 }
 

@@ -42,6 +42,8 @@ pub(super) struct Sequence {
     pub started: bool,
     /// Cancelled during the step under way: ends when the step does.
     pub cancelled: bool,
+    /// Steps with it that ended in a fault since its last new token.
+    pub faults: u32,
 }
 
 impl Tokens<'_> {
@@ -81,6 +83,7 @@ impl Sequence {
             scores: request.prompt_logprobs.map(|_| Vec::new()),
             started: false,
             cancelled: false,
+            faults: 0,
             request,
         }
     }

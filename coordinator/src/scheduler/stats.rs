@@ -15,6 +15,8 @@ pub struct Stats {
     pub queued: usize,
     /// Their prompt tokens, which count against `max_num_queued_tokens`.
     pub queued_tokens: usize,
+    /// Sequences that run alone, one after the other, because they may be what kills the shards.
+    pub suspects: usize,
     /// Tokens per block.
     pub block_size: usize,
     /// Blocks in all; `used + evictable + free`.

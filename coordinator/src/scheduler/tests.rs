@@ -1,7 +1,7 @@
 //! Decisions that have to be seen in one plain case each; everything else is in
 //! `tests/scheduler_model`.
 
-use super::request::{EventKind, Request, SamplingParams, SequenceId};
+use super::request::{EventKind, FinishReason, Request, SamplingParams, SequenceId};
 use super::{Scheduler, SchedulerConfig};
 use topology::wire::{RowOutput, ScoredToken, StepPlan, TokenScore};
 
@@ -181,4 +181,83 @@ fn scoring_a_prompt_ends_without_a_token() {
         );
         assert_eq!(events.len(), 3, "{events:?}");
     }
+}
+
+/// A request that ends every step it takes part in, among others that do not.
+#[test]
+fn only_the_sequence_that_kills_the_shards_is_given_up() {
+    for poisoned in 0..5_u32 {
+        let mut scheduler = Scheduler::new(config()).unwrap();
+        let requests = (0..5_u32)
+            .map(|id| request(id.into(), 100 * id, 20, 4))
+            .collect();
+        scheduler.add(requests).unwrap();
+        let poison = 100 * poisoned;
+        let (mut faults, mut ended) = (0, Vec::new());
+        while scheduler.has_work() {
+            let plan = scheduler.schedule().unwrap();
+            let kills = |row: &topology::wire::PlanRow| row.tokens.contains(&poison);
+            if plan.rows.iter().any(kills) {
+                faults += 1;
+                scheduler.reset(plan.epoch.next());
+            } else {
+                scheduler.apply(&answer(&plan)).unwrap();
+            }
+            scheduler.check().unwrap();
+            let events = scheduler.take_events().into_iter();
+            ended.extend(events.filter_map(|event| match event.kind {
+                EventKind::Finished(reason) => Some((event.id, reason)),
+                _ => None,
+            }));
+        }
+        assert_eq!(faults, 6);
+        assert_eq!(ended.len(), 5);
+        for (id, reason) in ended {
+            let expected = if id == SequenceId(poisoned.into()) {
+                FinishReason::Error
+            } else {
+                FinishReason::Length
+            };
+            assert_eq!(reason, expected, "{id:?} of {poisoned}");
+        }
+        assert_eq!(scheduler.stats().blocks_used, 0);
+    }
+}
+
+/// Whoever got a token in between is beyond suspicion, however many faults there are.
+#[test]
+fn faults_from_outside_give_no_one_up() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        max_num_batched_tokens: 1024,
+        ..config()
+    })
+    .unwrap();
+    scheduler
+        .add(
+            (0..4_u32)
+                .map(|id| request(id.into(), 100 * id, 8, 40))
+                .collect(),
+        )
+        .unwrap();
+    let mut tokens = 0;
+    for _ in 0..40 {
+        step(&mut scheduler);
+        let plan = scheduler.schedule();
+        let events = scheduler.take_events();
+        tokens += events
+            .iter()
+            .filter(|e| matches!(e.kind, EventKind::Token { .. }))
+            .count();
+        assert!(
+            !events
+                .iter()
+                .any(|e| e.kind == EventKind::Finished(FinishReason::Error))
+        );
+        if let Some(plan) = plan {
+            assert_eq!(plan.rows.len(), 4, "no one runs alone");
+            scheduler.reset(plan.epoch.next());
+        }
+    }
+    assert_eq!(tokens, 4 * 40);
+    assert!(!scheduler.has_work());
 }

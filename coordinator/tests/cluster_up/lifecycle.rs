@@ -31,9 +31,9 @@ fn streams(cluster: &Cluster, count: usize) -> Vec<Stream> {
 }
 
 #[test]
-fn a_killed_shard_ends_every_stream_with_an_error_and_the_process_with_1() {
+fn without_recovery_a_killed_shard_ends_every_stream_with_an_error_and_the_process_with_1() {
     let _turn = turn();
-    let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
+    let cluster = Cluster::start(&["--max-recovery-attempts", "0"]);
     let streams = streams(&cluster, 3);
     send_signal(cluster.shards[1], Signal::KILL);
     for stream in streams {
@@ -45,9 +45,14 @@ fn a_killed_shard_ends_every_stream_with_an_error_and_the_process_with_1() {
 }
 
 #[test]
-fn a_shard_that_dies_while_idle_ends_the_process() {
+fn without_recovery_a_shard_that_dies_while_idle_ends_the_process() {
     let _turn = turn();
-    let cluster = Cluster::start(&["--tensor-parallel-size", "4"]);
+    let cluster = Cluster::start(&[
+        "--tensor-parallel-size",
+        "4",
+        "--max-recovery-attempts",
+        "0",
+    ]);
     send_signal(cluster.shards[2], Signal::KILL);
     let (status, stderr) = cluster.wait();
     assert_eq!(status.code(), Some(1), "{stderr}");
@@ -57,12 +62,12 @@ fn a_shard_that_dies_while_idle_ends_the_process() {
 #[test]
 fn a_shard_that_hangs_is_noticed_by_the_steps_deadline() {
     let _turn = turn();
-    let cluster = Cluster::start(&["--step-timeout", "2"]);
+    let cluster = Cluster::start(&["--step-timeout", "1", "--max-recovery-attempts", "0"]);
     let streams = streams(&cluster, 1);
     send_signal(cluster.shards[0], Signal::STOP);
     let begun = clock::now();
     for stream in streams {
-        ends_with_an_error(stream, "no answer within 2s (step)");
+        ends_with_an_error(stream, "no answer within 1s (step)");
     }
     let (status, stderr) = cluster.wait();
     assert_eq!(status.code(), Some(1), "{stderr}");
@@ -131,4 +136,29 @@ fn a_second_signal_ends_it_at_once() {
     cluster.signal(Signal::INT);
     let (status, stderr) = cluster.wait();
     assert_eq!(status.code(), Some(130), "{stderr}");
+    assert!(
+        !stderr.contains("ERROR"),
+        "what was asked for is no error: {stderr}"
+    );
+}
+
+/// A terminal that goes away says so to everyone in it, more than once.
+#[test]
+fn a_hangup_finishes_what_runs() {
+    let _turn = turn();
+    let cluster = Cluster::start(&["--log-format", "json", "--log-level", "info"]);
+    let mut stream = Stream::open(cluster.address, COMPLETIONS, endless("Once", 300));
+    stream.next().expect("it streams");
+    for _ in 0..3 {
+        cluster.signal(Signal::HUP);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let last = std::iter::from_fn(|| stream.next()).last();
+    assert_eq!(last.as_deref(), Some("[DONE]"));
+    let (status, stderr) = cluster.wait();
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    for line in stderr.lines() {
+        let event: Result<Value, _> = serde_json::from_str(line);
+        assert!(event.is_ok(), "not JSON: {line}");
+    }
 }

@@ -6,6 +6,7 @@
 mod client;
 mod lifecycle;
 mod process;
+mod recovery;
 mod serving;
 mod sockets;
 mod wrong_input;

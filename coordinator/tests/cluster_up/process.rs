@@ -86,6 +86,25 @@ impl Cluster {
         self.child.id()
     }
 
+    /// Process ids of its shards now, oldest first.
+    pub(crate) fn children(&self) -> Vec<u32> {
+        let pid = self.pid();
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+        let mut children: Vec<u32> = tasks
+            .into_iter()
+            .flatten()
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok())
+            .flat_map(|pids| {
+                pids.split_whitespace()
+                    .filter_map(|pid| pid.parse().ok())
+                    .collect::<Vec<_>>()
+            })
+            .filter(|pid| is_running(*pid))
+            .collect();
+        children.sort_unstable();
+        children
+    }
+
     /// Sends a signal to the coordinator.
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         send_signal(self.pid(), signal);
@@ -93,6 +112,7 @@ impl Cluster {
 
     /// Waits until the coordinator has ended and all its shards are gone.
     pub(crate) fn wait(mut self) -> (ExitStatus, String) {
+        let shards = [self.shards.clone(), self.children()].concat();
         let mut status = None;
         until("the coordinator ends", || {
             status = self.child.try_wait().expect("it is our child");
@@ -100,7 +120,7 @@ impl Cluster {
         });
         // The invariant is "gone when the exit code is there"; a killed process is then at most
         // waiting for init to collect it.
-        for pid in &self.shards {
+        for pid in &shards {
             assert!(!is_running(*pid), "shard {pid} was left behind");
         }
         let stderr = self.stderr.lock().expect("not poisoned").clone();
@@ -116,7 +136,11 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
+    #[expect(clippy::print_stdout, reason = "shown with the test that failed")]
     fn drop(&mut self) {
+        if thread::panicking() {
+            println!("it said: {}", self.stderr.lock().expect("not poisoned"));
+        }
         // For tests that fail half-way; the shards end with their parent's pipe.
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -140,6 +140,18 @@ fn flags_that_make_no_sense_are_refused() {
             &["/no/such/generation_config.json"],
         ),
         (&["--log-level", "a=b=c"], &["--log-level a=b=c"]),
+        // As the name of a part of the program it would silence all the others.
+        (&["--log-level", "wran"], &["`wran` is no level"]),
+        (
+            &["--num-gpu-blocks-override", "4000000000"],
+            &["--num-gpu-blocks-override 4000000000", "TiB", "lower it"],
+        ),
+        (
+            &["--num-gpu-blocks-override", "1"],
+            &["raise --num-gpu-blocks-override"],
+        ),
+        (&["--port", "-1"], &["'-1'", "0..=65535"]),
+        (&["--model", ""], &["--model", "value is required"]),
     ] {
         refused(arguments, needles);
     }
@@ -159,7 +171,20 @@ fn environment_and_file_are_read_and_refused_alike() {
         .output()
         .expect("it runs");
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("eighty"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        stderr.contains("CLUSTER_PORT: ") && stderr.contains("eighty"),
+        "{stderr}"
+    );
+    let output = command(&["plan", "--cpus", "1"])
+        .env("CLUSTER_GPUS", "0,1")
+        .output()
+        .expect("it runs");
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "a flag is above the environment"
+    );
     let mut command = command(&["up", "--print-config", "--block-size", "32"]);
     let output = command
         .env("CLUSTER_PORT", "8123")
@@ -297,6 +322,8 @@ fn a_plan_starts_nothing_and_a_directory_is_served_under_its_names() {
     for needle in ["LlamaForCausalLM", "rank 3", "KV blocks of 16 tokens"] {
         assert!(stdout.contains(needle), "{needle}: {stdout}");
     }
+    let (_, stdout, _) = run(&["plan", "--num-gpu-blocks-override", "77"]);
+    assert!(stdout.contains("77 KV blocks of 16 tokens"), "{stdout}");
     let _turn = turn();
     let cluster = Cluster::start(&["--model", &format!("mine={path}"), "--dtype", "float32"]);
     let models: Value =

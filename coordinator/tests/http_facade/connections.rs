@@ -158,6 +158,60 @@ async fn half_sent_heads_and_bodies_are_closed() {
 }
 
 #[tokio::test]
+async fn heads_that_cannot_be_read_get_a_sentence_and_a_name() {
+    let server = Setup::says("x").start().await;
+    let long = "a".repeat(70_000);
+    for (status, head) in [
+        (400, "hello\r\n\r\n".to_owned()),
+        (400, "G@T / HTTP/1.1\r\nhost: x\r\n\r\n".to_owned()),
+        (
+            400,
+            "POST /tokenize HTTP/1.1\r\ncontent-length: -5\r\n\r\n".to_owned(),
+        ),
+        (431, format!("GET /{long} HTTP/1.1\r\nhost: x\r\n\r\n")),
+        (
+            431,
+            format!("GET /health HTTP/1.1\r\nx-long: {long}\r\n\r\n"),
+        ),
+        (
+            431,
+            format!("GET /health HTTP/1.1\r\n{}\r\n", "x: 1\r\n".repeat(200)),
+        ),
+    ] {
+        let (_, bytes) = closed_after(&server, head.as_bytes()).await;
+        let answer = parse(&bytes);
+        let case = &head[..head.len().min(40)];
+        assert_eq!(answer.status, status, "{case}");
+        assert_eq!(
+            answer.header("x-request-id").map(str::len),
+            Some(32),
+            "{case}"
+        );
+        assert_eq!(
+            answer.header("content-type"),
+            Some("application/json"),
+            "{case}"
+        );
+        assert_eq!(answer.header("connection"), Some("close"), "{case}");
+        let length = answer.header("content-length").unwrap().parse();
+        assert_eq!(length, Ok(answer.body.len()), "{case}");
+        let error = &answer.json()["error"];
+        assert_eq!(error["type"], "invalid_request_error", "{case}");
+        assert!(
+            error["message"].as_str().unwrap().contains("head"),
+            "{case}: {error}"
+        );
+    }
+    // A sound request before it on the same connection is answered as ever.
+    let pair = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\nnonsense\r\n\r\n";
+    let (_, bytes) = closed_after(&server, pair).await;
+    let text = String::from_utf8(bytes).unwrap();
+    let (first, second) = text.split_once("HTTP/1.1 400").unwrap();
+    assert!(first.contains("HTTP/1.1 200 OK") && first.ends_with("{\"version\":\"1.2.3\"}"));
+    assert!(second.contains("invalid_request_error"), "{second}");
+}
+
+#[tokio::test]
 async fn a_client_that_does_not_read_is_closed_and_cancelled() {
     let limits = ServerLimits {
         stall_timeout: Duration::from_millis(400),

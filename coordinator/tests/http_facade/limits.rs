@@ -31,6 +31,8 @@ stop ids beyond the vocabulary | {"stop_token_ids": [9999]} | stop_token_ids
 empty stop | {"stop": [""]} | stop
 stop of a number | {"stop": 1} | stop
 TRT-LLM #6329: top_k | {"top_k": -2} | top_k
+top_k that wraps to -1 | {"top_k": 18446744073709551615} | top_k
+top_k of 10^20 | {"top_k": 1e20} | top_k
 TRT-LLM #7692: max_tokens of 0 | {"max_tokens": 0} | max_tokens
 max_tokens below 0 | {"max_tokens": -5} | max_tokens
 max_tokens beyond 2^32 | {"max_tokens": 1099511627776} | max_tokens
@@ -50,11 +52,14 @@ presence_penalty | {"presence_penalty": 2.5} | presence_penalty
 frequency_penalty | {"frequency_penalty": -3} | frequency_penalty
 seed of a text | {"seed": "x"} | seed
 priority | {"priority": 1099511627776} | priority
+priority that wraps to -1 | {"priority": 18446744073709551615} | priority
 empty salt | {"cache_salt": ""} | cache_salt
 truncation to nothing | {"truncate_prompt_tokens": 0} | truncate_prompt_tokens
 vLLM #5907: prompt_logprobs | {"prompt_logprobs": 1000} | prompt_logprobs
 prompt_logprobs of a stream | {"prompt_logprobs": 1, "stream": true} | prompt_logprobs
 stream options without stream | {"stream_options": {}} | stream_options
+stream options as a list | {"stream": true, "stream_options": [true]} | stream_options
+stop ids as texts | {"stop_token_ids": ["a"]} | stop_token_ids
 vLLM #17313: an invalid regex | {"structured_outputs": {"regex": "[a"}} | structured_outputs
 vLLM #45118: a regex bomb | {"guided_regex": "((a{1,1000}){1,1000}){1,1000}"} | guided_regex
 llama.cpp PR #22606: a regex | {"guided_regex": "^+[a-z]$"} | guided_regex
@@ -90,6 +95,8 @@ no messages | {} |
 empty messages | {"messages": []} | messages
 messages as text | {"messages": "hi"} | messages
 a role no one has | {"messages": [{"role": "x", "content": "y"}]} | messages[0]
+a message as a list | {"messages": [["user", "hi"]]} | messages[0]
+a part as a list | {"messages": [{"role": "user", "content": [["text", "x"]]}]} | messages[0].content[0]
 no content | {"messages": [{"role": "user"}]} | messages[0]
 SSRF, TGI CVE-2026-0599 | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]} | messages[0].content
 SGLang #36856: top_logprobs | {"messages": USER, "logprobs": true, "top_logprobs": 1000000} | top_logprobs
@@ -106,6 +113,8 @@ const BODIES: &str = r#"
 no body | |
 no JSON | hello |
 a list | [1] |
+a list in the order of the fields | [null, "a"] |
+null | null |
 a bare number | 1e999 |
 half a body | {"prompt": "a |
 two bodies | {"prompt": "a"}{} |
@@ -132,6 +141,12 @@ fn check(case: &str, answer: &Answer, status: u16, param: &str) {
     let error = &answer.json()["error"];
     let message = error["message"].as_str().unwrap_or_default();
     assert!((11..1100).contains(&message.len()), "{case}: {error}");
+    for ours in ["struct ", "u32", "f64", "i64"] {
+        assert!(
+            !message.contains(ours),
+            "{case}: {message} speaks of {ours}"
+        );
+    }
     assert_eq!(error["type"], "invalid_request_error", "{case}");
     let named = error["param"].as_str().unwrap_or_default();
     assert!(

@@ -196,6 +196,21 @@ async fn a_full_queue_is_429_with_a_time_to_come_back() {
             assert_eq!(answer.json()["error"]["code"], "queue_full");
         }
     }
+    // Trying again would not help, so clients must not be told to.
+    let larger_than_the_queue = Refusal::TooLarge {
+        what: "prompt tokens",
+        asked: 9,
+        limit: 5,
+    };
+    for refusal in [larger_than_the_queue, Refusal::Invalid("no prompt")] {
+        let server = Setup::refuses(SubmitError::Refused(refusal)).start().await;
+        let answer = server
+            .post("/v1/completions", &json!({"prompt": "a"}))
+            .await;
+        assert_eq!(answer.status, 400, "{}", answer.text());
+        assert_eq!(answer.header("retry-after"), None);
+        assert_eq!(answer.json()["error"]["type"], "invalid_request_error");
+    }
     let refusal = Refusal::TooLong {
         prompt: 9,
         max_tokens: 9,
@@ -227,6 +242,10 @@ async fn web_pages_may_call_only_where_they_are_allowed() {
         let answer = server
             .send("OPTIONS", "/v1/completions", &headers, b"")
             .await;
+        if let Some(allowed) = answer.header("access-control-allow-headers") {
+            // `*` would not cover it: browsers want this one by name.
+            assert_eq!(allowed, "authorization");
+        }
         answer
             .header("access-control-allow-origin")
             .map(str::to_owned)

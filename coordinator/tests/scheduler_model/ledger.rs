@@ -22,6 +22,8 @@ struct Live {
     /// Steps since it came, and how many it may take to end (S4).
     age: u64,
     patience: u64,
+    /// Faults since its last token.
+    faults: u32,
 }
 
 /// All sequences that have not ended.
@@ -134,6 +136,7 @@ impl Ledger {
                 // Whoever is first in order waits for those that run, perhaps for a prefix, and
                 // then runs: each at most the longest sequence's number of steps.
                 patience: ahead * 3 * self.longest,
+                faults: 0,
                 request,
             };
             self.next_arrival += 1;
@@ -154,6 +157,7 @@ impl Ledger {
         let again = 3 * self.longest * self.live.len() as u64;
         for live in self.live.values_mut() {
             live.patience += again;
+            live.faults += 1;
             if live.started {
                 live.know_borders(&mut self.known, self.block_size);
             }
@@ -228,11 +232,15 @@ impl Ledger {
                 );
                 assert_eq!(score, expected.score);
                 live.tokens.push(token);
+                live.faults = 0;
                 live.know_borders(&mut self.known, self.block_size);
             }
             EventKind::Finished(reason) => {
                 if reason == FinishReason::Cancelled {
                     assert_eq!(self.cancelled.take(), Some(id), "S1: nobody cancelled it");
+                } else if reason == FinishReason::Error {
+                    assert!(live.faults >= 6, "given up after {} faults", live.faults);
+                    seen.given_up += 1;
                 } else {
                     assert_eq!(Some(reason), live.expected_end(), "{live:?}");
                     assert_eq!(live.scored, live.request.prompt_logprobs.is_some());

@@ -27,6 +27,7 @@ pub(crate) struct Seen {
     pub(crate) hit_tokens: u64,
     pub(crate) bad_answers: u64,
     pub(crate) scored_prompts: u64,
+    pub(crate) given_up: u64,
 }
 
 /// One run.
@@ -195,7 +196,9 @@ impl World {
         assert_eq!(after.last_prefill_tokens + after.last_decode_tokens, tokens);
         assert_eq!((plan.epoch, plan.step), (self.epoch, self.next_step));
         let preempted = after.counters.preemptions - before.counters.preemptions;
-        if preempted > 0 {
+        if before.suspects > 0 {
+            assert_eq!(plan.rows.len(), 1, "a suspect runs alone");
+        } else if preempted > 0 {
             let left = before.running - usize::try_from(preempted).expect("small");
             assert_eq!(
                 after.running, left,
@@ -280,6 +283,7 @@ impl AddAssign for Seen {
         self.hit_tokens += other.hit_tokens;
         self.bad_answers += other.bad_answers;
         self.scored_prompts += other.scored_prompts;
+        self.given_up += other.given_up;
     }
 }
 

@@ -135,6 +135,15 @@ pub enum Memory {
     },
 }
 
+/// What the operator asked for instead of what fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// `--kv-cache-memory-bytes`: bytes of KV blocks on each rank.
+    Bytes(u64),
+    /// `--num-gpu-blocks-override`: KV blocks.
+    Blocks(u32),
+}
+
 /// A group of ranks that take from the same memory.
 struct Pool<'a> {
     place: String,
@@ -145,8 +154,7 @@ struct Pool<'a> {
 
 /// How many KV blocks fit.
 ///
-/// `kv_bytes` is `--kv-cache-memory-bytes`, for each rank. Without it, ranks that share a host take
-/// enough for `max_num_seqs` sequences of the longest length, but at most half of what weights and
+/// Where nothing is `asked` for, ranks that share a host take enough for `max_num_seqs` sequences of the longest length, but at most half of what weights and
 /// workspace leave; ranks with a device of their own take all that is left.
 ///
 /// # Errors
@@ -154,11 +162,11 @@ struct Pool<'a> {
 pub fn fit(
     needs: &[RankNeeds],
     memory: &Memory,
-    kv_bytes: Option<u64>,
+    asked: Option<Asked>,
     sizes: &Sizes,
 ) -> Result<FitReport, FitError> {
     let pools = pools(needs, memory);
-    let blocks = pools.iter().map(|pool| pool.blocks(kv_bytes, sizes));
+    let blocks = pools.iter().map(|pool| pool.blocks(asked, sizes));
     let blocks = blocks.collect::<Result<Vec<_>, _>>()?;
     // The table is global: the poorest rank decides.
     let blocks = blocks.into_iter().min().unwrap_or(0);
@@ -218,13 +226,19 @@ impl Pool<'_> {
         self.total(|rank| rank.block_bytes).saturating_mul(blocks)
     }
 
-    fn blocks(&self, kv_bytes: Option<u64>, sizes: &Sizes) -> Result<u64, FitError> {
+    /// The size of a block on the rank whose blocks are largest.
+    fn largest_block(&self) -> u64 {
+        let largest = self.ranks.iter().map(|rank| rank.block_bytes).max();
+        largest.unwrap_or(1).max(1)
+    }
+
+    fn blocks(&self, asked: Option<Asked>, sizes: &Sizes) -> Result<u64, FitError> {
         let fixed = self.total(RankNeeds::fixed);
         if fixed >= self.free {
             let advice = if self.shared {
-                "use a smaller model, --dtype bfloat16, or a host with more memory"
+                "use a smaller model, --dtype bfloat16, a smaller --max-model-len, or a host with more memory"
             } else {
-                "use more GPUs (--gpus), a smaller model, or a higher --gpu-memory-utilization"
+                "use more GPUs (--gpus), a smaller model, a smaller --max-model-len, or a higher --gpu-memory-utilization"
             };
             return Err(FitError::Weights {
                 place: self.place.clone(),
@@ -239,30 +253,49 @@ impl Pool<'_> {
             .blocks_per_sequence()
             .saturating_mul(sizes.max_num_seqs.max(1).into());
         let per_block = self.kv(1).max(1);
-        let blocks = match kv_bytes {
-            Some(asked) => {
-                let all = asked.saturating_mul(self.ranks.len() as u64);
-                if all > left {
-                    let (place, asked, left) = (self.place.clone(), Bytes(asked), Bytes(left));
-                    return Err(FitError::Asked { place, asked, left });
-                }
-                // The rank with the largest blocks decides.
-                let largest = self.ranks.iter().map(|rank| rank.block_bytes).max();
-                asked / largest.unwrap_or(1).max(1)
-            }
-            None if self.shared => (left / 2 / per_block).min(wanted),
-            None => left / per_block,
+        let ranks = self.ranks.len() as u64;
+        let (blocks, bytes) = match asked {
+            Some(Asked::Bytes(bytes)) => (
+                bytes / self.largest_block(),
+                Some(bytes.saturating_mul(ranks)),
+            ),
+            Some(Asked::Blocks(blocks)) => (blocks.into(), Some(self.kv(blocks.into()))),
+            None if self.shared => ((left / 2 / per_block).min(wanted), None),
+            None => (left / per_block, None),
         };
+        if let (Some(asked), Some(bytes)) = (asked, bytes)
+            && bytes > left
+        {
+            return Err(FitError::Asked {
+                place: self.place.clone(),
+                asked: self.in_words(asked),
+                needed: Bytes(bytes),
+                left: Bytes(left),
+            });
+        }
         if blocks >= sizes.blocks_per_sequence() {
             Ok(blocks)
         } else {
-            Err(self.no_sequence(blocks, kv_bytes, sizes))
+            Err(self.no_sequence(blocks, asked, sizes))
         }
     }
 
-    fn no_sequence(&self, blocks: u64, kv_bytes: Option<u64>, sizes: &Sizes) -> FitError {
-        let arithmetic = match kv_bytes {
-            Some(asked) => format!("--kv-cache-memory-bytes {} on each rank", Bytes(asked)),
+    /// What was asked for of every rank here.
+    fn in_words(&self, asked: Asked) -> String {
+        match asked {
+            Asked::Bytes(bytes) => {
+                format!("--kv-cache-memory-bytes {} on each rank", Bytes(bytes))
+            }
+            Asked::Blocks(blocks) => format!(
+                "--num-gpu-blocks-override {blocks} at {} a block on each rank",
+                Bytes(self.largest_block())
+            ),
+        }
+    }
+
+    fn no_sequence(&self, blocks: u64, asked: Option<Asked>, sizes: &Sizes) -> FitError {
+        let arithmetic = match asked {
+            Some(asked) => self.in_words(asked),
             None => format!(
                 "{}{} free, less weights {} and workspace {}",
                 if self.shared { "half of " } else { "" },
@@ -277,10 +310,10 @@ impl Pool<'_> {
         } else {
             format!("lower --max-model-len to {tokens} or less, or ")
         };
-        let more = if self.shared || kv_bytes.is_some() {
-            "raise --kv-cache-memory-bytes"
-        } else {
-            "use more GPUs (--gpus)"
+        let more = match asked {
+            Some(Asked::Blocks(_)) => "raise --num-gpu-blocks-override",
+            None if !self.shared => "use more GPUs (--gpus)",
+            Some(Asked::Bytes(_)) | None => "raise --kv-cache-memory-bytes",
         };
         FitError::Sequence {
             place: self.place.clone(),
@@ -371,7 +404,7 @@ mod tests {
     #[test]
     fn what_is_asked_for_is_taken_or_refused() {
         let memory = Memory::Shared { free_bytes: 30_000 };
-        let asked = |bytes| fit(&needs(2), &memory, Some(bytes), &SIZES);
+        let asked = |bytes| fit(&needs(2), &memory, Some(Asked::Bytes(bytes)), &SIZES);
         assert_eq!(asked(4000).unwrap().num_blocks, 40);
         let refused = asked(4001).unwrap_err().to_string();
         assert!(
@@ -380,6 +413,25 @@ mod tests {
         );
         let refused = asked(600).unwrap_err().to_string();
         assert!(refused.contains("600 B on each rank"), "{refused}");
+        let asked = |blocks| fit(&needs(2), &memory, Some(Asked::Blocks(blocks)), &SIZES);
+        assert_eq!(asked(40).unwrap().num_blocks, 40);
+        for (blocks, parts) in [
+            (41, ["--num-gpu-blocks-override 41", "8.0 KiB"]),
+            (
+                u32::MAX,
+                ["--num-gpu-blocks-override 4294967295", "lower it"],
+            ),
+            (
+                6,
+                ["raise --num-gpu-blocks-override", "--max-model-len to 96"],
+            ),
+            (0, ["raise --num-gpu-blocks-override", "0 B can be had"]),
+        ] {
+            let refused = asked(blocks).unwrap_err().to_string();
+            for part in parts {
+                assert!(refused.contains(part), "{part}: {refused}");
+            }
+        }
     }
 
     #[test]
@@ -397,8 +449,12 @@ mod tests {
             let needs: Vec<_> = partitions.iter().map(estimate).collect();
             let free_bytes = random.next() % (1 << 22);
             let memory = Memory::Shared { free_bytes };
-            let kv_bytes = (random.below(2) == 0).then(|| random.next() % (1 << 20));
-            let Ok(report) = fit(&needs, &memory, kv_bytes, &SIZES) else {
+            let asked = match random.below(3) {
+                0 => Some(Asked::Bytes(random.next() % (1 << 20))),
+                1 => Some(Asked::Blocks(u32::try_from(random.below(1 << 10)).unwrap())),
+                _ => None,
+            };
+            let Ok(report) = fit(&needs, &memory, asked, &SIZES) else {
                 continue;
             };
             fitted += 1;

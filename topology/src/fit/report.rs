@@ -55,16 +55,18 @@ pub enum FitError {
         /// What to change.
         advice: String,
     },
-    /// `--kv-cache-memory-bytes` is more than there is.
+    /// More KV blocks were asked for than there is room for.
     #[error(
-        "--kv-cache-memory-bytes asks for {asked} on each rank, but after weights and workspace \
-         {place} has only {left} left for it; lower it"
+        "{asked} takes {needed}, but after weights and workspace {place} has only {left} left for \
+         it; lower it"
     )]
     Asked {
         /// The host, or a rank's device.
         place: String,
-        /// Bytes per rank.
-        asked: Bytes,
+        /// The flag, its value, and what it is per rank.
+        asked: String,
+        /// Bytes it comes to on this host or device.
+        needed: Bytes,
         /// Bytes there are.
         left: Bytes,
     },

@@ -5,8 +5,8 @@
 //! never with a claimed length.
 
 use super::{LinkError, SEND_LIMIT};
-use crate::wire::codec::{LENGTH_BYTES, body_length, encode_frame};
-use crate::wire::{WireError, decode};
+use crate::wire::codec::{LENGTH_BYTES, body_length, encode_frame, encode_run};
+use crate::wire::{PlanDigest, StepPlan, ToShard, WireError, decode};
 use bincode::{Decode, Encode};
 use bytes::Bytes;
 use quinn::{ReadError, RecvStream, SendStream, StoppedError, WriteError};
@@ -31,6 +31,21 @@ impl<M: Encode> Frame<M> {
             bytes: encode_frame(message)?.into(),
             holds: PhantomData,
         })
+    }
+}
+
+impl Frame<ToShard> {
+    /// The frame of [`ToShard::Run`] and the digest of its plan, from one encoding.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] if it does not fit a frame.
+    pub fn run(plan: StepPlan) -> Result<(Self, PlanDigest), WireError> {
+        let (bytes, digest) = encode_run(plan)?;
+        let frame = Self {
+            bytes: bytes.into(),
+            holds: PhantomData,
+        };
+        Ok((frame, digest))
     }
 }
 

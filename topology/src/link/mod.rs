@@ -35,9 +35,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// A peer that says nothing for this long is gone. Long enough for a machine with more work than
-/// cores; the death of a local process is noticed by its launcher at once.
-pub const IDLE_LIMIT: Duration = Duration::from_secs(10);
+/// A peer that says nothing for this long is gone, or as good as gone. Eight signs of life, so that a machine
+/// with more work than cores gives no false alarm, and a false one costs a recomputation and no
+/// request. The death of a local process is noticed by its launcher at once.
+pub const IDLE_LIMIT: Duration = Duration::from_secs(2);
 
 /// How often the coordinator asks for a sign of life. One side is enough.
 const KEEP_ALIVE: Duration = Duration::from_millis(250);

@@ -4,7 +4,7 @@
 //! is taken, trailing bytes are refused, and before any frame a fixed [`Preamble`] settles
 //! that both ends are the same build.
 
-use super::{MAX_FRAME_BYTES, StepPlan, WIRE_VERSION, plan::PlanDigest};
+use super::{MAX_FRAME_BYTES, StepPlan, ToShard, WIRE_VERSION, plan::PlanDigest};
 use bincode::{Decode, Encode, config};
 use sha2::{Digest, Sha256};
 
@@ -55,6 +55,9 @@ const MAGIC: [u8; 8] = *b"cluster\n";
 
 /// Bytes of the length that precedes a body.
 pub const LENGTH_BYTES: usize = 4;
+
+/// Bytes that say which variant of a message's enumeration follows; there are few.
+const VARIANT_BYTES: usize = 1;
 
 impl Preamble {
     /// Length in bytes on the wire.
@@ -134,6 +137,16 @@ pub fn encode_frame<T: Encode>(message: &T) -> Result<Vec<u8>, WireError> {
     Ok(frame)
 }
 
+/// A whole frame of [`ToShard::Run`], and the digest of its plan: encoded once for both.
+///
+/// # Errors
+/// [`WireError::TooLong`] if the plan does not fit a frame.
+pub fn encode_run(plan: StepPlan) -> Result<(Vec<u8>, PlanDigest), WireError> {
+    let frame = encode_frame(&ToShard::Run(Box::new(plan)))?;
+    let digest = shorten(&Sha256::digest(&frame[LENGTH_BYTES + VARIANT_BYTES..]));
+    Ok((frame, digest))
+}
+
 /// What the first bytes of a frame say about the length of its body.
 ///
 /// # Errors
@@ -181,13 +194,19 @@ pub fn decode<T: Decode<()>>(body: &[u8]) -> Result<T, WireError> {
 }
 
 impl StepPlan {
-    /// Identifies the plan: equal on all ranks or the step must not start.
-    ///
-    /// # Errors
-    /// [`WireError::TooLong`] if the plan does not fit a frame.
-    pub fn digest(&self) -> Result<PlanDigest, WireError> {
-        let mut digest = PlanDigest::default();
-        digest.copy_from_slice(&Sha256::digest(encode(self)?)[..16]);
-        Ok(digest)
+    /// Identifies the plan: equal on all ranks or the step must not start. The SHA-256 of its
+    /// encoding, which is not kept.
+    pub fn digest(&self) -> PlanDigest {
+        let mut hasher = Sha256::new();
+        bincode::encode_into_std_write(self, &mut hasher, config::standard())
+            .expect("a hasher takes any bytes, and a plan holds nothing that cannot be encoded");
+        shorten(&hasher.finalize())
     }
+}
+
+fn shorten(hash: &[u8]) -> PlanDigest {
+    let mut digest = PlanDigest::default();
+    let length = digest.len();
+    digest.copy_from_slice(&hash[..length]);
+    digest
 }

@@ -1,5 +1,6 @@
 //! One message of a conversation as clients send it, and as templates see it.
 
+use crate::http::body::Object;
 use crate::http::limits::MAX_PARTS;
 use crate::text::template::Message;
 use serde::Deserialize;
@@ -34,7 +35,7 @@ struct Raw {
 
 impl<'de> Deserialize<'de> for ChatMessage {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let raw = Raw::deserialize(deserializer)?;
+        let Object(raw) = Object::<Raw>::deserialize(deserializer)?;
         if !ROLES.contains(&raw.role.as_str()) {
             return Err(D::Error::custom(format!(
                 "role must be one of {}, got {:.50?}",
@@ -114,9 +115,10 @@ impl<'de> Deserialize<'de> for Content {
             fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
                 let mut text = String::new();
                 let mut count = 0;
-                while let Some(part) = parts.next_element::<Part>()? {
-                    let kind = part.kind.as_deref().unwrap_or("text");
-                    let (true, Some(words)) = (kind == "text", part.text) else {
+                while let Some(part) = parts.next_element()? {
+                    let Object(Part { kind, text: words }) = part;
+                    let kind = kind.as_deref().unwrap_or("text");
+                    let (true, Some(words)) = (kind == "text", words) else {
                         return Err(A::Error::custom(format!(
                             "a content part of type {kind:.50?} is not supported; this server \
                              takes text only"

@@ -3,6 +3,7 @@
 use super::StreamUsage;
 use crate::http::ServerState;
 use crate::http::auth::Tenant;
+use crate::http::body::Object;
 use crate::http::error::ApiError;
 use crate::http::generate::GenerateRequest;
 use crate::http::limits::{
@@ -48,7 +49,7 @@ pub(super) struct Params {
     truncate_prompt_tokens: Option<Whole>,
     return_token_ids: Option<bool>,
     stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
+    stream_options: Option<Object<StreamOptions>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -90,7 +91,7 @@ impl Params {
                 "prompt_logprobs are not available when stream is true.",
             ));
         }
-        let options = self.stream_options.as_ref();
+        let options = self.stream_options.as_ref().map(|Object(options)| options);
         let continuous = options.and_then(|it| it.continuous_usage_stats) == Some(true);
         let at_end = options.and_then(|it| it.include_usage) == Some(true);
         Ok(stream.then_some(StreamUsage {
@@ -125,14 +126,16 @@ impl Params {
         &self,
         state: &ServerState,
     ) -> Result<Option<usize>, ApiError> {
-        let limit = i64::from(state.model.max_model_len);
+        let limit = state.model.max_model_len;
         let Some(Whole(given)) = self.truncate_prompt_tokens else {
             return Ok(None);
         };
         let kept = if given == -1 {
-            limit - self.max_tokens.map_or(1, |it| it.0.clamp(1, limit))
+            let asked = self.max_completion_tokens.or(self.max_tokens);
+            let limit = i128::from(limit);
+            limit - asked.map_or(1, |it| it.0.clamp(1, limit))
         } else {
-            whole("truncate_prompt_tokens", given, 1..=limit)?
+            whole("truncate_prompt_tokens", given, 1..=limit.into())?.into()
         };
         Ok(usize::try_from(kept).ok())
     }
@@ -215,7 +218,7 @@ impl Params {
         let most = i64::try_from(MAX_CHOICES).unwrap_or(i64::MAX);
         let n = whole("n", self.n.map_or(1, |it| it.0), 1..=most)?;
         if let Some(Whole(best_of)) = self.best_of {
-            whole("best_of", best_of, 1..=most)?;
+            let best_of = whole("best_of", best_of, 1..=most)?;
             if best_of != n {
                 return Err(ApiError::parameter(
                     "best_of",
@@ -254,7 +257,7 @@ impl Params {
         let temperature = or(self.temperature, defaults.temperature, 1.0);
         let top_k = self
             .top_k
-            .map_or(i64::from(defaults.top_k.unwrap_or(0)), |it| it.0);
+            .map_or(i128::from(defaults.top_k.unwrap_or(0)), |it| it.0);
         let top_k = whole("top_k", top_k, -1..=i64::from(u32::MAX))?.max(0);
         let repetition = or(self.repetition_penalty, defaults.repetition_penalty, 1.0);
         let mut logit_bias = Vec::new();
@@ -269,7 +272,7 @@ impl Params {
         let seed = match self.seed {
             // As in `vllm`, -1 is a way to say nothing.
             None | Some(Whole(-1)) => state.seeds.draw(),
-            Some(Whole(seed)) => seed.cast_unsigned(),
+            Some(Whole(seed)) => u64::try_from(seed & i128::from(u64::MAX)).unwrap_or(0),
         };
         Ok(SamplingParams {
             temperature: steady(number("temperature", temperature, 0.0..=2.0)?),

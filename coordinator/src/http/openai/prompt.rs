@@ -2,9 +2,8 @@
 
 use crate::http::ServerState;
 use crate::http::error::ApiError;
-use crate::http::limits::{Bounded, MAX_CHOICES};
+use crate::http::limits::MAX_CHOICES;
 use serde::Deserialize;
-use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use std::fmt;
 use std::sync::Arc;
@@ -128,11 +127,13 @@ impl<'de> Visitor<'de> for PromptVisitor {
                 Ok(PromptInput::Tokens(vec![ids]))
             }
             Some(Entry::Text(first)) => {
-                let rest = Bounded::<String, { MAX_CHOICES - 1 }>::deserialize(
-                    SeqAccessDeserializer::new(list),
-                );
                 let mut texts = vec![first];
-                texts.extend(rest?.0);
+                while let Some(text) = list.next_element()? {
+                    if texts.len() == MAX_CHOICES {
+                        return Err(full());
+                    }
+                    texts.push(text);
+                }
                 Ok(PromptInput::Texts(texts))
             }
             Some(Entry::Ids(first)) => {
@@ -215,11 +216,13 @@ mod tests {
         ] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
-        let many = vec!["a"; MAX_CHOICES + 1];
-        assert!(read(&serde_json::to_string(&many).unwrap()).is_err());
-        assert!(read(&serde_json::to_string(&many[1..]).unwrap()).is_ok());
-        let many = vec![[1]; MAX_CHOICES + 1];
-        assert!(read(&serde_json::to_string(&many).unwrap()).is_err());
+        let ids = vec![[1]; MAX_CHOICES + 1];
+        let texts = vec!["a"; MAX_CHOICES + 1];
+        assert!(read(&serde_json::to_string(&texts[1..]).unwrap()).is_ok());
+        for many in [serde_json::to_string(&ids), serde_json::to_string(&texts)] {
+            let error = read(&many.unwrap()).unwrap_err().to_string();
+            assert!(error.contains("at most 128 prompts"), "{error}");
+        }
     }
 
     #[test]

@@ -1,0 +1,207 @@
+//! The loop against a group of shards that exists in the test alone.
+
+mod faults;
+mod rig;
+
+use super::CUT_BY_SHUTDOWN;
+use super::handle::{StreamEventKind, SubmitError};
+use super::streams::SLOW_CLIENT;
+use crate::scheduler::request::FinishReason;
+use rig::{MS, VOCAB, read_all, request, rig};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+#[tokio::test(start_paused = true)]
+async fn every_choice_gets_its_tokens_and_one_end() {
+    let rig = rig(MS, None).await;
+    let first = [10, 40, 70];
+    let choices = first.map(|first| request(&rig.handle, first, 20)).to_vec();
+    let events = rig.handle.submit(choices).await.unwrap();
+    for (first, (tokens, last)) in first.iter().zip(read_all(events, 3).await) {
+        let expected: Vec<u32> = (1..=20).map(|i| (first + i) % VOCAB).collect();
+        assert_eq!(tokens, expected);
+        assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    }
+    let text = rig.metrics.render();
+    assert!(
+        text.contains("vllm:generation_tokens_total{model_name=\"test\",engine=\"0\"} 60"),
+        "{text}"
+    );
+    assert!(
+        text.contains("vllm:time_to_first_token_seconds_count{model_name=\"test\",engine=\"0\"} 3")
+    );
+    assert!(
+        text.contains(
+            "vllm:inter_token_latency_seconds_count{model_name=\"test\",engine=\"0\"} 57"
+        )
+    );
+    assert!(text.contains("vllm:num_requests_running{model_name=\"test\",engine=\"0\"} 0"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn choices_of_one_prompt_are_measured_together() {
+    let rig = rig(MS, None).await;
+    let prompt = request(&rig.handle, 10, 0).prompt;
+    // Three choices of one prompt, of which the longest counts, and a second prompt.
+    let mut choices = [5, 9, 7, 4].map(|most| request(&rig.handle, 10, most));
+    for choice in &mut choices[..3] {
+        choice.prompt = Arc::clone(&prompt);
+    }
+    let events = rig.handle.submit(choices.to_vec()).await.unwrap();
+    assert_eq!(read_all(events, 4).await.len(), 4);
+    let text = rig.metrics.render();
+    for (name, count, sum) in [
+        ("params_n", 2, 3 + 1),
+        ("max_num_generation_tokens", 2, 9 + 4),
+        ("generation_tokens", 4, 5 + 9 + 7 + 4),
+    ] {
+        for (suffix, value) in [("count", count), ("sum", sum)] {
+            let line =
+                format!("vllm:request_{name}_{suffix}{{model_name=\"test\",engine=\"0\"}} {value}");
+            assert!(text.lines().any(|it| it == line), "{line} is not in {text}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_engine_computes_nothing_and_wakes_at_once() {
+    let rig = rig(MS, None).await;
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!(rig.steps.load(Ordering::SeqCst), 0);
+    let events = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 1)])
+        .await
+        .unwrap();
+    assert_eq!(read_all(events, 1).await[0].0, [2]);
+    assert_eq!(rig.steps.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_stops_listening_is_cancelled_within_two_steps() {
+    let rig = rig(MS, None).await;
+    let stays = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 200)])
+        .await
+        .unwrap();
+    let mut goes = rig
+        .handle
+        .submit(vec![request(&rig.handle, 2, 10_000)])
+        .await
+        .unwrap();
+    while !matches!(
+        goes.recv().await.unwrap().kind,
+        StreamEventKind::Token { index: 9, .. }
+    ) {}
+    assert_eq!(rig.rows.load(Ordering::SeqCst), 2);
+    drop(goes);
+    let before = rig.steps.load(Ordering::SeqCst);
+    while rig.rows.load(Ordering::SeqCst) == 2 {
+        tokio::time::sleep(MS / 4).await;
+    }
+    let steps = rig.steps.load(Ordering::SeqCst) - before;
+    assert!(steps <= 2, "{steps} steps");
+    assert_eq!(read_all(stays, 1).await[0].0.len(), 200, "the others go on");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_does_not_read_is_cut_with_a_sentence() {
+    let rig = rig(MS, None).await;
+    let choices = vec![request(&rig.handle, 1, 10_000), request(&rig.handle, 2, 3)];
+    let mut slow = rig.handle.submit(choices).await.unwrap();
+    let quick = rig
+        .handle
+        .submit(vec![request(&rig.handle, 3, 5000)])
+        .await
+        .unwrap();
+    let quick = tokio::spawn(read_all(quick, 1));
+    assert_eq!(
+        quick.await.unwrap()[0].0.len(),
+        5000,
+        "a slow client holds no one up"
+    );
+    let mut last = [None, None];
+    while let Some(event) = slow.recv().await {
+        last[event.choice] = Some(event.kind);
+    }
+    assert_eq!(last[0], Some(StreamEventKind::Failed(SLOW_CLIENT.into())));
+    assert_eq!(
+        last[1],
+        Some(StreamEventKind::Finished(FinishReason::Length))
+    );
+    let text = rig.metrics.render();
+    assert!(text.contains("cluster_slow_streams_cut_total 1"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_finishes_what_runs_and_takes_nothing_new() {
+    let rig = rig(MS, None).await;
+    let events = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 500)])
+        .await
+        .unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    rig.shutdown.send_replace(Some(deadline));
+    let refused = rig
+        .handle
+        .submit(vec![request(&rig.handle, 2, 5)])
+        .await
+        .unwrap_err();
+    assert_eq!(refused, SubmitError::Draining);
+    let (tokens, last) = read_all(events, 1).await.remove(0);
+    assert_eq!(tokens.len(), 500);
+    assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    assert_eq!(rig.engine.await.unwrap(), Ok(()));
+    assert_eq!(*rig.ended.borrow(), Some("stopped"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_does_not_finish_in_time_is_told_so() {
+    let rig = rig(Duration::from_secs(60), None).await;
+    let events = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 500)])
+        .await
+        .unwrap();
+    let started = tokio::time::Instant::now();
+    rig.shutdown
+        .send_replace(Some(started + Duration::from_secs(5)));
+    let (_, last) = read_all(events, 1).await.remove(0);
+    assert_eq!(last, StreamEventKind::Failed(CUT_BY_SHUTDOWN.into()));
+    assert_eq!(rig.engine.await.unwrap(), Ok(()));
+    assert!(
+        started.elapsed() < Duration::from_secs(6),
+        "a long step is not waited for"
+    );
+    assert_eq!(*rig.ended.borrow(), Some("stopped"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_reach_who_asked_and_are_counted() {
+    let rig = rig(MS, None).await;
+    let too_long = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 20_000)])
+        .await;
+    assert!(matches!(too_long, Err(SubmitError::Refused(refusal)) if !refusal.is_temporary()));
+    let blocker = rig
+        .handle
+        .submit(vec![request(&rig.handle, 1, 100)])
+        .await
+        .unwrap();
+    let many = |from: u32| {
+        (from..from + 60)
+            .map(|f| request(&rig.handle, f % VOCAB, 50))
+            .collect()
+    };
+    let first = rig.handle.submit(many(0)).await.unwrap();
+    let second = rig.handle.submit(many(60)).await;
+    assert!(matches!(second, Err(SubmitError::Refused(refusal)) if refusal.is_temporary()));
+    assert_eq!(read_all(first, 60).await.len(), 60);
+    assert_eq!(read_all(blocker, 1).await.len(), 1);
+    let text = rig.metrics.render();
+    assert!(text.contains("reason=\"max_num_queued_reqs\"} 1"), "{text}");
+}

@@ -1,0 +1,339 @@
+//! Shards that are processes of this machine: launch, link, log, end.
+//!
+//! Three tasks per shard: one reads the link, one watches the process, one forwards its log lines.
+//! What they hear goes to the fleet's inbox. Invariant: a process ends with the value that stands for
+//! it, at the latest when that is dropped.
+
+use super::fault::{Cause, Fault, Phase};
+use super::host::{Host, Launched, Shard};
+use super::inbox::{Heard, Outlet, Source};
+use super::start::StartEvent;
+use crate::clock::{now, since};
+use futures_util::future::{join_all, select_all};
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::timeout;
+use topology::ids::Rank;
+use topology::launch::local::{self, Process};
+use topology::launch::{Launch, LaunchError};
+use topology::link::{Admitted, Frame, LinkError, LinkReceiver, LinkSender, Listener};
+use topology::placement::Device;
+use topology::wire::{FromShard, Hello, ToShard};
+
+/// Longest time from the last process's start to the last shard's `Hello`.
+const ADMIT_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long the system may take to end a process that was killed.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// What to start on this machine.
+#[derive(Debug)]
+pub struct Program {
+    /// The program that is both this process and the shard.
+    pub path: OsString,
+    /// Which of a shard's log lines are written.
+    pub log_level: String,
+    /// One for each rank.
+    pub devices: Vec<Device>,
+    /// Held for as long as any shard process may exist: closed when all are gone, whatever became
+    /// of the fleet.
+    pub alive: mpsc::Sender<()>,
+}
+
+/// Starts shards on this machine.
+#[derive(Debug)]
+pub struct LocalHost {
+    program: Program,
+    listener: Listener,
+}
+
+/// A process that was started and whose exit will be heard of.
+#[derive(Debug)]
+struct Child {
+    source: Source,
+    pid: u32,
+    /// How long it may take to end; sent once. Dropping it is as good as zero.
+    end: oneshot::Sender<Duration>,
+    /// How it ended, once it has.
+    exited: watch::Receiver<Option<String>>,
+    watcher: JoinHandle<()>,
+}
+
+/// A shard process that was admitted.
+#[derive(Debug)]
+pub struct LocalShard {
+    child: Child,
+    sender: LinkSender<ToShard>,
+    reader: JoinHandle<()>,
+}
+
+impl LocalHost {
+    /// Opens the socket that shards connect to.
+    ///
+    /// # Errors
+    /// [`Cause::Launch`] if there is none.
+    pub fn new(program: Program) -> Result<Self, Fault> {
+        let listener = Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST))
+            .map_err(|e| Fault::group(Cause::Launch(e.to_string())))?;
+        Ok(Self { program, listener })
+    }
+
+    /// Starts all processes at once and tells each what to do.
+    async fn start(&self, sources: &[Source], outlet: &Outlet) -> Result<Vec<Child>, Fault> {
+        let launched = |e: &dyn std::fmt::Display| Cause::Launch(e.to_string());
+        let address = self.listener.local_addr();
+        let coordinator = address.map_err(|e| Fault::group(launched(&e)))?;
+        let arguments = ["shard", "--log", &self.program.log_level];
+        let launches = sources.iter().map(async |source| {
+            let rank = source.rank;
+            let process = async {
+                let device = &self.program.devices[rank.index()];
+                let started = local::start_for(device, &self.program.path, arguments).await?;
+                self.listener.expect(rank, started.certificate.clone());
+                let launch = Launch {
+                    coordinator,
+                    certificate: self.listener.certificate().clone(),
+                    rank,
+                    device: device.clone(),
+                };
+                started.launch(&launch).await
+            };
+            let process = process.await;
+            process.map_err(|e: LaunchError| Fault::of(rank, launched(&e)))
+        });
+        // Those that did start are killed when they are dropped with the others' fault.
+        let processes: Result<Vec<_>, Fault> = join_all(launches).await.into_iter().collect();
+        let child = |(source, process): (&Source, Process)| {
+            Child::watch(*source, process, outlet.clone(), self.program.alive.clone())
+        };
+        Ok(sources.iter().zip(processes?).map(child).collect())
+    }
+
+    /// Waits for every child's link.
+    async fn admit(
+        &mut self,
+        children: &mut [Child],
+        tell: &mut (dyn FnMut(StartEvent) + Send),
+    ) -> Result<Vec<Admitted>, Fault> {
+        let mut admitted: Vec<Option<Admitted>> = children.iter().map(|_| None).collect();
+        while let Some(missing) = admitted.iter().position(Option::is_none) {
+            let next = tokio::select! {
+                next = self.listener.accept(ADMIT_LIMIT) => next,
+                fault = first_exit(children) => return Err(fault),
+            };
+            let next = next.map_err(|e| not_admitted(e, children[missing].source.rank))?;
+            let Hello { rank, device, .. } = next.hello.clone();
+            let place = children.iter().position(|c| c.source.rank == rank);
+            let Some(place) = place.filter(|place| admitted[*place].is_none()) else {
+                let why = "no such rank was started".to_owned();
+                return Err(Fault::of(rank, Cause::Launch(why)));
+            };
+            tell(StartEvent::Admitted { rank, device });
+            admitted[place] = Some(next);
+        }
+        Ok(admitted.into_iter().flatten().collect())
+    }
+}
+
+impl Host for LocalHost {
+    type Shard = LocalShard;
+
+    async fn launch(
+        &mut self,
+        sources: &[Source],
+        outlet: &Outlet,
+        tell: &mut (dyn FnMut(StartEvent) + Send),
+    ) -> Result<Launched<LocalShard>, Fault> {
+        let begun = now();
+        let mut children = self.start(sources, outlet).await?;
+        let launching = since(begun);
+        for child in &children {
+            let (rank, pid) = (child.source.rank, child.pid);
+            tell(StartEvent::Launched { rank, pid });
+        }
+        let admitted = match self.admit(&mut children, tell).await {
+            Ok(admitted) => admitted,
+            Err(fault) => {
+                join_all(children.into_iter().map(|child| child.end(Duration::ZERO))).await;
+                return Err(fault);
+            }
+        };
+        let join = |(child, admitted): (Child, Admitted)| {
+            let hello = admitted.hello.clone();
+            (hello, LocalShard::new(child, admitted, outlet.clone()))
+        };
+        Ok(Launched {
+            shards: children.into_iter().zip(admitted).map(join).collect(),
+            phases: vec![
+                (Phase::Launch, launching),
+                (Phase::Admit, since(begun).saturating_sub(launching)),
+            ],
+        })
+    }
+}
+
+/// Waits until one of `children` has ended. Cancel-safe.
+async fn first_exit(children: &mut [Child]) -> Fault {
+    let exits = children.iter_mut().map(|child| {
+        let rank = child.source.rank;
+        Box::pin(async move {
+            let exited = child.exited.wait_for(Option::is_some).await;
+            let how = exited.map_or_else(|e| e.to_string(), |how| how.clone().unwrap_or_default());
+            Fault::of(rank, Cause::Exited(how))
+        })
+    });
+    select_all(exits).await.0
+}
+
+/// Names the rank that is missing, or that came and could not be used.
+fn not_admitted(error: LinkError, missing: Rank) -> Fault {
+    match error {
+        LinkError::NotAdmitted { rank, reason } => Fault::of(rank, Cause::Launch(reason)),
+        LinkError::TimedOut(limit) => {
+            let phase = Phase::Admit;
+            Fault::of(missing, Cause::Deadline { phase, limit })
+        }
+        other => Fault::group(Cause::Launch(other.to_string())),
+    }
+}
+
+impl Child {
+    /// Watches `process`; its log lines and its exit are reported under `source`. `alive` is held until
+    /// the process is gone.
+    fn watch(
+        source: Source,
+        mut process: Process,
+        outlet: Outlet,
+        alive: mpsc::Sender<()>,
+    ) -> Self {
+        let lines = process.lines.take();
+        let log = lines.map(|lines| tokio::spawn(forward_log(source.rank, lines)).abort_handle());
+        let pid = process.pid().unwrap_or_default();
+        let (end, ending) = oneshot::channel();
+        let (exit, exited) = watch::channel(None);
+        let watcher = tokio::spawn(async move {
+            watch((process, log), (source, outlet, exit), ending).await;
+            drop(alive);
+        });
+        Self {
+            source,
+            pid,
+            end,
+            exited,
+            watcher,
+        }
+    }
+
+    /// Gives the process `limit` to end by itself, kills it then, and waits for that.
+    async fn end(self, limit: Duration) {
+        // An error means that the process ended by itself.
+        let _ = self.end.send(limit);
+        let _ = self.watcher.await;
+    }
+}
+
+impl LocalShard {
+    /// Joins a process with the link it opened. What it says is reported under its source.
+    fn new(child: Child, admitted: Admitted, outlet: Outlet) -> Self {
+        let reader = tokio::spawn(read(child.source, admitted.receiver, outlet));
+        Self {
+            child,
+            sender: admitted.sender,
+            reader,
+        }
+    }
+}
+
+impl Shard for LocalShard {
+    async fn send(&mut self, frame: &Frame<ToShard>) -> Result<(), Cause> {
+        let sent = self.sender.send_frame(frame).await;
+        sent.map_err(|e| Cause::LinkLost(e.to_string()))
+    }
+
+    async fn send_urgent(&mut self, message: &ToShard) -> Result<(), Cause> {
+        let sent = self.sender.send_urgent(message).await;
+        sent.map_err(|e| Cause::LinkLost(e.to_string()))
+    }
+
+    async fn end(self, limit: Duration) {
+        self.child.end(limit).await;
+        self.reader.abort();
+    }
+}
+
+async fn read(source: Source, mut receiver: LinkReceiver<FromShard>, outlet: Outlet) {
+    loop {
+        let (heard, over) = match receiver.recv().await {
+            Ok(message) => (Heard::Message(message), false),
+            Err(error) => (Heard::Gone(Cause::LinkLost(error.to_string())), true),
+        };
+        // Without a reader the fleet is gone, and so is whatever this could say.
+        if outlet.send((source, heard)).await.is_err() || over {
+            return;
+        }
+    }
+}
+
+async fn watch(
+    (mut process, log): (Process, Option<AbortHandle>),
+    (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
+    mut ending: oneshot::Receiver<Duration>,
+) {
+    let rank = source.rank;
+    let limit = tokio::select! {
+        status = process.wait() => {
+            let how = match status {
+                Ok(status) => status.to_string(),
+                Err(error) => error.to_string(),
+            };
+            exit.send_replace(Some(how.clone()));
+            let heard = Heard::Gone(Cause::Exited(how));
+            tokio::select! {
+                _ = outlet.send((source, heard)) => {}
+                _ = &mut ending => {}
+            }
+            return;
+        }
+        limit = &mut ending => limit.unwrap_or_else(|_| {
+            // The fleet was dropped on demand. That its link ends is no news from the shard.
+            log.iter().for_each(AbortHandle::abort);
+            Duration::ZERO
+        }),
+    };
+    // It was told to stop; its pipe stays open, or it would take its parent for dead.
+    if timeout(limit, process.wait()).await.is_err() {
+        if !limit.is_zero() {
+            tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
+        }
+        process.kill();
+        if timeout(KILL_LIMIT, process.wait()).await.is_err() {
+            tracing::error!(%rank, "the system does not end the shard's process");
+        }
+    }
+}
+
+/// Shards write lines such as `2026-01-01T00:00:00Z  INFO shard::session: text`; here they keep
+/// level and text.
+async fn forward_log(rank: Rank, mut lines: mpsc::Receiver<String>) {
+    let rank = rank.0;
+    while let Some(line) = lines.recv().await {
+        let mut words = line.split_ascii_whitespace();
+        let level = words.by_ref().nth(1).unwrap_or_default();
+        let target = words.next().filter(|word| word.ends_with(':'));
+        let text = line
+            .split_once(target.unwrap_or(level))
+            .map_or(&*line, |(_, text)| text.trim_start());
+        match level {
+            "ERROR" => tracing::error!(target: "shard", rank, "{text}"),
+            "WARN" => tracing::warn!(target: "shard", rank, "{text}"),
+            "INFO" => tracing::info!(target: "shard", rank, "{text}"),
+            "DEBUG" => tracing::debug!(target: "shard", rank, "{text}"),
+            "TRACE" => tracing::trace!(target: "shard", rank, "{text}"),
+            // Not a log line: a panic, or a library that prints.
+            _ => tracing::warn!(target: "shard", rank, "{line}"),
+        }
+    }
+}

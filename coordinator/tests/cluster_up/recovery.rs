@@ -1,0 +1,231 @@
+//! Shards die, freeze and die again; no request is lost, no token repeated, no process left over.
+//!
+//! Every test compares with the text of an undisturbed run. `CHAOS_KILLS` and `CHAOS_SEED` make the
+//! first one longer (`scripts/chaos.sh` does).
+
+use crate::client::{Stream, endless, metric, request};
+use crate::process::{Cluster, is_running, send_signal, until};
+use crate::turn;
+use coordinator::clock;
+use rustix::process::Signal;
+use serde_json::Value;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+const COMPLETIONS: &str = "/v1/completions";
+
+/// Streams of one round: half greedy, half sampled with a seed of their own.
+const STREAMS: usize = 64;
+
+fn body(index: usize, tokens: u32) -> Value {
+    let names = ["Tom", "Lily", "Ben", "Anna", "Max", "Mia", "Sam", "Zoe"];
+    let things = ["ball", "dog", "cat", "boat", "tree", "bird", "hat", "cake"];
+    let (name, thing) = (names[index % 8], things[index / 8 % 8]);
+    let mut body = endless(&format!("Once upon a time {name} had a {thing}."), tokens);
+    if index % 2 == 1 {
+        body["temperature"] = 0.8.into();
+        body["seed"] = index.into();
+    }
+    body
+}
+
+/// All text of a stream that must end in order.
+fn listen(stream: Stream) -> String {
+    let (text, last) = stream.read_to_end();
+    assert_eq!(last, "[DONE]", "after {text:?}");
+    text
+}
+
+/// Streams of `tokens` tokens each, at once.
+fn round(address: SocketAddr, streams: usize, tokens: u32) -> Vec<String> {
+    let streams: Vec<_> = (0..streams)
+        .map(|index| {
+            let body = body(index, tokens);
+            thread::spawn(move || listen(Stream::open(address, COMPLETIONS, body)))
+        })
+        .collect();
+    streams
+        .into_iter()
+        .map(|stream| stream.join().expect("a stream was lost"))
+        .collect()
+}
+
+fn recoveries(cluster: &Cluster) -> f64 {
+    metric(cluster.address, "cluster_recoveries_total", "")
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "scripts/chaos.sh makes the test longer"
+)]
+fn number(name: &str, otherwise: u64) -> u64 {
+    let given = std::env::var(name).ok();
+    given.map_or(otherwise, |text| text.parse().expect("it is a number"))
+}
+
+/// What a killer did.
+#[derive(Default)]
+struct Kills {
+    done: u64,
+    /// From a kill to the next token of any stream, for those kills that were not followed at once by
+    /// another.
+    resumed: Vec<Duration>,
+}
+
+/// Kills one shard at a time at random moments until told to stop, or `kills` are done.
+fn kill_at_random(
+    cluster: &Cluster,
+    rng: &mut fastrand::Rng,
+    kills: u64,
+    stop: &AtomicBool,
+) -> Kills {
+    let tokens = || metric(cluster.address, "vllm:generation_tokens_total", "");
+    let mut killed = Kills::default();
+    let mut formed = recoveries(cluster);
+    while killed.done < kills && !stop.load(Ordering::SeqCst) {
+        let shards = cluster.children();
+        let victim = shards[rng.usize(..shards.len())];
+        send_signal(victim, Signal::KILL);
+        let begun = clock::now();
+        killed.done += 1;
+        formed += 1.0;
+        until("the group is formed again", || {
+            recoveries(cluster) >= formed
+        });
+        let known = tokens();
+        let after = cluster.children();
+        assert_eq!(after.len(), shards.len());
+        for survivor in shards.iter().filter(|pid| **pid != victim) {
+            assert!(after.contains(survivor), "survivors keep their processes");
+        }
+        // Often before the new group has computed anything; but for ever so would be given up.
+        if rng.bool() {
+            until("a token is computed, or all are", || {
+                tokens() > known || stop.load(Ordering::SeqCst)
+            });
+            killed.resumed.push(clock::since(begun));
+        }
+        thread::sleep(Duration::from_millis(rng.u64(..200)));
+    }
+    killed
+}
+
+#[test]
+fn random_kills_under_64_streams_lose_nothing() {
+    let _turn = turn();
+    let (kills, seed) = (number("CHAOS_KILLS", 20), number("CHAOS_SEED", 1));
+    println!("{kills} kills, seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
+    let golden = round(cluster.address, STREAMS, 200);
+    let (mut done, mut resumed, mut requests) = (0, Vec::new(), 0);
+    while done < kills {
+        let ended = AtomicBool::new(false);
+        let left = kills - done;
+        let told = thread::scope(|scope| {
+            let killer = scope.spawn(|| kill_at_random(&cluster, &mut rng, left, &ended));
+            let told = round(cluster.address, STREAMS, 200);
+            ended.store(true, Ordering::SeqCst);
+            let killed = killer.join().expect("the group is always formed again");
+            done += killed.done;
+            resumed.extend(killed.resumed);
+            told
+        });
+        assert_eq!(told, golden);
+        requests += told.len();
+    }
+    resumed.sort();
+    println!(
+        "{requests} requests, {done} kills: 0 lost, 0 repeated; kill to next token: median {:.0?}, p99 {:.0?} of {}",
+        resumed[resumed.len() / 2],
+        resumed[resumed.len() * 99 / 100],
+        resumed.len(),
+    );
+    assert!(metric(cluster.address, "cluster_kv_tokens", "used") < 0.5);
+    cluster.stop();
+}
+
+/// Disturbs a running round of 8 streams and expects the text of an undisturbed one.
+fn undisturbed_by(arguments: &[&str], disturb: impl FnOnce(&Cluster)) {
+    let cluster = Cluster::start(arguments);
+    let golden = round(cluster.address, 8, 400);
+    let address = cluster.address;
+    let told = thread::spawn(move || round(address, 8, 400));
+    until("it streams", || {
+        metric(address, "vllm:num_requests_running", "") > 7.5
+    });
+    disturb(&cluster);
+    assert_eq!(told.join().expect("a stream was lost"), golden);
+    assert!(recoveries(&cluster) > 0.5, "it was disturbed");
+    until("it is ready", || {
+        request(address, "GET", "/ready", "").0 == 200
+    });
+    cluster.stop();
+}
+
+#[test]
+fn all_shards_but_one_may_die_at_once_and_all_too() {
+    let _turn = turn();
+    for spared in [1, 0] {
+        undisturbed_by(&["--tensor-parallel-size", "4"], |cluster| {
+            for shard in &cluster.children()[spared..] {
+                send_signal(*shard, Signal::KILL);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_replacement_may_die_too() {
+    let _turn = turn();
+    undisturbed_by(&["--tensor-parallel-size", "2"], |cluster| {
+        let mut known = cluster.children();
+        send_signal(known[0], Signal::KILL);
+        for _ in 0..3 {
+            let mut new = None;
+            until("a replacement is there", || {
+                let mut children = cluster.children().into_iter();
+                new = children.find(|pid| !known.contains(pid));
+                new.is_some()
+            });
+            let new = new.expect("found above");
+            known.push(new);
+            send_signal(new, Signal::KILL);
+        }
+    });
+}
+
+#[test]
+fn a_frozen_shard_is_replaced_and_health_tells_the_truth() {
+    let _turn = turn();
+    undisturbed_by(&["--tensor-parallel-size", "2"], |cluster| {
+        let frozen = cluster.children()[1];
+        let begun = clock::now();
+        send_signal(frozen, Signal::STOP);
+        until("health tells", || {
+            request(cluster.address, "GET", "/health", "").0 == 503
+        });
+        println!("frozen shard noticed after {:?}", clock::since(begun));
+        until("it computes again", || {
+            request(cluster.address, "GET", "/health", "").0 == 200
+        });
+        println!("replaced after {:?}", clock::since(begun));
+        assert!(!is_running(frozen), "it cannot come back");
+    });
+}
+
+#[test]
+fn a_shard_that_dies_while_nobody_asks_is_replaced() {
+    let _turn = turn();
+    let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
+    let golden = round(cluster.address, 4, 50);
+    for shard in 0..2 {
+        let before = recoveries(&cluster);
+        send_signal(cluster.children()[shard], Signal::KILL);
+        until("it is replaced", || recoveries(&cluster) > before);
+    }
+    assert_eq!(round(cluster.address, 4, 50), golden);
+    cluster.stop();
+}
