@@ -173,7 +173,7 @@ fn batched_chunked_and_scattered_work_gives_the_tokens_of_the_cpu() {
         let reference = reference(folder);
         let requests: Vec<_> = (0..4)
             .map(|_| Request {
-                prompt: reference.prompt[random.below(20)..][..1 + random.below(20)].to_vec(),
+                prompt: reference.prompt[random.below(20)..][..=random.below(20)].to_vec(),
                 sampling: Sampling::default(),
                 new_tokens: 6,
             })
