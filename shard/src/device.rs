@@ -230,6 +230,8 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
             weight_bytes = loaded.weight_bytes,
             workspace_bytes = loaded.workspace_bytes,
             load_us = loaded.load_us,
+            // Bytes in a microsecond are megabytes in a second.
+            megabytes_per_s = loaded.weight_bytes / loaded.load_us.max(1),
             "{files} is loaded"
         );
         self.engine = Some(engine);

@@ -119,6 +119,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let dtype = resolve_dtype(&load.dtype, &shape)?;
         let (limits, size) = limits(load, &shape)?;
         backend.compute_in(weights::element(dtype));
+        C::prepare(&mut backend, load.tensor_parallel_size);
 
         let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, dtype)?;
         let weight_bytes = weights.bytes();

@@ -10,6 +10,13 @@ use std::path::{Path, PathBuf};
 use topology::model_shape::ModelShape;
 use topology::partition::tensors;
 
+/// What a machine without a GPU lacks first.
+const NO_GPU: &str = if cfg!(feature = "cuda") {
+    "NVIDIA driver"
+} else {
+    "a build with CUDA"
+};
+
 fn builtin() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("builtin")
 }
@@ -89,7 +96,7 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--port", "eighty"], &["eighty", "--port"]),
         (&["--dtype", "int3"], &["int3", "bfloat16"]),
         // Without CUDA in the build, or without a driver on the machine.
-        (&["--gpus", "0,1"], &["--gpus", "CUDA"]),
+        (&["--gpus", "0,1"], &["--gpus", NO_GPU]),
         (&["--gpu-memory-utilization", "1.5"], &["1.5", "up to 1"]),
         (&["--gpus", "all"], &["--gpus", "list of GPUs"]),
         (&["--gpus", "0", "--cpus", "1"], &["--gpus", "--cpus"]),

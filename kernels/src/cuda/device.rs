@@ -10,6 +10,7 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use super::libraries;
+use super::source::TensorSource;
 use super::stop::{Stop, Waited};
 use crate::backend::DeviceError;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
@@ -31,6 +32,8 @@ pub(crate) struct Memory {
     context: Arc<CudaContext>,
     start: u64,
     bytes: usize,
+    /// Where it came from; `None`: the driver.
+    source: Option<TensorSource>,
 }
 
 /// Host memory that the device copies from and to at full speed.
@@ -96,7 +99,30 @@ impl Device {
             context: self.context().clone(),
             start,
             bytes,
+            source: None,
         };
+        self.clear(memory)
+    }
+
+    /// Zeroed memory of another source, where it has some.
+    pub(crate) fn allocate_from(
+        &self,
+        source: TensorSource,
+        bytes: usize,
+    ) -> Result<Option<Memory>, DeviceError> {
+        self.bind()?;
+        let bytes = bytes.max(1);
+        let memory = (source.take)(bytes).map(|start| Memory {
+            context: self.context().clone(),
+            start,
+            bytes,
+            source: Some(source),
+        });
+        memory.map(|memory| self.clear(memory)).transpose()
+    }
+
+    fn clear(&self, memory: Memory) -> Result<Memory, DeviceError> {
+        let (start, bytes) = (memory.start, memory.bytes);
         // SAFETY: the memory is `bytes` long and outlives the fill: freeing waits for the device.
         let filled = unsafe { result::memset_d8_async(start, 0, bytes, self.stream.cu_stream()) };
         filled.map_err(|error| self.failed("cannot clear memory", error))?;
@@ -227,6 +253,11 @@ fn failed(device: &str, what: &str, error: DriverError) -> DeviceError {
 }
 
 impl Memory {
+    /// Whether it came from a source other than the driver.
+    pub(crate) fn is_sourced(&self) -> bool {
+        self.source.is_some()
+    }
+
     /// Size.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
@@ -266,6 +297,9 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // A device that failed gives nothing back, and the process that holds it is about to end.
         let _ = self.context.bind_to_thread();
+        if let Some(source) = self.source {
+            return (source.give_back)(self.start);
+        }
         // SAFETY: `start` came from the allocation and is freed once; the driver waits for work that uses it.
         let _ = unsafe { result::free_sync(self.start) };
     }

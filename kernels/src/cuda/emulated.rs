@@ -11,6 +11,7 @@
     reason = "the interface is device.rs's"
 )]
 
+use super::source::TensorSource;
 use super::stop::Stop;
 use crate::backend::DeviceError;
 use std::ffi::c_void;
@@ -93,6 +94,15 @@ impl Device {
         })
     }
 
+    /// No source has memory for an emulated device.
+    pub(crate) fn allocate_from(
+        &self,
+        _: TensorSource,
+        _: usize,
+    ) -> Result<Option<Memory>, DeviceError> {
+        Ok(None)
+    }
+
     /// A buffer.
     pub(crate) fn pinned(&self, what: &str, bytes: usize) -> Result<Pinned, DeviceError> {
         let memory = self.allocate(what, bytes)?;
@@ -140,6 +150,11 @@ impl Device {
 }
 
 impl Memory {
+    /// Never: there is no other source.
+    pub(crate) fn is_sourced(&self) -> bool {
+        false
+    }
+
     /// Size.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes

@@ -20,6 +20,7 @@ pub(crate) mod launch;
 pub mod libraries;
 mod load;
 mod operations;
+mod source;
 mod stop;
 mod tensor;
 #[cfg(test)]
@@ -30,6 +31,7 @@ mod weight;
 pub use batch::CudaBatch;
 pub use gpus::{GpuInfo, gpus};
 pub use kv_cache::CudaKvCache;
+pub use source::TensorSource;
 pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
@@ -49,6 +51,8 @@ pub struct CudaBackend {
     pub(crate) device: Device,
     /// What activations are stored as.
     element: Element,
+    /// Where activations are taken from first.
+    source: Option<TensorSource>,
     blas: Blas,
     transfer: RefCell<Transfer>,
     sampler: RefCell<Sampler>,
@@ -71,6 +75,7 @@ impl CudaBackend {
             sampler: RefCell::new(Sampler::new(&device)?),
             device,
             element: Element::F32,
+            source: None,
             failure: OnceCell::new(),
             interrupted: Cell::new(false),
         })
@@ -86,6 +91,11 @@ impl CudaBackend {
     pub fn interrupt_with(&self, flag: &Arc<AtomicBool>) {
         self.device.stop().set(flag);
         self.interrupted.set(false);
+    }
+
+    /// From now on, takes activation matrices from `source` where it has room.
+    pub fn take_tensors_from(&mut self, source: TensorSource) {
+        self.source = Some(source);
     }
 
     /// Waits until everything queued is done.

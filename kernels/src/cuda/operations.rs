@@ -68,7 +68,14 @@ impl Backend for CudaBackend {
         let element = self.element_of(precision);
         let what = format!("an activation matrix [{rows}, {width}]");
         let bytes = self.bytes(&what, &[rows, width, element.bytes()])?;
-        let memory = self.device.allocate(&what, bytes)?;
+        let sourced = match self.source {
+            Some(source) => self.device.allocate_from(source, bytes)?,
+            None => None,
+        };
+        let memory = match sourced {
+            Some(memory) => memory,
+            None => self.device.allocate(&what, bytes)?,
+        };
         Ok(CudaTensor::new(memory, element, (rows, width)))
     }
 

@@ -52,6 +52,11 @@ impl CudaTensor {
         &mut self.memory
     }
 
+    /// All bytes of its memory, where that came from the backend's [`TensorSource`](super::TensorSource).
+    pub fn sourced_bytes(&self) -> Option<usize> {
+        self.memory.is_sourced().then(|| self.memory.bytes())
+    }
+
     /// What an element is stored as.
     pub fn element(&self) -> Element {
         self.element

@@ -106,6 +106,10 @@ pub struct Seat<'a> {
 
 /// Collectives over one backend's tensors. All ranks call the same operations in the same order.
 pub trait Comm<B: Backend>: Send + Sized + 'static {
+    /// Readies a backend for a group of so many ranks, before it takes any memory. What this cannot do is said by
+    /// [`Self::join`].
+    fn prepare(_backend: &mut B, _world_size: u32) {}
+
     /// Makes the identity of a new group, on rank 0: at most `MAX_COMM_ID_BYTES` opaque bytes.
     /// No tensor of the group will have more than `max_elements` elements on one rank.
     fn new_id(world_size: u32, max_elements: usize) -> Result<Vec<u8>, CommError>;

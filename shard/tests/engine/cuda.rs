@@ -9,7 +9,9 @@
 
 use crate::reference::reference;
 use crate::references::compare;
-use crate::support::{Tested, fixtures, load, open};
+use crate::support::{
+    Cluster, Group, Random, Request, Tested, Ways, fixtures, generate, load, open,
+};
 use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cuda::{CudaBackend, CudaTensor};
 use shard::comm::shm::ShmComm;
@@ -17,6 +19,7 @@ use shard::comm::{Comm, CommError, CommTimings, Seat};
 use topology::ids::Rank;
 use topology::model_shape::Dtype;
 use topology::partition::Partition;
+use topology::wire::{Sampling, ScoredToken};
 
 /// What the project promises of f32.
 const TOLERANCE: f32 = 1e-3;
@@ -150,5 +153,45 @@ fn narrow_activations_are_off_by_their_rounding() {
             assert!(worst < tolerance, "{case}: off by {worst}");
             assert_eq!(tokens.len(), reference.greedy.len());
         }
+    }
+}
+
+/// Rows of many lengths in one step, prompts in pieces, blocks in any order: the index arrays and the attention of
+/// a served batch, against the CPU backend's plain way.
+#[test]
+fn batched_chunked_and_scattered_work_gives_the_tokens_of_the_cpu() {
+    if let Err(error) = probe() {
+        return println!("not tested: {error}");
+    }
+    let seed = 51;
+    println!("seed {seed}");
+    let random = &mut Random::new(seed);
+    for name in ["llama31", "mistral", "qwen3"] {
+        let folders = fixtures();
+        let folder = folders.iter().find(|f| f.ends_with(name)).expect(name);
+        let (files, _) = open(folder);
+        let reference = reference(folder);
+        let requests: Vec<_> = (0..4)
+            .map(|_| Request {
+                prompt: reference.prompt[random.below(20)..][..=random.below(20)].to_vec(),
+                sampling: Sampling::default(),
+                new_tokens: 6,
+            })
+            .collect();
+        let load = load(1, 128, "float32");
+        let ways = Ways {
+            batched: true,
+            chunked: true,
+            scattered: true,
+        };
+        let mut cuda = Group::<CudaBackend>::start(&files, &load);
+        let found = generate(&mut cuda, &requests, ways, random);
+        let mut cpu = Cluster::start(&files, &load);
+        let expected = generate(&mut cpu, &requests, Ways::default(), random);
+        let tokens = |answers: &[Vec<ScoredToken>]| -> Vec<Vec<u32>> {
+            let one = |answers: &Vec<ScoredToken>| answers.iter().map(|a| a.token).collect();
+            answers.iter().map(one).collect()
+        };
+        assert_eq!(tokens(&found), tokens(&expected), "{name}");
     }
 }

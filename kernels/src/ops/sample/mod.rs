@@ -302,10 +302,10 @@ fn draw(isa: Isa, params: &SampleParams, scratch: &mut Scratch) -> u32 {
         Cut(*last).apply(logits, weights);
         keys.truncate(k);
     }
-    let mut total = sum_pieces(weights, sums);
+    let mut total = sum_pieces(isa, weights, sums);
     if let Some(p) = top_p {
         nucleus(keys, weights, share(p, total)).apply(logits, weights);
-        total = sum_pieces(weights, sums);
+        total = sum_pieces(isa, weights, sums);
     }
     let u = philox::uniform(params.seed, params.position);
     find(weights, sums, high_half(u, total))
@@ -328,6 +328,7 @@ fn high_half(u: u64, total: u64) -> u64 {
 }
 
 /// A weight as a whole number: `weight * 2^40`, rounded to nearest even. Anything but a positive number is 0.
+#[inline(always)]
 fn whole(weight: f32) -> u64 {
     // Added to this, a smaller number is rounded to an integer, which is then in the low bits.
     const ROUND: f64 = 4_503_599_627_370_496.0; // 2^52
@@ -366,10 +367,27 @@ fn weigh(isa: Isa, scratch: &mut Scratch, max: f32, factor: f32) {
 }
 
 /// Sums of pieces, and their sum.
-fn sum_pieces(weights: &[f32], sums: &mut Vec<u64>) -> u64 {
+fn sum_pieces(isa: Isa, weights: &[f32], sums: &mut Vec<u64>) -> u64 {
+    struct Sums<'a> {
+        weights: &'a [f32],
+        sums: &'a mut Vec<u64>,
+    }
+    impl Kernel for Sums<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) {
+            for piece in self.weights.chunks(PIECE) {
+                let mut sum = 0;
+                for &weight in piece {
+                    sum += whole(weight);
+                }
+                self.sums.push(sum);
+            }
+        }
+    }
     sums.clear();
-    let sum = |piece: &[f32]| piece.iter().map(|&weight| whole(weight)).sum::<u64>();
-    sums.extend(weights.chunks(PIECE).map(sum));
+    isa.run(Sums { weights, sums });
     sums.iter().sum()
 }
 

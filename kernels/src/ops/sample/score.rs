@@ -54,7 +54,7 @@ pub(super) fn score(
     } = scratch;
     let sum = Sum {
         max,
-        total: sum_pieces(weights, sums),
+        total: sum_pieces(isa, weights, sums),
     };
     let logprob = |token: u32| sum.logprob(logits[token as usize]);
 

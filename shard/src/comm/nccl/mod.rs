@@ -14,6 +14,7 @@ mod event;
 mod handle;
 pub(crate) mod library;
 mod timing;
+mod window;
 
 use super::{Abort, Comm, CommError, CommTimings, Seat};
 use cudarc::driver::result as driver;
@@ -27,6 +28,7 @@ use std::ffi::c_void;
 use std::mem::{MaybeUninit, offset_of};
 use std::time::Duration;
 use timing::Timing;
+use window::Windows;
 
 /// Collectives between two fences; with [`FENCES`] of them, some 50 layers' launches.
 const FENCE_EVERY: u32 = 32;
@@ -58,6 +60,7 @@ struct Group {
     handle: Handle,
     timing: Timing,
     fences: Fences,
+    windows: Windows,
     scratch: Option<Scratch>,
 }
 
@@ -81,12 +84,13 @@ impl Group {
         library::load().map_err(CommError::Failed)?;
         let id = unique_id(seat.id)?;
         let rank = int(seat.rank)?;
-        let mut comm = std::ptr::null_mut();
+        // Never freed: NCCL's thread writes there once more when the communicator is formed, also late.
+        let comm = Box::leak(Box::new(std::ptr::null_mut()));
         let mut config = config();
-        // SAFETY: the configuration and the place for the communicator outlive the call.
+        // SAFETY: the place for the communicator stays, and the configuration is read during the call.
         let code = unsafe {
             sys::ncclCommInitRankConfig(
-                &raw mut comm,
+                &raw mut *comm,
                 int(seat.world_size)?,
                 id,
                 rank,
@@ -99,7 +103,7 @@ impl Group {
         ) {
             return Err(handle::failed("form the communicator", code));
         }
-        let handle = Handle::new(comm, seat.abort)?;
+        let handle = Handle::new(*comm, seat.abort)?;
         handle.settle((seat.world_size, seat.limit))?;
         Ok(Self {
             rank: seat.rank as usize,
@@ -108,8 +112,15 @@ impl Group {
             handle,
             timing: Timing::default(),
             fences: Fences::new()?,
+            windows: Windows::default(),
             scratch: None,
         })
+    }
+
+    /// Lets all ranks reach a tensor directly, once: all ranks meet the same tensors in the same order.
+    fn share(&mut self, x: &mut CudaTensor) -> Result<(), CommError> {
+        let limit = (self.world_size, CONNECT_LIMIT);
+        self.windows.share(&self.handle, limit, x)
     }
 
     /// Queues one collective over `bytes` per rank.
@@ -231,6 +242,12 @@ impl Fences {
 }
 
 impl Comm<CudaBackend> for NcclComm {
+    fn prepare(backend: &mut CudaBackend, world_size: u32) {
+        if world_size > 1 && window::is_supported() {
+            backend.take_tensors_from(window::SOURCE);
+        }
+    }
+
     fn new_id(world_size: u32, _max_elements: usize) -> Result<Vec<u8>, CommError> {
         if world_size == 1 {
             return Ok(Vec::new());
@@ -278,6 +295,7 @@ impl Comm<CudaBackend> for NcclComm {
         let Some(group) = &mut self.group else {
             return Ok(());
         };
+        group.share(x)?;
         let (count, dtype) = (x.rows() * x.width(), data_type(x.element()));
         let (bytes, pointer) = (x.bytes(), x.pointer_mut());
         group.queue(("add up activations", bytes), |comm, stream| {

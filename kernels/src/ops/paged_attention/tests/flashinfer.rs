@@ -10,13 +10,14 @@ use crate::cuda::testing::each_element;
 use crate::ops::paged_attention::attend;
 use crate::testing::{Rng, assert_close, rounded};
 
-/// Probabilities and the results of chunks are rounded to `element`, too.
-fn tolerance(element: Element) -> (f32, f32) {
-    match element {
+/// Compares with the exact result. Probabilities, and the results of chunks, are rounded to the element, too.
+pub(super) fn assert_close_to(cuda: &CudaBackend, actual: &[f32], expected: &[f32]) {
+    let (atol, rtol) = match cuda.element() {
         Element::F32 => (0.0, 0.0),
         Element::Bf16 => (6e-3, 1.0 / 128.0),
         Element::F16 => (8e-4, 1.0 / 1024.0),
-    }
+    };
+    assert_close(actual, expected, atol, rtol);
 }
 
 const TAKEN: Attend<CudaBackend> = |cuda, batch, attention, (qkv, cache), out| {
@@ -53,7 +54,6 @@ fn tiles_and_chunks_give_the_same() {
             return println!("skipped: no kernel of FlashInfer's for {element:?} is in this build");
         }
         let cpu = CpuBackend::new(2, None).expect("threads start");
-        let (atol, rtol) = tolerance(element);
         for case in 0..24 {
             let scene = scene(rng, element, [64, 128, 256][case % 3]);
             println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
@@ -75,7 +75,7 @@ fn tiles_and_chunks_give_the_same() {
             }
             for outputs in [ends, scene.whole(on), scene.chunked(on, rng)] {
                 for (actual, expected) in outputs.iter().zip(&expected) {
-                    assert_close(actual, expected, atol, rtol);
+                    assert_close_to(cuda, actual, expected);
                 }
             }
         }

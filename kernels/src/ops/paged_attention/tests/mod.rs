@@ -305,11 +305,16 @@ fn the_kernels_give_the_same() {
             } else {
                 2
             };
-            for attend in &both[..different] {
+            let taken = super::flashinfer::takes(cuda.element(), &scene.layout, &scene.attention);
+            for (attend, is_chosen) in both[..different].iter().zip([true, false]) {
                 let on = (cuda, *attend);
                 for outputs in [scene.whole(on), scene.chunked(on, rng)] {
                     for (s, out) in outputs.iter().enumerate() {
-                        assert_twin(cuda, out, &scene.reference(s));
+                        if taken && is_chosen {
+                            flashinfer::assert_close_to(cuda, out, &scene.reference(s));
+                        } else {
+                            assert_twin(cuda, out, &scene.reference(s));
+                        }
                     }
                 }
                 scene.place(rng);
