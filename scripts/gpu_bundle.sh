@@ -31,10 +31,10 @@ scripts/cuda_toolchain.sh
 
 echo "== programs for sm_$arch"
 export CLUSTER_CUDA_ARCHS=$arch
-features=(--release --locked --features "coordinator/cuda,shard/cuda,kernels/cuda")
-cargo build "${features[@]}" -p coordinator -p shard -p kernels --bins --examples
-cargo test "${features[@]}" -p kernels -p shard --lib --test engine --test processes --no-run \
-    --message-format=json >"$work/tests.json"
+cargo build --release --locked -p coordinator -p shard --features coordinator/cuda,shard/cuda \
+    --bin cluster --example engine_speed
+cargo test --release --locked -p kernels -p shard --features kernels/cuda,shard/cuda \
+    --lib --test engine --test processes --no-run --message-format=json >"$work/tests.json"
 
 echo "== NCCL"
 if ! [[ -f $work/libnccl.so.2 && $(<"$work/nccl-pin") == "$NCCL" ]]; then

@@ -113,7 +113,9 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int by, int width = 32) {
     return cluster::emulation::shuffle(cluster::emulation::Operation::Xor, mask, value, by, width);
 }
-inline void __syncwarp(unsigned mask = 0xffffffff) { cluster::emulation::vote(cluster::emulation::Operation::Sync, mask, 0); }
+inline void __syncwarp(unsigned mask = 0xffffffff) {
+    cluster::emulation::vote(cluster::emulation::Operation::Sync, mask, 0);
+}
 inline unsigned __ballot_sync(unsigned mask, int value) {
     return static_cast<unsigned>(cluster::emulation::vote(cluster::emulation::Operation::Ballot, mask, value != 0));
 }
@@ -135,22 +137,35 @@ T cluster_reduce(cluster::emulation::Operation operation, unsigned mask, T value
     const auto wide = static_cast<uint64_t>(static_cast<int64_t>(value));
     return static_cast<T>(cluster::emulation::vote(operation, mask, wide));
 }
-template <class T> T __reduce_add_sync(unsigned mask, T value) { return cluster_reduce(cluster::emulation::Operation::Add, mask, value); }
-template <class T> T __reduce_min_sync(unsigned mask, T value) { return cluster_reduce(cluster::emulation::Operation::Min, mask, value); }
-template <class T> T __reduce_max_sync(unsigned mask, T value) { return cluster_reduce(cluster::emulation::Operation::Max, mask, value); }
-inline unsigned __reduce_and_sync(unsigned mask, unsigned value) { return cluster_reduce(cluster::emulation::Operation::And, mask, value); }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value) { return cluster_reduce(cluster::emulation::Operation::Or, mask, value); }
+#define CLUSTER_REDUCE(name, operation)                                          \
+    template <class T>                                                           \
+    T name(unsigned mask, T value) {                                             \
+        return cluster_reduce(cluster::emulation::Operation::operation, mask, value); \
+    }
+CLUSTER_REDUCE(__reduce_add_sync, Add)
+CLUSTER_REDUCE(__reduce_min_sync, Min)
+CLUSTER_REDUCE(__reduce_max_sync, Max)
+CLUSTER_REDUCE(__reduce_and_sync, And)
+CLUSTER_REDUCE(__reduce_or_sync, Or)
 
 // Threads stop at barriers only, so an ordinary read and write is an atomic one.
-template <class T, class U> T atomicAdd(T* at, U by) { return cluster::emulation::exchange_at(at, [&](T was) { return static_cast<T>(was + static_cast<T>(by)); }); }
-template <class T, class U> T atomicSub(T* at, U by) { return cluster::emulation::exchange_at(at, [&](T was) { return static_cast<T>(was - static_cast<T>(by)); }); }
-template <class T, class U> T atomicMax(T* at, U with) { return cluster::emulation::exchange_at(at, [&](T was) { return std::max(was, static_cast<T>(with)); }); }
-template <class T, class U> T atomicMin(T* at, U with) { return cluster::emulation::exchange_at(at, [&](T was) { return std::min(was, static_cast<T>(with)); }); }
-template <class T, class U> T atomicOr(T* at, U with) { return cluster::emulation::exchange_at(at, [&](T was) { return was | static_cast<T>(with); }); }
-template <class T, class U> T atomicAnd(T* at, U with) { return cluster::emulation::exchange_at(at, [&](T was) { return was & static_cast<T>(with); }); }
-template <class T, class U> T atomicExch(T* at, U with) { return cluster::emulation::exchange_at(at, [&](T) { return static_cast<T>(with); }); }
-template <class T, class U, class V> T atomicCAS(T* at, U expected, V with) {
-    return cluster::emulation::exchange_at(at, [&](T was) { return was == static_cast<T>(expected) ? static_cast<T>(with) : was; });
+#define CLUSTER_ATOMIC(name, result)                                                                            \
+    template <class T, class U>                                                                                 \
+    T name(T* at, U operand) {                                                                                  \
+        const T with = static_cast<T>(operand);                                                                 \
+        return cluster::emulation::exchange_at(at, [&](T was) { return static_cast<T>(result); });              \
+    }
+CLUSTER_ATOMIC(atomicAdd, was + with)
+CLUSTER_ATOMIC(atomicSub, was - with)
+CLUSTER_ATOMIC(atomicMax, std::max(was, with))
+CLUSTER_ATOMIC(atomicMin, std::min(was, with))
+CLUSTER_ATOMIC(atomicOr, was | with)
+CLUSTER_ATOMIC(atomicAnd, was & with)
+CLUSTER_ATOMIC(atomicExch, with)
+template <class T, class U, class V>
+T atomicCAS(T* at, U expected, V with) {
+    return cluster::emulation::exchange_at(
+        at, [&](T was) { return was == static_cast<T>(expected) ? static_cast<T>(with) : was; });
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -160,10 +175,18 @@ inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
-inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value)); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
-inline unsigned __float_as_uint(float value) { return cluster::emulation::from_bits<unsigned>(cluster::emulation::to_bits(value)); }
-inline int __float_as_int(float value) { return cluster::emulation::from_bits<int>(cluster::emulation::to_bits(value)); }
+inline int __clzll(long long value) {
+    return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+    return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
+inline unsigned __float_as_uint(float value) {
+    return cluster::emulation::from_bits<unsigned>(cluster::emulation::to_bits(value));
+}
+inline int __float_as_int(float value) {
+    return cluster::emulation::from_bits<int>(cluster::emulation::to_bits(value));
+}
 inline float __uint_as_float(unsigned bits) { return cluster::emulation::from_bits<float>(bits); }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 // The device's quick versions are less exact than these: tolerances have to allow for both.
