@@ -9,7 +9,7 @@
 //! after a recovery all are in the same; no shard is given up that nothing was done to. Liveness: once
 //! faults stop, everyone is served in bounded time, and the cluster is whole, idle and empty.
 //!
-//! A seed that fails is printed with the end of its log; [`LOOK_AT`] shows a whole one.
+//! A seed that fails is printed with its log up to there; [`LOOK_AT`] shows a whole one.
 
 mod clients;
 mod device;
@@ -31,6 +31,9 @@ const LOOK_AT: u64 = 1;
 
 /// Seeds of the ordinary test run.
 const SEEDS: u64 = 500;
+
+/// A seed that computes for so long is told: it spins, or simulates much more than the others.
+const SLOW: Duration = Duration::from_secs(2);
 
 /// Lines of the log that are shown of a seed that fails.
 const SHOWN: usize = 60;
@@ -57,7 +60,7 @@ impl Sums {
     }
 }
 
-/// Runs seeds on all cores; the first that fails, if one does, is told with the end of its log.
+/// Runs seeds on all cores; the first that fails, if one does, is told with its log up to there.
 fn sweep(first: u64, count: u64) -> Sums {
     let next = AtomicU64::new(first);
     let work = || {
@@ -68,7 +71,12 @@ fn sweep(first: u64, count: u64) -> Sums {
             if seed >= first + count {
                 return (sums, failed);
             }
-            match catch_unwind(AssertUnwindSafe(|| run(seed, false))) {
+            let begun = crate::clock::now();
+            let ran = catch_unwind(AssertUnwindSafe(|| run(seed, false)));
+            if crate::clock::since(begun) > SLOW {
+                println!("seed {seed} takes long");
+            }
+            match ran {
                 Ok(report) if report.violations.is_empty() => sums.add(&report),
                 Ok(report) => failed.push((seed, report.violations)),
                 Err(_) => failed.push((seed, vec!["it panics".to_owned()])),
@@ -92,12 +100,14 @@ fn sweep(first: u64, count: u64) -> Sums {
     failed.sort();
     if let Some((seed, violations)) = failed.first() {
         let log = catch_unwind(AssertUnwindSafe(|| run(*seed, true).log)).unwrap_or_default();
-        let from = log.len().saturating_sub(SHOWN);
+        let broken = log.iter().position(|line| line.contains(" VIOLATION"));
+        let to = broken.map_or(log.len(), |line| line + 1);
+        let from = to.saturating_sub(SHOWN);
         let seeds: Vec<u64> = failed.iter().map(|(seed, _)| *seed).collect();
         panic!(
             "{} of {count} seeds fail: {seeds:?}\nseed {seed}: {violations:#?}\n{}",
             seeds.len(),
-            log[from..].join("\n")
+            log[from..to].join("\n")
         );
     }
     sums
@@ -112,6 +122,27 @@ fn whatever_happens_to_shards_and_links_streams_are_whole() {
         "{sums:?}"
     );
     assert!(sums.finished > 1000 && sums.failed > 20, "{sums:?}");
+}
+
+/// The long form, by `scripts/simulate.sh`; by itself a few seeds beyond the ordinary ones.
+#[test]
+fn seeds_of_the_long_form() {
+    let count = number("SIMULATE_SEEDS", 20);
+    let first = number("SIMULATE_FIRST", SEEDS);
+    let begun = crate::clock::now();
+    let sums = sweep(first, count);
+    let took = crate::clock::since(begun);
+    println!("{count} seeds from {first} in {took:.1?}: {sums:?}");
+    assert!(sums.tokens > 0, "{sums:?}");
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "how long the long form is comes from its script"
+)]
+fn number(name: &str, otherwise: u64) -> u64 {
+    let given = std::env::var(name).ok();
+    given.map_or(otherwise, |text| text.parse().expect("it is a number"))
 }
 
 #[test]

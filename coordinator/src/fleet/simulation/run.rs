@@ -132,6 +132,7 @@ impl Case {
 
 fn clients(rng: &mut Rng, config: &SchedulerConfig) -> Vec<Client> {
     let within = [1, 2000, 40_000][rng.usize(0..3)];
+    let count = [3, 8, 14][rng.usize(0..3)];
     let client = |name| Client {
         name,
         at: Duration::from_millis(rng.u64(0..within)),
@@ -139,8 +140,6 @@ fn clients(rng: &mut Rng, config: &SchedulerConfig) -> Vec<Client> {
         leaves_after: (rng.u32(0..8) == 0).then(|| rng.usize(0..20)),
         cancels_after: (rng.u32(0..10) == 0).then(|| rng.usize(0..20)),
     };
-    let count = [3, 8, 14];
-    let count = count[usize::try_from(within % 3).unwrap_or(0)];
     (0..count).map(client).collect()
 }
 
@@ -306,6 +305,7 @@ async fn serve(
     report: &mut Report,
 ) {
     let cluster = Cluster::new(world, case, fleet);
+    sleep(MS).await; // the engine says that it is ready
     let now = world.lock().elapsed();
     let excuses = Excuses {
         failure: case.hopeless_at.is_some(),

@@ -72,7 +72,8 @@ impl Session {
             let deadline = self.leaving.map_or(far_away, |(_, until)| until);
             let message = tokio::select! {
                 biased;
-                message = messages.recv() => message,
+                // Without a link there is nothing to read; whoever cut it ends the process.
+                Some(message) = messages.recv() => Some(message),
                 () = sleep_until(deadline) => None,
             };
             self.world.awake(self.proc).await;
