@@ -8,7 +8,7 @@
 use super::faults::Moment;
 use super::oracle::{EMPTY, VOCAB_SIZE, chain, choose, share};
 use super::shard::{Voice, say};
-use super::world::{Group, MS, ProcId, State, World};
+use super::world::{Group, MS, Parts, ProcId, State, World};
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::sync::Arc;
@@ -113,7 +113,7 @@ impl Device {
                     say(world, self.proc, &self.voice, failed);
                     sleep(5 * MS).await;
                     world.die(self.proc, "exit status: 1");
-                    pending().await
+                    pending::<()>().await;
                 }
             }
         }
@@ -353,7 +353,7 @@ impl Device {
     }
 }
 
-fn sum(parts: &BTreeMap<Rank, (PlanDigest, Vec<u64>)>) -> Vec<u64> {
+fn sum(parts: &Parts) -> Vec<u64> {
     let rows = parts.values().map(|(_, shares)| shares.len()).max();
     let row = |row: usize| {
         let shares = parts.values().filter_map(|(_, shares)| shares.get(row));

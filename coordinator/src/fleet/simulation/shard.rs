@@ -100,7 +100,7 @@ impl Session {
 
     async fn end(&self, how: &str) {
         self.world.die(self.proc, how);
-        pending().await
+        pending::<()>().await;
     }
 
     fn forget_what_was_left(&mut self) {

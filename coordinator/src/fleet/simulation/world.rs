@@ -41,6 +41,10 @@ pub(super) struct World {
 
 /// A process that was started.
 #[derive(Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a fact of its own: all combinations occur"
+)]
 pub(super) struct Proc {
     pub(super) source: Source,
     pub(super) alive: bool,
@@ -61,6 +65,9 @@ pub(super) struct Proc {
     outlet: Outlet,
 }
 
+/// What ranks brought to one collective: the plan they serve, and a share for each row.
+pub(super) type Parts = BTreeMap<Rank, (PlanDigest, Vec<u64>)>;
+
 /// A communicator.
 #[derive(Debug)]
 pub(super) struct Group {
@@ -68,7 +75,7 @@ pub(super) struct Group {
     /// Who took a seat, by rank.
     pub(super) seats: BTreeMap<Rank, ProcId>,
     /// What ranks brought to each collective of each step.
-    pub(super) brought: BTreeMap<(Step, u8), BTreeMap<Rank, (PlanDigest, Vec<u64>)>>,
+    pub(super) brought: BTreeMap<(Step, u8), Parts>,
 }
 
 /// What is kept behind the lock.
