@@ -83,6 +83,7 @@ impl<G: Group> Engine<G> {
         self.change(&Readiness::Loading, Readiness::Ready);
         let shutdown = self.shutdown.clone();
         let ended = tokio::select! {
+            biased; // in a fixed order, so that a simulated run can be repeated
             ended = self.serve() => ended,
             () = passed(shutdown) => Ok(()),
         };
@@ -144,6 +145,7 @@ impl<G: Group> Engine<G> {
                 return Ok(false);
             }
             tokio::select! {
+                biased;
                 fault = self.fleet.fault() => return Err(fault),
                 Some(submission) = self.submissions.recv() => self.take(submission),
                 Ok(()) = self.shutdown.changed() => {}

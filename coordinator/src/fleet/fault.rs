@@ -14,6 +14,8 @@ pub enum Phase {
     Load,
     /// Taking memory for KV blocks.
     Allocate,
+    /// Making the communicator's identity, which one rank does alone.
+    MakeComm,
     /// Forming the communicator.
     Join,
     /// Computing a step.
@@ -32,6 +34,7 @@ impl Phase {
             Self::Admit => "admit",
             Self::Load => "load",
             Self::Allocate => "allocate",
+            Self::MakeComm => "make_comm",
             Self::Join => "join",
             Self::Step => "step",
             Self::Idle => "idle",

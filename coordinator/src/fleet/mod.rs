@@ -12,6 +12,8 @@ mod inbox;
 mod local;
 mod pace;
 mod recover;
+#[cfg(test)]
+mod simulation;
 mod start;
 #[cfg(test)]
 mod tests;

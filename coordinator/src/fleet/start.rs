@@ -18,6 +18,8 @@ use topology::wire::{FromShard, Hello, Load, Loaded, ToShard};
 
 /// Longest time to take memory for KV blocks; large pools are zeroed page by page.
 pub(super) const ALLOCATE_LIMIT: Duration = Duration::from_secs(120);
+/// Longest time to make a communicator's identity, for which no rank waits for another.
+const MAKE_COMM_LIMIT: Duration = Duration::from_secs(20);
 /// Longest time to form the communicator.
 const JOIN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -242,7 +244,7 @@ impl<H: Host> Fleet<H> {
         };
         let made = self
             .inbox
-            .gather(0..1, Phase::Join, JOIN_LIMIT, made)
+            .gather(0..1, Phase::MakeComm, MAKE_COMM_LIMIT, made)
             .await?;
         let comm_id = made.into_iter().next().unwrap_or_default();
         self.send_all(&ToShard::JoinComm { epoch, comm_id }).await?;

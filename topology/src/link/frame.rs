@@ -32,6 +32,12 @@ impl<M: Encode> Frame<M> {
             holds: PhantomData,
         })
     }
+
+    /// The encoded message, without the length that precedes it: what [`decode`] reads. For carriers
+    /// other than a link.
+    pub fn body(&self) -> &[u8] {
+        &self.bytes[LENGTH_BYTES..]
+    }
 }
 
 impl Frame<ToShard> {
