@@ -18,7 +18,7 @@ mod testing;
 pub mod weights;
 
 use anyhow::{Context, Result, bail};
-use comm::{Comm, shm::ShmComm};
+use comm::{Comm, shm::ShmComm, tcp::TcpComm};
 use engine::Place;
 use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cpu::CpuBackend;
@@ -98,8 +98,13 @@ async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
                 // What the CPU computes in. Rounding keys and values to 16 bits would let texts of
                 // different tensor-parallel sizes drift apart for no speed.
                 kv_element: Some(Element::F32),
+                interface: launch.interface,
             };
-            serve::<CpuBackend, ShmComm>(make, place, built_in, (launch, identity, parent)).await
+            let parent = (launch, identity, parent);
+            match place.interface {
+                None => serve::<CpuBackend, ShmComm>(make, place, built_in, parent).await,
+                Some(_) => serve::<CpuBackend, TcpComm>(make, place, built_in, parent).await,
+            }
         }
         placement::Device::Gpu { index } => {
             bail!(

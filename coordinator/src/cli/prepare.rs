@@ -5,6 +5,7 @@
 //! here; every error is one sentence that says what to change.
 
 use super::args::{DtypeArg, Up};
+use super::nodes;
 use super::values::{self, AutoTokens};
 use crate::builtin;
 use crate::scheduler::{Scheduler, SchedulerConfig};
@@ -22,6 +23,7 @@ use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, ModelShape};
 use topology::partition::Partition;
 use topology::placement::{Device, DeviceRequest, Placement, place};
+use topology::spec::cluster::Topology;
 use topology::wire::{Load, ModelLocation};
 
 /// Most tokens in one step on CPUs: a step of this size takes a blink with a small model.
@@ -51,6 +53,8 @@ pub struct Prepared {
     pub model: Model,
     /// Where ranks are.
     pub placement: Placement,
+    /// The nodes, where a file names them.
+    pub topology: Option<Topology>,
     /// Memory before loading, and what fits.
     pub memory: Memory,
     /// What fits, by estimate.
@@ -73,14 +77,23 @@ impl Prepared {
     pub fn new(up: &Up) -> Result<Self> {
         let keys = keys(up)?;
         let address = address(up, !keys.is_empty())?;
-        let placement = placement(up)?;
+        let topology = nodes::read(up)?;
+        let up = &*nodes::with_model(up, topology.as_ref());
+        let placement = match &topology {
+            Some(topology) => nodes::placement(topology),
+            None => placement(up)?,
+        };
+        refuse_gpus(&placement)?;
         let model = Model::open(up)?;
         let world_size = placement.world_size();
         let partitions = Partition::all(&model.shape, world_size)?;
-        let memory = Memory::Shared {
-            free_bytes: HostMemory::read()
-                .context("ask for free memory")?
-                .free_bytes,
+        let memory = match &topology {
+            Some(topology) => nodes::memory(topology)?,
+            None => Memory::Shared {
+                free_bytes: HostMemory::read()
+                    .context("ask for free memory")?
+                    .free_bytes,
+            },
         };
         let (sizes, report) = sizes(up, &model.shape, &partitions, &memory)?;
         let load = Load {
@@ -98,6 +111,7 @@ impl Prepared {
         Ok(Self {
             model,
             placement,
+            topology,
             memory,
             report,
             load,
@@ -236,7 +250,10 @@ fn placement(up: &Up) -> Result<Placement> {
         tensor_parallel_size: up.tensor_parallel_size,
     };
     let cores = HostCores::read().context("ask which cores may be used")?;
-    let placement = place(&request, &cores)?;
+    Ok(place(&request, &cores)?)
+}
+
+fn refuse_gpus(placement: &Placement) -> Result<()> {
     if placement
         .devices
         .iter()
@@ -247,7 +264,7 @@ fn placement(up: &Up) -> Result<Placement> {
              --gpus, or give --cpus"
         );
     }
-    Ok(placement)
+    Ok(())
 }
 
 /// Sizes of the server, and what fits with them. `--max-model-len auto` gives way to the memory.

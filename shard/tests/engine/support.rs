@@ -85,6 +85,7 @@ impl Cluster {
                     let place = Place {
                         rank: Rank(rank),
                         kv_element: Some(Element::F32),
+                        interface: None,
                     };
                     let mut engine = Engine::load(backend, place, (files, load), &mut |_, _| ())
                         .expect("the fixture loads");
@@ -94,6 +95,7 @@ impl Cluster {
                         id,
                         rank,
                         world_size,
+                        interface: None,
                         limit,
                         abort,
                     };

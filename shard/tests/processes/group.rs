@@ -65,6 +65,7 @@ impl Shard {
             certificate: listener.certificate().clone(),
             rank: Rank(rank),
             device,
+            interface: None,
         };
         started.launch(&launch).await.expect("it takes the line")
     }

@@ -114,11 +114,24 @@ pub enum Memory {
         /// Free before loading.
         free_bytes: u64,
     },
+    /// Ranks take from the memory of their host, and there are several: CPU shards on nodes.
+    Hosts(Vec<HostShare>),
     /// Each rank has a device of its own: GPUs.
     PerRank {
         /// Usable before loading, in rank order.
         free_bytes: Vec<u64>,
     },
+}
+
+/// One of several hosts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostShare {
+    /// As the operator calls it.
+    pub name: String,
+    /// Free before loading, in bytes.
+    pub free_bytes: u64,
+    /// How many ranks it has; they follow those of the hosts before it.
+    pub ranks: usize,
 }
 
 /// What the operator asked for instead of what fits.
@@ -164,6 +177,13 @@ pub fn fit(
         Memory::Shared { .. } => Memory::Shared {
             free_bytes: left.sum(),
         },
+        Memory::Hosts(hosts) => {
+            let hosts = hosts.iter().zip(left).map(|(host, free_bytes)| HostShare {
+                free_bytes,
+                ..host.clone()
+            });
+            Memory::Hosts(hosts.collect())
+        }
         Memory::PerRank { .. } => Memory::PerRank {
             free_bytes: left.collect(),
         },
@@ -184,6 +204,20 @@ fn pools<'a>(needs: &'a [RankNeeds], memory: &Memory) -> Vec<Pool<'a>> {
             ranks: needs,
             shared: true,
         }],
+        Memory::Hosts(hosts) => {
+            let mut rest = needs;
+            let pool = |host: &HostShare| {
+                let (ranks, others) = rest.split_at(host.ranks.min(rest.len()));
+                rest = others;
+                Pool {
+                    place: format!("node {}", host.name),
+                    free: host.free_bytes,
+                    ranks,
+                    shared: true,
+                }
+            };
+            hosts.iter().map(pool).collect()
+        }
         Memory::PerRank { free_bytes } => {
             let ranks = needs.chunks(1).zip(free_bytes);
             let pool = |(ranks, free): (&'a [RankNeeds], &u64)| Pool {
@@ -357,6 +391,25 @@ mod tests {
         }
         let refused = blocks(22_000).unwrap_err().to_string();
         assert!(refused.contains("weights take 19.5 KiB"), "{refused}");
+    }
+
+    #[test]
+    fn each_of_several_hosts_gives_half_and_the_poorest_decides() {
+        let host = |name: &str, free_bytes, ranks| HostShare {
+            name: name.to_owned(),
+            free_bytes,
+            ranks,
+        };
+        let memory = Memory::Hosts(vec![host("a", 1 << 20, 1), host("b", 22_000 + 2 * 4000, 2)]);
+        let report = fit(&needs(3), &memory, None, &SIZES).unwrap();
+        assert_eq!(report.num_blocks, 20);
+        let left = [(1 << 20) - 11_000 - 2000, 4000].map(|left| left);
+        let left = vec![host("a", left[0], 1), host("b", left[1], 2)];
+        assert_eq!(report.left_bytes, Memory::Hosts(left));
+        assert!(report.to_string().contains("left on node b: 3.9 KiB"), "{report}");
+        let poor = Memory::Hosts(vec![host("a", 1 << 20, 1), host("b", 20_000, 2)]);
+        let refused = fit(&needs(3), &poor, None, &SIZES).unwrap_err().to_string();
+        assert!(refused.contains("node b has 19.5 KiB free"), "{refused}");
     }
 
     #[test]

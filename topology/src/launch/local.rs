@@ -71,14 +71,11 @@ pub async fn start<A: AsRef<OsStr>>(
         // A group of its own: Ctrl-C in a terminal reaches the coordinator alone, which then drains.
         .process_group(0)
         .kill_on_drop(true);
-    for (name, _) in env::vars_os() {
-        if name.as_encoded_bytes().starts_with(PRIVATE_PREFIX) {
-            command.env_remove(name);
-        }
-    }
-    let mut child = command
-        .spawn()
-        .map_err(|e| LaunchError::Io(format!("cannot start {}: {e}", program.display())))?;
+    without_private_variables(&mut command);
+    let mut child = command.spawn().map_err(|e| match program.to_str() {
+        Some("ssh") => super::ssh::no_ssh(&e),
+        _ => LaunchError::Io(format!("cannot start {}: {e}", program.display())),
+    })?;
     let missing = || LaunchError::Io("the child's pipes are missing".to_owned());
     let stdin = child.stdin.take().ok_or_else(missing)?;
     let mut stdout = BufReader::new(child.stdout.take().ok_or_else(missing)?);
@@ -94,6 +91,14 @@ pub async fn start<A: AsRef<OsStr>>(
             early,
         }),
         Err(error) => Err(with_last_words(error, early, &mut child).await),
+    }
+}
+
+pub(super) fn without_private_variables(command: &mut Command) {
+    for (name, _) in env::vars_os() {
+        if name.as_encoded_bytes().starts_with(PRIVATE_PREFIX) {
+            command.env_remove(name);
+        }
     }
 }
 
