@@ -127,8 +127,10 @@ mod tests {
 
     #[test]
     fn the_smaller_of_machine_and_container_counts() {
-        let host =
-            HostMemory::from_meminfo("MemTotal:  1000 kB\nMemFree: 1 kB\nMemAvailable:    800 kB\n").unwrap();
+        let host = HostMemory::from_meminfo(
+            "MemTotal:  1000 kB\nMemFree: 1 kB\nMemAvailable:    800 kB\n",
+        )
+        .unwrap();
         assert_eq!((host.free_bytes, host.total_bytes), (800 << 10, 1000 << 10));
         assert_eq!(HostMemory::from_meminfo("MemTotal: 1000 kB\n"), None);
         assert_eq!(from_cgroup("max\n", "5\n", ""), None, "no limit");

@@ -120,31 +120,27 @@ pub fn memory(topology: &Topology) -> Result<Memory> {
 /// If it cannot be read.
 pub fn sites(topology: &Topology, program: &Path) -> Result<Vec<Site>> {
     let is_one_host = topology.is_one_host();
+    let mut nodes = topology.hosts().into_iter().map(|(node, _)| node);
+    let image = nodes
+        .any(|node| node.ssh.is_some())
+        .then(|| Image::read(program))
+        .transpose()?;
     let mut remotes: BTreeMap<usize, Arc<Remote>> = BTreeMap::new();
-    let mut image = None;
-    let mut site = |(index, device): &(usize, Device)| -> Result<Site> {
+    let site = |(index, device): &(usize, Device)| {
         let node = &topology.nodes[*index];
-        let remote = match (&node.ssh, remotes.get(index)) {
-            (None, _) => None,
-            (Some(_), Some(remote)) => Some(remote.clone()),
-            (Some(target), None) => {
-                let image = match &image {
-                    Some(image) => image,
-                    None => image.insert(Image::read(program)?),
-                };
-                let remote = Remote::new(target.clone(), node.work_dir.clone(), image.clone());
-                let remote = Arc::new(remote);
-                remotes.insert(*index, remote.clone());
-                Some(remote)
-            }
-        };
-        Ok(Site {
+        let remote = node.ssh.as_ref().zip(image.as_ref());
+        let remote = remote.map(|(target, image)| {
+            let (target, work_dir) = (target.clone(), node.work_dir.clone());
+            let new = || Arc::new(Remote::new(target, work_dir, image.clone()));
+            remotes.entry(*index).or_insert_with(new).clone()
+        });
+        Site {
             device: device.clone(),
             remote,
             interface: (!is_one_host).then_some(node.address),
-        })
+        }
     };
-    topology.model.ranks.iter().map(&mut site).collect()
+    Ok(topology.model.ranks.iter().map(site).collect())
 }
 
 #[cfg(test)]
@@ -171,8 +167,16 @@ mod tests {
         let one = TEXT.replace("[\"here\", \"there\"]", "[\"there\"]");
         let one = Topology::parse(Path::new("cluster.toml"), &one).unwrap();
         let sites = super::sites(&one, &program).unwrap();
-        assert!(sites.iter().all(|site| site.interface.is_none() && site.remote.is_some()));
-        assert!(describe(&topology, 2).unwrap().contains("ssh cluster@10.77.0.2, NCCL over eth0"));
+        assert!(
+            sites
+                .iter()
+                .all(|site| site.interface.is_none() && site.remote.is_some())
+        );
+        assert!(
+            describe(&topology, 2)
+                .unwrap()
+                .contains("ssh cluster@10.77.0.2, NCCL over eth0")
+        );
         assert_eq!(describe(&topology, 4), None);
     }
 }

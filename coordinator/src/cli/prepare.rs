@@ -78,7 +78,8 @@ impl Prepared {
         let keys = keys(up)?;
         let address = address(up, !keys.is_empty())?;
         let topology = nodes::read(up)?;
-        let up = &*nodes::with_model(up, topology.as_ref());
+        let up = nodes::with_model(up, topology.as_ref());
+        let up = up.as_ref();
         let placement = match &topology {
             Some(topology) => nodes::placement(topology),
             None => placement(up)?,

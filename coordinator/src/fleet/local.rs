@@ -201,7 +201,10 @@ impl Host for LocalHost {
         let join = |(child, admitted): (Child, Admitted)| {
             let hello = admitted.hello.clone();
             let remote = self.program.sites[hello.rank.index()].remote.clone();
-            (hello, LocalShard::new(child, admitted, (outlet.clone(), remote)))
+            (
+                hello,
+                LocalShard::new(child, admitted, (outlet.clone(), remote)),
+            )
         };
         Ok(Launched {
             shards: children.into_iter().zip(admitted).map(join).collect(),

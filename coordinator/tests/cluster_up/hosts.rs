@@ -34,7 +34,10 @@ fn listening(pid: u32) -> Vec<u16> {
         let rows = text.lines().skip(1).map(|row| row.split_ascii_whitespace());
         let rows = rows.map(Iterator::collect::<Vec<_>>);
         let port = |row: &[&str]| u16::from_str_radix(row[1].rsplit(':').next()?, 16).ok();
-        ports.extend(rows.filter(|row| row[3] == "0A").filter_map(|row| port(&row)));
+        ports.extend(
+            rows.filter(|row| row[3] == "0A")
+                .filter_map(|row| port(&row)),
+        );
     }
     ports
 }
@@ -78,11 +81,17 @@ fn two_hosts_say_what_one_says_and_a_killed_rank_comes_back_where_it_was() {
             }
             assert_eq!(told.join().expect("a stream was lost"), golden);
             assert!(recoveries(&cluster) > before, "it was disturbed");
-            assert_eq!(network.shards("a"), survivors, "survivors keep their processes");
+            assert_eq!(
+                network.shards("a"),
+                survivors,
+                "survivors keep their processes"
+            );
             until("the old process is gone", || !is_running(victim));
             let replaced = network.shards("b");
             assert_eq!(replaced.len(), shards as usize);
-            assert!(!replaced.contains(&victim) && replaced.iter().all(|pid| network.is_on(*pid, "b")));
+            assert!(
+                !replaced.contains(&victim) && replaced.iter().all(|pid| network.is_on(*pid, "b"))
+            );
             assert_eq!(request(address, "GET", "/health", "").0, 200);
         }
         cluster.stop();
@@ -121,15 +130,39 @@ fn what_is_wrong_with_the_way_to_a_node_is_said() {
     assert!(plan.contains("left on node a: "), "{plan}");
     let path = |name: &str| network.path(name).display().to_string();
     let known = fs::read_to_string(path("known")).expect("it was written");
-    fs::write(path("other"), known.replace(&network.address("b"), "192.0.2.1")).expect("a file");
+    fs::write(
+        path("other"),
+        known.replace(&network.address("b"), "192.0.2.1"),
+    )
+    .expect("a file");
     let config = fs::read_to_string(path("config")).expect("it was written");
-    fs::write(path("config2"), config.replace(&path("known"), &path("other"))).expect("a file");
+    fs::write(
+        path("config2"),
+        config.replace(&path("known"), &path("other")),
+    )
+    .expect("a file");
     for (from, to, said) in [
-        (path("client"), path("stranger"), "does not accept this user's key"),
+        (
+            path("client"),
+            path("stranger"),
+            "does not accept this user's key",
+        ),
         (path("config"), path("config2"), "host key is not known"),
-        ("user = \"root\"".into(), "port = 9".into(), "cannot be reached"),
-        ("cpus = 1".into(), "cpus = 0".into(), "cluster.toml:6: `cpus`"),
-        (network.coordinator(), "192.0.2.7".into(), "cannot listen on 192.0.2.7"),
+        (
+            "user = \"root\"".into(),
+            "port = 9".into(),
+            "cannot be reached",
+        ),
+        (
+            "cpus = 1".into(),
+            "cpus = 0".into(),
+            "cluster.toml:6: `cpus`",
+        ),
+        (
+            network.coordinator(),
+            "192.0.2.7".into(),
+            "cannot listen on 192.0.2.7",
+        ),
     ] {
         fs::write(file, good.replace(&from, &to)).expect("a file");
         let (code, _, stderr) = run(&["up", "--port", "0", "--topology", file]);
@@ -140,5 +173,8 @@ fn what_is_wrong_with_the_way_to_a_node_is_said() {
     assert_eq!(code, 2);
     assert!(stderr.contains("leave out --cpus"), "{stderr}");
     let (_, _, stderr) = run(&["plan", "--topology", "/no/such"]);
-    assert!(stderr.contains("cannot read --topology /no/such"), "{stderr}");
+    assert!(
+        stderr.contains("cannot read --topology /no/such"),
+        "{stderr}"
+    );
 }

@@ -31,9 +31,15 @@ impl Network {
             return None;
         }
         for program in ["ip", "ssh", "ssh-keygen", "/usr/sbin/sshd"] {
-            let found = Command::new(program).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
+            let found = Command::new(program)
+                .arg("-V")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
             if found.is_err() {
-                println!("skipped: {program} is missing (iproute2, openssh-client, openssh-server)");
+                println!(
+                    "skipped: {program} is missing (iproute2, openssh-client, openssh-server)"
+                );
                 return None;
             }
         }
@@ -105,7 +111,9 @@ impl Network {
         let (outer, inner) = (format!("{namespace}o"), format!("{namespace}i"));
         let address = format!("{}/24", self.address(node));
         assert!(ip(&["netns", "add", &namespace]));
-        assert!(ip(&["link", "add", &outer, "type", "veth", "peer", "name", &inner]));
+        assert!(ip(&[
+            "link", "add", &outer, "type", "veth", "peer", "name", &inner
+        ]));
         assert!(ip(&["link", "set", &outer, "master", &self.bridge(), "up"]));
         assert!(ip(&["link", "set", &inner, "netns", &namespace]));
         for rest in [
@@ -134,7 +142,15 @@ impl Network {
         // Where sshd locks its unprivileged half up; a service would make it.
         fs::create_dir_all("/run/sshd").expect("a directory");
         let server = Command::new("ip")
-            .args(["netns", "exec", &namespace, "/usr/sbin/sshd", "-D", "-e", "-f"])
+            .args([
+                "netns",
+                "exec",
+                &namespace,
+                "/usr/sbin/sshd",
+                "-D",
+                "-e",
+                "-f",
+            ])
             .arg(&file)
             .stdin(Stdio::null())
             .spawn();
@@ -211,6 +227,8 @@ fn ip(arguments: &[&str]) -> bool {
 
 fn keygen(file: &Path) {
     let mut keygen = Command::new("ssh-keygen");
-    let keygen = keygen.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(file);
+    let keygen = keygen
+        .args(["-q", "-t", "ed25519", "-N", "", "-f"])
+        .arg(file);
     assert!(keygen.status().expect("ssh-keygen runs").success());
 }

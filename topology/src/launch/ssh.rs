@@ -148,7 +148,10 @@ impl Target {
             return Ok(String::from_utf8_lossy(&stdout).into_owned());
         }
         let words = String::from_utf8_lossy(&stderr);
-        Err(self.explain(LaunchError::Handshake(format!("{status}: {}", words.trim()))))
+        Err(self.explain(LaunchError::Handshake(format!(
+            "{status}: {}",
+            words.trim()
+        ))))
     }
 
     /// What is wrong, as far as `ssh`'s words tell, and what to do.
@@ -177,7 +180,12 @@ impl Target {
         ]) {
             "it cannot be reached; see that it is up, that `host` and `port` are right and that sshd \
              listens there"
-        } else if has(&["Permission denied", "not executable", "Exec format", "not found"]) {
+        } else if has(&[
+            "Permission denied",
+            "not executable",
+            "Exec format",
+            "not found",
+        ]) {
             "the program does not run there; see that `work_dir` may hold programs (no noexec) and that \
              the node has this machine's architecture and a C library as new"
         } else {
@@ -239,7 +247,11 @@ impl Remote {
     }
 
     fn program(&self) -> String {
-        format!("{}/{}", self.work_dir.trim_end_matches('/'), self.image.name())
+        format!(
+            "{}/{}",
+            self.work_dir.trim_end_matches('/'),
+            self.image.name()
+        )
     }
 
     /// Sees that the node has this very program, and copies it there if not. Whether it was copied.
@@ -261,7 +273,10 @@ impl Remote {
             .map_err(|e| LaunchError::Io(format!("cannot read {}: {e}", path.display())))?;
         let name = self.image.name();
         let words = [self.work_dir.as_str(), &name, &self.image.hash];
-        let copied = self.target.run((COPY, &words), file.into(), COPY_LIMIT).await;
+        let copied = self
+            .target
+            .run((COPY, &words), file.into(), COPY_LIMIT)
+            .await;
         copied.map_err(|e| {
             LaunchError::Node(format!("cannot copy the program to {}: {e}", self.work_dir))
         })?;
@@ -299,13 +314,16 @@ impl Remote {
 /// # Errors
 /// [`LaunchError`] with what to do.
 pub async fn meminfo(target: &Target) -> Result<String, LaunchError> {
-    target.run((MEMORY, &[]), Stdio::null(), COMMAND_LIMIT).await
+    target
+        .run((MEMORY, &[]), Stdio::null(), COMMAND_LIMIT)
+        .await
 }
 
 pub(super) fn no_ssh(error: &io::Error) -> LaunchError {
     let reason = match error.kind() {
         io::ErrorKind::NotFound => {
-            "cannot start ssh: it is not installed; install an OpenSSH client (openssh-client)".into()
+            "cannot start ssh: it is not installed; install an OpenSSH client (openssh-client)"
+                .into()
         }
         _ => format!("cannot start ssh: {error}"),
     };
@@ -341,7 +359,10 @@ mod tests {
             panic!("{text:?}");
         };
         assert_eq!((*dashes, *host), ("--", "-oProxyCommand=touch /tmp/x"));
-        assert!(remote.ends_with(r"cluster '/x y/$(id)/'\''`' 'info; rm -rf /'"), "{remote}");
+        assert!(
+            remote.ends_with(r"cluster '/x y/$(id)/'\''`' 'info; rm -rf /'"),
+            "{remote}"
+        );
         for option in ["BatchMode=yes", "StrictHostKeyChecking=yes"] {
             assert!(text.contains(&option), "{option}");
         }
@@ -355,10 +376,20 @@ mod tests {
         println!("seed {seed}");
         let mut random = Random::new(seed);
         for _ in 0..50 {
-            let marks = ['\'', '"', '$', '`', '\\', ' ', '*', ';', '\n', '&', 'ä', 'x', '-', '!'];
-            let word: String = (0..random.below(20)).map(|_| *random.pick(&marks)).collect();
-            let script = format!("exec /bin/sh -c {} cluster {}", quote("printf '%s|' \"$1\""), quote(&word));
-            let output = std::process::Command::new("/bin/sh").args(["-c", &script]).output();
+            let marks = [
+                '\'', '"', '$', '`', '\\', ' ', '*', ';', '\n', '&', 'ä', 'x', '-', '!',
+            ];
+            let word: String = (0..random.below(20))
+                .map(|_| *random.pick(&marks))
+                .collect();
+            let script = format!(
+                "exec /bin/sh -c {} cluster {}",
+                quote("printf '%s|' \"$1\""),
+                quote(&word)
+            );
+            let output = std::process::Command::new("/bin/sh")
+                .args(["-c", &script])
+                .output();
             let said = String::from_utf8(output.unwrap().stdout).unwrap();
             assert_eq!(said, format!("{word}|"));
         }
@@ -375,7 +406,10 @@ mod tests {
             let mut sh = std::process::Command::new("/bin/sh");
             let sh = sh.args(["-c", script, "cluster"]).args(words).stdin(stdin);
             let output = sh.output().unwrap();
-            (output.status.success(), String::from_utf8(output.stdout).unwrap())
+            (
+                output.status.success(),
+                String::from_utf8(output.stdout).unwrap(),
+            )
         };
         let place = work_dir.join(image.name());
         let place = place.to_str().unwrap();
@@ -386,7 +420,10 @@ mod tests {
         assert!(!run(COPY, &words, Stdio::null()).0);
         assert_eq!(std::fs::read_dir(&work_dir).unwrap().count(), 0);
         assert!(run(COPY, &words, File::open(&program).unwrap().into()).0);
-        assert!(run(COPY, &words, File::open(&program).unwrap().into()).0, "again");
+        assert!(
+            run(COPY, &words, File::open(&program).unwrap().into()).0,
+            "again"
+        );
         assert_eq!(std::fs::read_dir(&work_dir).unwrap().count(), 1);
         let (_, hash) = run(HASH, &[place], Stdio::null());
         assert!(hash.starts_with(&image.hash), "{hash}");
@@ -398,7 +435,10 @@ mod tests {
     fn refusals_say_what_to_do() {
         for (wrote, said) in [
             ("Host key verification failed.", "known_hosts"),
-            ("root@x: Permission denied (publickey).", "does not accept this user's key"),
+            (
+                "root@x: Permission denied (publickey).",
+                "does not accept this user's key",
+            ),
             ("ssh: connect to host x port 22: Connection refused", "sshd"),
             ("ssh: Could not resolve hostname x", "check `host`"),
             ("exec: /w/cluster-1: Permission denied", "noexec"),
@@ -406,7 +446,10 @@ mod tests {
         ] {
             let error = LaunchError::Handshake(wrote.to_owned());
             let error = target().explain(error).to_string();
-            assert!(error.contains(said) && error.contains("someone@"), "{error}");
+            assert!(
+                error.contains(said) && error.contains("someone@"),
+                "{error}"
+            );
         }
         let error = no_ssh(&io::ErrorKind::NotFound.into()).to_string();
         assert!(error.contains("openssh-client"));

@@ -217,7 +217,10 @@ impl Joining<'_> {
             };
         };
         let confirm: Result<&[u8; CONFIRM_BYTES], _> = confirm.try_into();
-        match confirm.ok().and_then(|confirm| talk.confirmed(&reply, confirm)) {
+        match confirm
+            .ok()
+            .and_then(|confirm| talk.confirmed(&reply, confirm))
+        {
             Some(address) => Examined::Rank(Proven {
                 rank,
                 address,

@@ -110,11 +110,18 @@ mod tests {
         assert_eq!(honest.confirmed(&reply, &confirm), Some(address));
         // Another key, another hello, another acceptor, another nonce, a bit elsewhere.
         let later = hello(3, [8; KEY_BYTES]);
-        for wrong in [talk(&other, &first, 1), talk(&ours, &later, 1), talk(&ours, &first, 2)] {
+        for wrong in [
+            talk(&other, &first, 1),
+            talk(&ours, &later, 1),
+            talk(&ours, &first, 2),
+        ] {
             assert_eq!(wrong.confirm(&reply, address), None);
             assert_eq!(wrong.confirmed(&reply, &confirm), None);
         }
-        assert_eq!(honest.confirmed(&honest.reply([1; KEY_BYTES]), &confirm), None);
+        assert_eq!(
+            honest.confirmed(&honest.reply([1; KEY_BYTES]), &confirm),
+            None
+        );
         for byte in 0..CONFIRM_BYTES {
             let mut bent = confirm;
             bent[byte] ^= 4;

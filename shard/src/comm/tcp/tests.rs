@@ -87,26 +87,36 @@ fn bits_are_those_of_shared_memory() {
             }
             all
         };
-        let over_tcp = on_ranks(world_size, 64, &Abort::default(), |rank, comm: &mut TcpComm| {
-            let comm = std::cell::RefCell::new(comm);
-            work(
-                rank,
-                &mut |x| comm.borrow_mut().all_reduce(x).unwrap(),
-                &mut |part, width, out| {
-                    comm.borrow_mut().all_gather_rows(part, width, out).unwrap();
-                },
-            )
-        });
-        let shared = on_ranks(world_size, 64, &Abort::default(), |rank, comm: &mut ShmComm| {
-            let comm = std::cell::RefCell::new(comm);
-            work(
-                rank,
-                &mut |x| comm.borrow_mut().all_reduce(x).unwrap(),
-                &mut |part, width, out| {
-                    comm.borrow_mut().all_gather_rows(part, width, out).unwrap();
-                },
-            )
-        });
+        let over_tcp = on_ranks(
+            world_size,
+            64,
+            &Abort::default(),
+            |rank, comm: &mut TcpComm| {
+                let comm = std::cell::RefCell::new(comm);
+                work(
+                    rank,
+                    &mut |x| comm.borrow_mut().all_reduce(x).unwrap(),
+                    &mut |part, width, out| {
+                        comm.borrow_mut().all_gather_rows(part, width, out).unwrap();
+                    },
+                )
+            },
+        );
+        let shared = on_ranks(
+            world_size,
+            64,
+            &Abort::default(),
+            |rank, comm: &mut ShmComm| {
+                let comm = std::cell::RefCell::new(comm);
+                work(
+                    rank,
+                    &mut |x| comm.borrow_mut().all_reduce(x).unwrap(),
+                    &mut |part, width, out| {
+                        comm.borrow_mut().all_gather_rows(part, width, out).unwrap();
+                    },
+                )
+            },
+        );
         assert_eq!(over_tcp, shared, "{world_size} ranks");
     }
 }
@@ -130,7 +140,9 @@ fn strangers_are_dropped_and_hold_up_nobody() {
     let address = Identity::from_bytes(&id).unwrap().address;
     assert!(address.ip().is_loopback());
     // Silent, talkative, and one that speaks the protocol without the key.
-    let silent: Vec<_> = (0..40).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let silent: Vec<_> = (0..40)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect();
     let mut talkative = TcpStream::connect(address).unwrap();
     talkative.write_all(&[b'x'; 4000]).unwrap();
     let mut clever = TcpStream::connect(address).unwrap();
@@ -150,7 +162,10 @@ fn strangers_are_dropped_and_hold_up_nobody() {
         clever.read_exact(&mut [0; proof::REPLY_BYTES]).unwrap();
         clever.write_all(&[0; proof::CONFIRM_BYTES]).unwrap();
     });
-    assert!(now().duration_since(begun) < Duration::from_secs(4), "held up");
+    assert!(
+        now().duration_since(begun) < Duration::from_secs(4),
+        "held up"
+    );
     drop(silent);
     let refused = TcpStream::connect(address);
     assert!(refused.is_err(), "nobody listens once the group is formed");
@@ -174,7 +189,10 @@ fn another_groups_rank_is_a_stranger() {
                     ..seat(id, (rank, 2), abort)
                 };
                 let error = TcpComm::join(&backend(), &seat).unwrap_err();
-                assert!(matches!(error, CommError::Incomplete { joined: 1, .. }), "{error}");
+                assert!(
+                    matches!(error, CommError::Incomplete { joined: 1, .. }),
+                    "{error}"
+                );
             });
         }
     });

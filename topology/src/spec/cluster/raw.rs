@@ -1,10 +1,10 @@
-//! `cluster.toml`: which nodes there are, how they are reached, and which devices a model takes.
+//! The topology file as it is written, and how its parts become values.
 //!
-//! Text to values: nothing is looked up or connected to. Whoever reads the error is the one who wrote the
-//! file, so it names file, line and key. Invariants: names of nodes are unique; a model's ranks
-//! are devices that their nodes have, none twice, those of a node side by side.
+//! Every value that can be wrong keeps its place in the text, so that what is said of it can name the
+//! line. Invariant: an unknown key is an error, never ignored.
 
-use super::{CpuSpec, GpuSpec};
+use super::super::{CpuSpec, GpuSpec, SpecError};
+use super::{ModelSpec, Node, Topology};
 use crate::host::HostCores;
 use crate::launch::ssh::Target;
 use crate::partition::MAX_WORLD_SIZE;
@@ -12,121 +12,19 @@ use crate::placement::{Device, DeviceRequest, place};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use toml::{Spanned, Value};
 
 /// Where the program is put on a node that does not say otherwise; in the home directory, which is
 /// where `ssh` begins and nobody else may write.
 const WORK_DIR: &str = ".cache/cluster";
-/// Longest file in bytes: a thousand nodes fit.
-const MAX_FILE_BYTES: usize = 1 << 20;
 /// Longest name of a node or network interface.
 const MAX_NAME: usize = 64;
 
-/// What is wrong with a topology file.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}:{line}: {reason}", .file.display())]
-pub struct TopologyError {
-    /// Which file.
-    pub file: PathBuf,
-    /// Where, from 1.
-    pub line: usize,
-    /// Which key, and what to change.
-    pub reason: String,
-}
-
-/// What a topology file says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Topology {
-    /// The address of the coordinator's machine that nodes reach.
-    pub coordinator: IpAddr,
-    /// At least one.
-    pub nodes: Vec<Node>,
-    /// The model and its ranks.
-    pub model: ModelSpec,
-}
-
-/// A machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Node {
-    /// Unique.
-    pub name: String,
-    /// Where other nodes reach it.
-    pub address: IpAddr,
-    /// The network interface that NCCL takes; `None` leaves it to NCCL.
-    pub interface: Option<String>,
-    /// How to get there; `None` is the coordinator's own machine.
-    pub ssh: Option<Target>,
-    /// Where the program is put there.
-    pub work_dir: String,
-    /// One rank may be on each.
-    pub devices: Vec<Device>,
-}
-
-/// A model, and on what it is computed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ModelSpec {
-    /// What the API calls it.
-    pub name: Option<String>,
-    /// Its directory, the same on all machines; `None` is the built-in model.
-    pub path: Option<String>,
-    /// In rank order: index of the node, and the device.
-    pub ranks: Vec<(usize, Device)>,
-}
-
-impl Topology {
-    /// Reads the text of `file`.
-    ///
-    /// # Errors
-    /// [`TopologyError`] that names line and key.
-    pub fn parse(file: &Path, text: &str) -> Result<Self, TopologyError> {
-        let wrong = |at: usize, reason: String| TopologyError {
-            file: file.to_owned(),
-            line: text[..at.min(text.len())].matches('\n').count() + 1,
-            reason,
-        };
-        if text.len() > MAX_FILE_BYTES {
-            return Err(wrong(0, format!("it is longer than {MAX_FILE_BYTES} bytes")));
-        }
-        let raw: RawFile = toml::from_str(text).map_err(|e| {
-            let at = e.span().map_or(0, |span| span.start);
-            wrong(at, unreadable(&e, text, at))
-        })?;
-        raw.check().map_err(|Wrong { at, reason }| wrong(at, reason))
-    }
-
-    /// Whether all ranks are on one machine.
-    pub fn is_one_host(&self) -> bool {
-        let mut nodes = self.model.ranks.iter().map(|(node, _)| node);
-        let first = nodes.next();
-        nodes.all(|node| Some(node) == first)
-    }
-
-    /// The nodes that have ranks, with how many, in rank order.
-    pub fn hosts(&self) -> Vec<(&Node, usize)> {
-        let ranks = self.model.ranks.chunk_by(|(one, _), (other, _)| one == other);
-        ranks
-            .map(|ranks| (&self.nodes[ranks[0].0], ranks.len()))
-            .collect()
-    }
-}
-
-/// toml's words, with the key where it does not name one.
-fn unreadable(error: &toml::de::Error, text: &str, at: usize) -> String {
-    let begin = text[..at].rfind('\n').map_or(0, |newline| newline + 1);
-    let line = text[begin..].lines().next().unwrap_or_default();
-    let key = line.split_once('=').map(|(key, _)| key.trim());
-    let message = error.message();
-    match key.filter(|key| !message.contains(&format!("`{key}`"))) {
-        Some(key) => format!("`{key}`: {message}"),
-        None => message.to_owned(),
-    }
-}
-
 /// What is wrong, and at which byte.
-struct Wrong {
-    at: usize,
-    reason: String,
+pub(super) struct Wrong {
+    pub(super) at: usize,
+    pub(super) reason: String,
 }
 
 fn at<T>(value: &Spanned<T>, reason: impl Into<String>) -> Wrong {
@@ -138,7 +36,7 @@ fn at<T>(value: &Spanned<T>, reason: impl Into<String>) -> Wrong {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawFile {
+pub(super) struct RawFile {
     coordinator: RawCoordinator,
     #[serde(default)]
     node: Vec<Spanned<RawNode>>,
@@ -185,7 +83,7 @@ struct RawModel {
 }
 
 impl RawFile {
-    fn check(self) -> Result<Topology, Wrong> {
+    pub(super) fn check(self) -> Result<Topology, Wrong> {
         let address = &self.coordinator.address;
         if address.get_ref().is_unspecified() {
             let reason = "`address`: give the one address of this machine that all nodes reach";
@@ -222,12 +120,14 @@ impl RawFile {
 /// Where the file names no model: the command line does, and it takes everything.
 fn whole_cluster(nodes: &[Node]) -> Result<ModelSpec, Wrong> {
     let ranks = nodes.iter().enumerate();
-    let ranks = ranks.flat_map(|(index, node)| node.devices.iter().map(move |d| (index, d.clone())));
+    let ranks =
+        ranks.flat_map(|(index, node)| node.devices.iter().map(move |d| (index, d.clone())));
     let ranks: Vec<_> = ranks.collect();
     match ranks.len() {
         0 => Err(Wrong {
             at: 0,
-            reason: "`node`: there is none; add a [[node]] with `name`, `address` and `cpus`".into(),
+            reason: "`node`: there is none; add a [[node]] with `name`, `address` and `cpus`"
+                .into(),
         }),
         count if count > MAX_WORLD_SIZE as usize => Err(Wrong {
             at: 0,
@@ -251,9 +151,13 @@ impl RawNode {
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
             (1..=MAX_NAME).contains(&name.len()) && name.chars().all(plain)
         };
-        for (key, value) in [("name", Some(&self.name)), ("interface", self.interface.as_ref())] {
+        for (key, value) in [
+            ("name", Some(&self.name)),
+            ("interface", self.interface.as_ref()),
+        ] {
             if let Some(value) = value.filter(|value| !is_plain(value.get_ref())) {
-                let reason = format!("`{key}`: use letters, digits, `-`, `_` and `.`, at least one");
+                let reason =
+                    format!("`{key}`: use letters, digits, `-`, `_` and `.`, at least one");
                 return Err(at(value, reason));
             }
         }
@@ -264,7 +168,10 @@ impl RawNode {
         if let Some(dir) = &self.work_dir
             && !dir.get_ref().starts_with('/')
         {
-            return Err(at(dir, "`work_dir`: give an absolute path, as /opt/cluster"));
+            return Err(at(
+                dir,
+                "`work_dir`: give an absolute path, as /opt/cluster",
+            ));
         }
         let devices = self.devices()?;
         let address = *self.address.get_ref();
@@ -273,7 +180,9 @@ impl RawNode {
             address,
             interface: self.interface.map(Spanned::into_inner),
             ssh: self.ssh.map(|ssh| ssh.check(address)).transpose()?,
-            work_dir: self.work_dir.map_or_else(|| WORK_DIR.into(), Spanned::into_inner),
+            work_dir: self
+                .work_dir
+                .map_or_else(|| WORK_DIR.into(), Spanned::into_inner),
             devices,
         })
     }
@@ -288,10 +197,16 @@ impl RawNode {
             }
             (Some(gpus), None) => {
                 if let Some(shards) = &self.shards {
-                    return Err(at(shards, "`shards`: there is one for each GPU; leave it out"));
+                    return Err(at(
+                        shards,
+                        "`shards`: there is one for each GPU; leave it out",
+                    ));
                 }
                 let GpuSpec(list) = listed(gpus, "gpus")?;
-                Ok(list.into_iter().map(|index| Device::Gpu { index }).collect())
+                Ok(list
+                    .into_iter()
+                    .map(|index| Device::Gpu { index })
+                    .collect())
             }
             (None, Some(cpus)) => {
                 let spec: CpuSpec = listed(cpus, "cpus")?;
@@ -319,23 +234,31 @@ impl RawNode {
                 })?;
                 Ok(placed.devices)
             }
-            (None, None) => Err(at(&self.name, "`cpus`: say which cores (or `gpus`) this node gives")),
+            (None, None) => Err(at(
+                &self.name,
+                "`cpus`: say which cores (or `gpus`) this node gives",
+            )),
         }
     }
 }
 
 /// A list of devices: a number, or text as on the command line.
-fn listed<T: std::str::FromStr<Err = super::SpecError>>(
+fn listed<T: std::str::FromStr<Err = SpecError>>(
     value: &Spanned<Value>,
     key: &str,
 ) -> Result<T, Wrong> {
     let text = match value.get_ref() {
         Value::Integer(number) => number.to_string(),
         Value::String(text) => text.clone(),
-        _ => return Err(at(value, format!("`{key}`: give a number or a text such as \"0-3\""))),
+        _ => {
+            return Err(at(
+                value,
+                format!("`{key}`: give a number or a text such as \"0-3\""),
+            ));
+        }
     };
     let parsed = text.parse();
-    parsed.map_err(|e: super::SpecError| at(value, format!("`{key}`: {e}")))
+    parsed.map_err(|e: SpecError| at(value, format!("`{key}`: {e}")))
 }
 
 impl RawSsh {
@@ -343,7 +266,10 @@ impl RawSsh {
         let host = match self.host {
             None => address.to_string(),
             Some(host) if host.get_ref().trim().is_empty() => {
-                return Err(at(&host, "`host`: give a name or an address, or leave it out"));
+                return Err(at(
+                    &host,
+                    "`host`: give a name or an address, or leave it out",
+                ));
             }
             Some(host) => host.into_inner(),
         };
@@ -408,7 +334,10 @@ fn select(named: &Spanned<String>, nodes: &[Node]) -> Result<(usize, Vec<(u32, D
     let index = found.ok_or_else(|| {
         let known: Vec<_> = nodes.iter().map(|node| node.name.as_str()).collect();
         let known = known.join(", ");
-        at(named, format!("`devices`: there is no node {name}; there are: {known}"))
+        at(
+            named,
+            format!("`devices`: there is no node {name}; there are: {known}"),
+        )
     })?;
     let numbered = (0..).zip(&nodes[index].devices).map(|(place, device)| {
         let number = match device {
@@ -429,94 +358,12 @@ fn select(named: &Spanned<String>, nodes: &[Node]) -> Result<(usize, Vec<(u32, D
         device.cloned().ok_or_else(|| {
             let range: Vec<_> = all.iter().map(|(known, _)| known.to_string()).collect();
             let range = range.join(", ");
-            at(named, format!("`devices`: {name} has no device {number}; it has {range}"))
+            at(
+                named,
+                format!("`devices`: {name} has no device {number}; it has {range}"),
+            )
         })
     };
     let devices: Result<_, Wrong> = wanted.into_iter().map(one).collect();
     Ok((index, devices?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const EXAMPLE: &str = include_str!("../../../scripts/cluster.toml");
-
-    fn parse(text: &str) -> Result<Topology, String> {
-        Topology::parse(Path::new("c.toml"), text).map_err(|e| e.to_string())
-    }
-
-    #[test]
-    fn the_example_is_read() {
-        let topology = parse(EXAMPLE).unwrap();
-        let names: Vec<_> = topology.nodes.iter().map(|node| &*node.name).collect();
-        assert_eq!(names, ["here", "there"]);
-        assert_eq!(topology.nodes[0].ssh, None);
-        let ssh = topology.nodes[1].ssh.clone().unwrap();
-        assert_eq!((ssh.host.as_str(), ssh.port), ("10.77.0.2", Some(22)));
-        assert_eq!(topology.model.ranks.len(), 4);
-        assert!(!topology.is_one_host());
-        let hosts: Vec<_> = topology.hosts().iter().map(|(node, ranks)| (node.name.clone(), *ranks)).collect();
-        assert_eq!(hosts, [("here".to_owned(), 2), ("there".to_owned(), 2)]);
-    }
-
-    #[test]
-    fn devices_of_a_node_stay_together() {
-        let text = "coordinator.address = \"10.0.0.1\"\n\
-            [[node]]\nname = \"a\"\naddress = \"10.0.0.1\"\ngpus = \"0-3\"\n\
-            [[node]]\nname = \"b\"\naddress = \"10.0.0.2\"\ngpus = \"4,5\"\n\
-            [[model]]\ndevices = [\"b:5\", \"a:1-2\", \"b:4\"]\n";
-        let topology = parse(text).unwrap();
-        let gpu = |index| Device::Gpu { index };
-        let ranks = vec![(1, gpu(5)), (1, gpu(4)), (0, gpu(1)), (0, gpu(2))];
-        assert_eq!(topology.model.ranks, ranks);
-        let alone = text.replace("\"a:1-2\", ", "");
-        assert!(parse(&alone).unwrap().is_one_host());
-    }
-
-    /// A line of the example in another way, and what is then said of which line.
-    #[test]
-    fn mistakes_are_named_with_file_line_and_key() {
-        let base = "[coordinator]\naddress = \"10.0.0.1\"\n\
-            [[node]]\nname = \"a\"\naddress = \"10.0.0.2\"\ncpus = 2\n\
-            ssh = { user = \"me\" }\n\
-            [[model]]\ndevices = [\"a\"]\n";
-        parse(base).unwrap();
-        for (from, to, line, said) in [
-            ("cpus = 2", "cups = 2", 6, "`cups`"),
-            ("cpus = 2", "cpus = 0", 6, "`cpus`: at least one"),
-            ("cpus = 2", "cpus = \"4-1\"", 6, "smaller number first"),
-            ("cpus = 2", "cpus = true", 6, "`cpus`: give a number"),
-            ("cpus = 2", "cpus = 2\nshards = 0", 7, "`shards`: 0"),
-            ("cpus = 2", "cpus = \"0,1\"\nshards = 3", 7, "`shards`: 3"),
-            ("cpus = 2", "cpus = 2\ngpus = \"0\"", 7, "`gpus`: a node"),
-            ("cpus = 2", "", 4, "`cpus`: say which"),
-            ("cpus = 2", "cpus = 2\nwork_dir = \"x\"", 7, "`work_dir`: give an absolute"),
-            ("cpus = 2", "cpus = 2\ninterface = \"a b\"", 7, "`interface`"),
-            ("name = \"a\"", "name = \"a b\"", 4, "`name`: use letters"),
-            ("name = \"a\"", "", 3, "`name`"),
-            ("\"10.0.0.2\"", "\"ten\"", 5, "`address`"),
-            ("\"10.0.0.2\"", "\"0.0.0.0\"", 5, "`address`: give the one"),
-            ("\"10.0.0.1\"", "\"::\"", 2, "`address`: give the one"),
-            ("user = \"me\"", "usr = \"me\"", 7, "`usr`"),
-            ("user = \"me\"", "host = \" \"", 7, "`host`"),
-            ("user = \"me\"", "port = 70000", 7, "70000"),
-            ("[\"a\"]", "[\"b\"]", 9, "no node b; there are: a"),
-            ("[\"a\"]", "[\"a:7\"]", 9, "no device 7; it has 0"),
-            ("[\"a\"]", "[\"a:x\"]", 9, "`devices`: `x`"),
-            ("[\"a\"]", "[\"a\", \"a:0\"]", 9, "named twice"),
-            ("[\"a\"]", "[]", 9, "at least one node"),
-            ("[\"a\"]", "[\"a\"]\npath = \"m\"", 10, "`path`: give an absolute"),
-            ("[\"a\"]", "[\"a\"]\n[[model]]\ndevices = []", 10, "keep one [[model]]"),
-            ("[\"a\"]", "[\"a\"", 9, ""),
-        ] {
-            let refused = parse(&base.replacen(from, to, 1)).unwrap_err();
-            assert!(refused.starts_with(&format!("c.toml:{line}: ")), "{to}: {refused}");
-            assert!(refused.contains(said), "{to}: {refused}");
-        }
-        let twice = base.replace("[[model]]", "[[node]]\nname = \"a\"\naddress = \"10.0.0.3\"\ncpus = 1\n[[model]]");
-        let refused = parse(&twice).unwrap_err();
-        assert_eq!(refused, "c.toml:9: `name`: there are two nodes named a");
-        assert!(parse("coordinator.address = \"10.0.0.1\"").unwrap_err().contains("`node`"));
-    }
 }
