@@ -5,7 +5,7 @@
 //! same order, that of the model's devices.
 
 use super::args::Up;
-use crate::fleet::Site;
+use crate::fleet::RankSite;
 use anyhow::{Context, Result, ensure};
 use futures_util::future::try_join_all;
 use std::borrow::Cow;
@@ -118,7 +118,7 @@ pub fn memory(topology: &Topology) -> Result<Memory> {
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn sites(topology: &Topology, program: &Path) -> Result<Vec<Site>> {
+pub fn sites(topology: &Topology, program: &Path) -> Result<Vec<RankSite>> {
     let is_one_host = topology.is_one_host();
     let mut nodes = topology.hosts().into_iter().map(|(node, _)| node);
     let image = nodes
@@ -134,7 +134,7 @@ pub fn sites(topology: &Topology, program: &Path) -> Result<Vec<Site>> {
             let new = || Arc::new(Remote::new(target, work_dir, image.clone()));
             remotes.entry(*index).or_insert_with(new).clone()
         });
-        Site {
+        RankSite {
             device: device.clone(),
             remote,
             interface: (!is_one_host).then_some(node.address),

@@ -13,7 +13,7 @@ use super::{EXIT_FAULT, EXIT_INPUT, EXIT_NOW, complain};
 use crate::clock::{now, since};
 use crate::engine::handle::{EngineHandle, Readiness, Submission};
 use crate::engine::{Connections, DrainDeadline, Engine};
-use crate::fleet::{Cause, Fault, Fleet, Limits, LocalHost, Program, Ready, Setup, Site};
+use crate::fleet::{Cause, Fault, Fleet, Limits, LocalHost, Program, RankSite, Ready, Setup};
 use crate::http::auth::ApiKeys;
 use crate::http::limits::ServerLimits;
 use crate::http::{ServedModel, ServerConfig, router, server};
@@ -304,7 +304,7 @@ async fn program(up: &Up, prepared: &Prepared, alive: mpsc::Sender<()>) -> Resul
     let (sites, address) = match &prepared.topology {
         None => {
             let devices = prepared.placement.devices.iter().cloned();
-            let sites = devices.map(Site::here).collect();
+            let sites = devices.map(RankSite::here).collect();
             (sites, Ipv4Addr::LOCALHOST.into())
         }
         Some(topology) => {

@@ -40,7 +40,7 @@ pub struct Program {
     /// Which of a shard's log lines are written.
     pub log_level: String,
     /// One for each rank.
-    pub sites: Vec<Site>,
+    pub sites: Vec<RankSite>,
     /// The address of this machine that all ranks reach.
     pub address: IpAddr,
     /// Held for as long as any shard process may exist: closed when all are gone, whatever became
@@ -50,7 +50,7 @@ pub struct Program {
 
 /// Where a rank is.
 #[derive(Clone, Debug)]
-pub struct Site {
+pub struct RankSite {
     /// What it computes on.
     pub device: Device,
     /// Its node; `None` is this machine.
@@ -59,7 +59,7 @@ pub struct Site {
     pub interface: Option<IpAddr>,
 }
 
-impl Site {
+impl RankSite {
     /// On this machine, with all other ranks.
     pub fn here(device: Device) -> Self {
         Self {

@@ -1,7 +1,9 @@
 //! Two hosts on one machine: network namespaces with addresses of their own and an SSH server in each,
 //! joined by a bridge. Made by a test that runs as root, and removed with it.
 
+use crate::process::until;
 use std::fs;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -155,6 +157,8 @@ impl Network {
             .stdin(Stdio::null())
             .spawn();
         self.servers.push(server.expect("sshd starts"));
+        let address = format!("{}:22", self.address(node));
+        until("sshd listens", || TcpStream::connect(&address).is_ok());
     }
 
     /// A topology file with these nodes and one model over all of them.

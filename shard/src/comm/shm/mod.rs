@@ -329,6 +329,7 @@ mod tests {
                     id,
                     rank,
                     world_size: 3,
+                    interface: None,
                     limit,
                     abort,
                 })
