@@ -155,6 +155,7 @@ impl Network {
             ])
             .arg(&file)
             .stdin(Stdio::null())
+            .stderr(Stdio::null())
             .spawn();
         self.servers.push(server.expect("sshd starts"));
         let address = format!("{}:22", self.address(node));
