@@ -69,15 +69,14 @@ fn two_hosts_say_what_one_says_and_a_killed_rank_comes_back_where_it_was() {
             });
             let before = recoveries(&cluster);
             let (survivors, victim) = (network.shards("a"), network.shards("b")[0]);
-            match disturbance {
-                Some(signal) => send_signal(victim, signal),
-                None => {
-                    network.set_link("b", "down");
-                    until("the cut is noticed", || {
-                        request(address, "GET", "/health", "").0 == 503
-                    });
-                    network.set_link("b", "up");
-                }
+            if let Some(signal) = disturbance {
+                send_signal(victim, signal);
+            } else {
+                network.set_link("b", "down");
+                until("the cut is noticed", || {
+                    request(address, "GET", "/health", "").0 == 503
+                });
+                network.set_link("b", "up");
             }
             assert_eq!(told.join().expect("a stream was lost"), golden);
             assert!(recoveries(&cluster) > before, "it was disturbed");

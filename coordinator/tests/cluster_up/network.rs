@@ -166,7 +166,7 @@ impl Network {
     pub(crate) fn topology(&self, nodes: &[NodeText<'_>]) -> PathBuf {
         let mut text = format!("[coordinator]\naddress = \"{}\"\n", self.coordinator());
         for NodeText { name, shards } in nodes {
-            text += &format!(
+            let node = format!(
                 "[[node]]\nname = \"{name}\"\naddress = \"{}\"\ncpus = {shards}\nshards = {shards}\n\
                  work_dir = \"{}\"\n[node.ssh]\nuser = \"root\"\nidentity = \"{}\"\nconfig = \"{}\"\n",
                 self.address(name),
@@ -174,6 +174,7 @@ impl Network {
                 self.path("client").display(),
                 self.path("config").display(),
             );
+            text.push_str(&node);
         }
         let file = self.path("cluster.toml");
         fs::write(&file, text).expect("a file");

@@ -12,7 +12,7 @@ use super::local::{self, Started};
 use super::{LaunchError, within};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -212,11 +212,12 @@ impl Image {
         let mut hasher = Sha256::new();
         let read = File::open(path).and_then(|mut file| io::copy(&mut file, &mut hasher));
         read.map_err(|e| LaunchError::Io(format!("cannot read {}: {e}", path.display())))?;
-        let hash = hasher.finalize();
-        Ok(Self {
-            path: path.to_owned(),
-            hash: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
-        })
+        let mut hash = String::new();
+        for byte in hasher.finalize() {
+            let _ = write!(hash, "{byte:02x}"); // strings do not fail
+        }
+        let path = path.to_owned();
+        Ok(Self { path, hash })
     }
 
     /// Another hash is another file: a program that runs is never written to.

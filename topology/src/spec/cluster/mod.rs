@@ -227,12 +227,19 @@ mod tests {
             );
             assert!(refused.contains(said), "{to}: {refused}");
         }
+    }
+
+    #[test]
+    fn names_are_unique_and_there_is_a_node() {
+        let base = "[coordinator]\naddress = \"10.0.0.1\"\n\
+            [[node]]\nname = \"a\"\naddress = \"10.0.0.2\"\ncpus = 2\n\
+            [[model]]\ndevices = [\"a\"]\n";
         let twice = base.replace(
             "[[model]]",
             "[[node]]\nname = \"a\"\naddress = \"10.0.0.3\"\ncpus = 1\n[[model]]",
         );
         let refused = parse(&twice).unwrap_err();
-        assert_eq!(refused, "c.toml:9: `name`: there are two nodes named a");
+        assert_eq!(refused, "c.toml:8: `name`: there are two nodes named a");
         assert!(
             parse("coordinator.address = \"10.0.0.1\"")
                 .unwrap_err()
