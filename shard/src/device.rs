@@ -186,9 +186,10 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
             Command::MakeComm(epoch) => {
                 // What was made for an epoch that never began.
                 C::discard_id(&self.open_comm.take());
+                let interface = self.place.interface;
                 let comm_id = self
                     .engine()?
-                    .new_comm_id()
+                    .new_comm_id(interface)
                     .context("make a communicator")?;
                 self.open_comm.set(comm_id.clone());
                 Ok(Some(FromShard::CommMade { epoch, comm_id }))
@@ -240,6 +241,7 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
 
     fn join(&mut self, epoch: Epoch, id: &[u8], abort: &Abort) -> Result<Option<FromShard>> {
         let rank = self.place.rank.0;
+        let interface = self.place.interface;
         let open_comm = self.open_comm.clone();
         let engine = self.engine()?;
         open_comm.set(id.to_vec());
@@ -247,6 +249,7 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
             id,
             rank,
             world_size: engine.world_size(),
+            interface,
             limit: JOIN_LIMIT,
             abort,
         };

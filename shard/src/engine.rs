@@ -17,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use kernels::backend::{Backend, DeviceError, Element, KvLayout};
 use kernels::batch::Batch;
 use kernels::sampling::{SampleRequest, SampleResult};
+use std::net::IpAddr;
 use topology::checkpoint::Checkpoint;
 use topology::ids::{Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
@@ -67,6 +68,8 @@ pub struct Place {
     pub rank: Rank,
     /// `None`: as the weights.
     pub kv_element: Option<Element>,
+    /// This host's address on the network between the hosts; `None` where the group is on one host.
+    pub interface: Option<IpAddr>,
 }
 
 /// One rank: a device, a model on it, and at times KV blocks and a communicator.
@@ -196,10 +199,11 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
     ///
     /// # Errors
     /// [`CommError::Failed`].
-    pub fn new_comm_id(&self) -> Result<Vec<u8>, CommError> {
+    pub fn new_comm_id(&self, interface: Option<IpAddr>) -> Result<Vec<u8>, CommError> {
         C::new_id(
             self.partition.world_size,
             self.limits.max_tokens * self.hidden_size,
+            interface,
         )
     }
 

@@ -21,7 +21,7 @@ pub mod weights;
 use anyhow::{Context, Result};
 #[cfg(feature = "cuda")]
 use comm::nccl::NcclComm;
-use comm::{Comm, shm::ShmComm};
+use comm::{Comm, shm::ShmComm, tcp::TcpComm};
 use engine::Place;
 use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cpu::CpuBackend;
@@ -108,14 +108,20 @@ async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
                 // What the CPU computes in. Rounding keys and values to 16 bits would let texts of
                 // different tensor-parallel sizes drift apart for no speed.
                 kv_element: Some(Element::F32),
+                interface: launch.interface,
             };
-            serve::<CpuBackend, ShmComm>(make, place, built_in, (launch, identity, parent)).await
+            let parent = (launch, identity, parent);
+            match place.interface {
+                None => serve::<CpuBackend, ShmComm>(make, place, built_in, parent).await,
+                Some(_) => serve::<CpuBackend, TcpComm>(make, place, built_in, parent).await,
+            }
         }
         #[cfg(feature = "cuda")]
         placement::Device::Gpu { index, .. } => {
             let place = Place {
                 rank: launch.rank,
                 kv_element: None,
+                interface: None,
             };
             let make = move || CudaBackend::new(index as usize);
             serve::<CudaBackend, NcclComm>(make, place, built_in, (launch, identity, parent)).await

@@ -54,7 +54,7 @@ impl HostMemory {
     /// If `/proc/meminfo` cannot be read or lacks its fields.
     pub fn read() -> io::Result<Self> {
         let meminfo = fs::read_to_string("/proc/meminfo")?;
-        let host = from_meminfo(&meminfo)
+        let host = Self::from_meminfo(&meminfo)
             .ok_or_else(|| io::Error::other("/proc/meminfo lacks MemTotal or MemAvailable"))?;
         let limits = [
             // Version 2, then version 1 of the interface, as a container sees its own group.
@@ -72,24 +72,25 @@ impl HostMemory {
         Ok(groups.fold(host, Self::least))
     }
 
+    /// What a host says in its `/proc/meminfo`; `None` if the text is not that.
+    pub fn from_meminfo(text: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            let kibibytes = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?;
+            kibibytes.checked_mul(1024)
+        };
+        Some(Self {
+            free_bytes: field("MemAvailable:")?,
+            total_bytes: field("MemTotal:")?,
+        })
+    }
+
     fn least(self, other: Self) -> Self {
         Self {
             free_bytes: self.free_bytes.min(other.free_bytes),
             total_bytes: self.total_bytes.min(other.total_bytes),
         }
     }
-}
-
-fn from_meminfo(text: &str) -> Option<HostMemory> {
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        let kibibytes = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?;
-        kibibytes.checked_mul(1024)
-    };
-    Some(HostMemory {
-        free_bytes: field("MemAvailable:")?,
-        total_bytes: field("MemTotal:")?,
-    })
 }
 
 /// `None` where the group has no limit.
@@ -126,10 +127,12 @@ mod tests {
 
     #[test]
     fn the_smaller_of_machine_and_container_counts() {
-        let host =
-            from_meminfo("MemTotal:  1000 kB\nMemFree: 1 kB\nMemAvailable:    800 kB\n").unwrap();
+        let host = HostMemory::from_meminfo(
+            "MemTotal:  1000 kB\nMemFree: 1 kB\nMemAvailable:    800 kB\n",
+        )
+        .unwrap();
         assert_eq!((host.free_bytes, host.total_bytes), (800 << 10, 1000 << 10));
-        assert_eq!(from_meminfo("MemTotal: 1000 kB\n"), None);
+        assert_eq!(HostMemory::from_meminfo("MemTotal: 1000 kB\n"), None);
         assert_eq!(from_cgroup("max\n", "5\n", ""), None, "no limit");
         let group = from_cgroup("500000\n", "300000\n", "anon 1\ninactive_file 100000\n").unwrap();
         assert_eq!((group.free_bytes, group.total_bytes), (300_000, 500_000));

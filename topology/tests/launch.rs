@@ -79,6 +79,7 @@ async fn shard() -> Shard {
             threads: 2,
             cores: vec![],
         },
+        interface: None,
     };
     let process = started.launch(&launch).await.expect("it listens");
     let mut link = listener.accept(LIMIT).await.expect("it connects");
@@ -204,6 +205,7 @@ async fn output_waits_and_is_not_lost() {
         certificate: identity.certificate().clone(),
         rank: Rank(0),
         device: Device::Gpu { index: 0, ranks: 1 },
+        interface: None,
     };
     let mut process = started.launch(&launch).await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;

@@ -129,6 +129,10 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_SEED", help_heading = MODEL)]
     pub seed: Option<u64>,
 
+    /// TOML file of the nodes, their devices and the model's; instead of --gpus, --cpus and
+    /// --tensor-parallel-size.
+    #[arg(long, env = "CLUSTER_TOPOLOGY", value_name = "FILE", help_heading = DEVICES)]
+    pub topology: Option<PathBuf>,
     /// GPUs to use, one rank on each: 0,1,2,3. A GPU that is named twice is shared, for tests.
     #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", value_parser = NonEmpty::new(),
           help_heading = DEVICES)]

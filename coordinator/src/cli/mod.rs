@@ -5,6 +5,7 @@
 
 pub mod args;
 pub mod layers;
+pub mod nodes;
 pub mod prepare;
 mod progress;
 mod report;
@@ -106,7 +107,10 @@ fn plan(prepared: &Prepared) -> String {
         shape.dtype.name(),
     );
     for (rank, device) in prepared.placement.ranks() {
-        let _ = writeln!(text, "rank {rank}: {device}"); // strings do not fail
+        let topology = prepared.topology.as_ref();
+        let place = topology.and_then(|topology| nodes::describe(topology, rank.index()));
+        let place = place.map_or_else(String::new, |place| format!("{place}, "));
+        let _ = writeln!(text, "rank {rank}: {place}{device}"); // strings do not fail
     }
     for warning in &prepared.placement.warnings {
         let _ = writeln!(text, "warning: {warning}");

@@ -5,6 +5,7 @@
 //! here; every error is one sentence that says what to change.
 
 use super::args::{DtypeArg, Up};
+use super::nodes;
 use super::values::{self, AutoTokens};
 use crate::builtin;
 use crate::scheduler::{Scheduler, SchedulerConfig};
@@ -24,6 +25,7 @@ use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, ModelShape};
 use topology::partition::Partition;
 use topology::placement::{Device, DeviceRequest, Placement, place};
+use topology::spec::cluster::Topology;
 use topology::wire::{Load, Loaded, ModelLocation};
 
 /// Most tokens in one step on CPUs: a step of this size takes a blink with a small model.
@@ -57,6 +59,8 @@ pub struct Prepared {
     pub model: Model,
     /// Where ranks are.
     pub placement: Placement,
+    /// The nodes, where a file names them.
+    pub topology: Option<Topology>,
     /// Memory before loading.
     pub memory: Memory,
     /// The ranks' GPUs, where they compute on those.
@@ -81,14 +85,21 @@ impl Prepared {
     pub fn new(up: &Up) -> Result<Self> {
         let keys = keys(up)?;
         let address = address(up, !keys.is_empty())?;
-        let placement = placement(up)?;
+        let topology = nodes::read(up)?;
+        let up = nodes::with_model(up, topology.as_ref());
+        let up = up.as_ref();
+        let placement = match &topology {
+            Some(topology) => nodes::placement(topology),
+            None => placement(up)?,
+        };
         let model = Model::open(up)?;
         let world_size = placement.world_size();
         let partitions = Partition::all(&model.shape, world_size)?;
-        let gpus = gpus(up, &placement)?;
-        let memory = match &gpus {
-            Some(gpus) => gpus.usable(),
-            None => Memory::Shared {
+        let gpus = gpus(up, topology.is_some(), &placement)?;
+        let memory = match (&topology, &gpus) {
+            (Some(topology), _) => nodes::memory(topology)?,
+            (None, Some(gpus)) => gpus.usable(),
+            (None, None) => Memory::Shared {
                 free_bytes: HostMemory::read()
                     .context("ask for free memory")?
                     .free_bytes,
@@ -110,6 +121,7 @@ impl Prepared {
         Ok(Self {
             model,
             placement,
+            topology,
             memory,
             gpus,
             report,
@@ -260,11 +272,15 @@ fn placement(up: &Up) -> Result<Placement> {
 }
 
 /// The ranks' GPUs, as a child process finds them; `None` where ranks compute on CPU cores.
-fn gpus(up: &Up, placement: &Placement) -> Result<Option<GpuMemory>> {
+fn gpus(up: &Up, on_nodes: bool, placement: &Placement) -> Result<Option<GpuMemory>> {
     let is_gpu = |device: &Device| matches!(device, Device::Gpu { .. });
     if !placement.devices.iter().any(is_gpu) {
         return Ok(None);
     }
+    ensure!(
+        !on_nodes,
+        "GPUs of a topology file cannot be used yet; give its nodes cpus, or use --gpus on one machine"
+    );
     ensure!(
         cfg!(feature = "cuda"),
         "--gpus needs a build with CUDA, and this one computes on the CPU only; leave out --gpus, \

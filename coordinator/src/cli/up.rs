@@ -5,6 +5,7 @@
 //! processes are gone when the exit code is returned.
 
 use super::args::Up;
+use super::nodes;
 use super::prepare::Prepared;
 use super::progress::{Notes, Progress};
 use super::report::Report;
@@ -12,7 +13,7 @@ use super::{EXIT_FAULT, EXIT_INPUT, EXIT_NOW, complain};
 use crate::clock::{now, since};
 use crate::engine::handle::{EngineHandle, Readiness, Submission};
 use crate::engine::{Connections, DrainDeadline, Engine};
-use crate::fleet::{Cause, Fault, Fleet, Limits, LocalHost, Program, Ready, Setup};
+use crate::fleet::{Cause, Fault, Fleet, Limits, LocalHost, Program, RankSite, Ready, Setup};
 use crate::http::auth::ApiKeys;
 use crate::http::limits::ServerLimits;
 use crate::http::{ServedModel, ServerConfig, router, server};
@@ -281,13 +282,8 @@ async fn start(
     prepared: &Prepared,
     alive: mpsc::Sender<()>,
 ) -> Result<(Fleet, Ready), Failure> {
-    let program = std::env::current_exe().context("cannot find this program's own file");
-    let host = LocalHost::new(Program {
-        path: program.map_err(Failure::Input)?.into(),
-        log_level: up.log_level.clone(),
-        devices: prepared.placement.devices.clone(),
-        alive,
-    })?;
+    let program = program(up, prepared, alive).await;
+    let host = LocalHost::new(program.map_err(Failure::Input)?)?;
     let setup = Setup {
         load: prepared.load.clone(),
         limits: Limits {
@@ -304,6 +300,32 @@ async fn start(
     let started = Fleet::start(host, setup, choose, |event| progress.show(&event)).await;
     progress.finish();
     Ok(started?)
+}
+
+/// What is started, and where.
+async fn program(up: &Up, prepared: &Prepared, alive: mpsc::Sender<()>) -> Result<Program> {
+    let path = std::env::current_exe().context("cannot find this program's own file")?;
+    let (sites, address) = match &prepared.topology {
+        None => {
+            let devices = prepared.placement.devices.iter().cloned();
+            let sites = devices.map(RankSite::here).collect();
+            (sites, Ipv4Addr::LOCALHOST.into())
+        }
+        Some(topology) => {
+            let (topology, path) = (topology.clone(), path.clone());
+            let address = topology.coordinator;
+            // The program's hash is worth a second in a debug build.
+            let sites = tokio::task::spawn_blocking(move || nodes::sites(&topology, &path)).await;
+            (sites.context("reading this program panicked")??, address)
+        }
+    };
+    Ok(Program {
+        path: path.into(),
+        log_level: up.log_level.clone(),
+        sites,
+        address,
+        alive,
+    })
 }
 
 fn record_start(metrics: &Metrics, prepared: &Prepared, ready: &Ready, total: Duration) {

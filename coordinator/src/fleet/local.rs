@@ -1,5 +1,6 @@
-//! Shards that are processes of this machine: launch, link, log, end.
+//! Shards that are processes, of this machine or of a node that `ssh` reaches: launch, link, log, end.
 //!
+//! Where a rank is launched once it is launched again: its replacement starts on the same node.
 //! Three tasks per shard: one reads the link, one watches the process, one forwards its log lines.
 //! What they hear goes to the fleet's inbox. Invariant: a process ends with the value that stands for
 //! it, at the latest when that is dropped.
@@ -11,13 +12,15 @@ use super::start::StartEvent;
 use crate::clock::{now, since};
 use futures_util::future::{join_all, select_all};
 use std::ffi::OsString;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 use topology::ids::Rank;
 use topology::launch::local::{self, Process};
+use topology::launch::ssh::Remote;
 use topology::launch::{Launch, LaunchError};
 use topology::link::{Admitted, Frame, LinkError, LinkReceiver, LinkSender, Listener};
 use topology::placement::Device;
@@ -29,7 +32,7 @@ const ADMIT_LIMIT: Duration = Duration::from_secs(20);
 /// How long the system may take to end a process that was killed.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
-/// What to start on this machine.
+/// What to start.
 #[derive(Debug)]
 pub struct Program {
     /// The program that is both this process and the shard.
@@ -37,13 +40,37 @@ pub struct Program {
     /// Which of a shard's log lines are written.
     pub log_level: String,
     /// One for each rank.
-    pub devices: Vec<Device>,
+    pub sites: Vec<RankSite>,
+    /// The address of this machine that all ranks reach.
+    pub address: IpAddr,
     /// Held for as long as any shard process may exist: closed when all are gone, whatever became
     /// of the fleet.
     pub alive: mpsc::Sender<()>,
 }
 
-/// Starts shards on this machine.
+/// Where a rank is.
+#[derive(Clone, Debug)]
+pub struct RankSite {
+    /// What it computes on.
+    pub device: Device,
+    /// Its node; `None` is this machine.
+    pub remote: Option<Arc<Remote>>,
+    /// Its node's address for the other ranks; `None` where all ranks are on one host.
+    pub interface: Option<IpAddr>,
+}
+
+impl RankSite {
+    /// On this machine, with all other ranks.
+    pub fn here(device: Device) -> Self {
+        Self {
+            device,
+            remote: None,
+            interface: None,
+        }
+    }
+}
+
+/// Starts shards on their sites.
 #[derive(Debug)]
 pub struct LocalHost {
     program: Program,
@@ -59,7 +86,8 @@ struct Child {
     end: oneshot::Sender<Duration>,
     /// How it ended, once it has.
     exited: watch::Receiver<Option<String>>,
-    watcher: JoinHandle<()>,
+    /// Whether it had to be killed.
+    watcher: JoinHandle<bool>,
 }
 
 /// A shard process that was admitted.
@@ -68,6 +96,8 @@ pub struct LocalShard {
     child: Child,
     sender: LinkSender<ToShard>,
     reader: JoinHandle<()>,
+    /// Its node, and its process id there.
+    remote: Option<(Arc<Remote>, u32)>,
 }
 
 impl LocalHost {
@@ -76,8 +106,11 @@ impl LocalHost {
     /// # Errors
     /// [`Cause::Launch`] if there is none.
     pub fn new(program: Program) -> Result<Self, Fault> {
-        let listener = Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST))
-            .map_err(|e| Fault::group(Cause::Launch(e.to_string())))?;
+        let address = program.address;
+        let listener = Listener::bind(address).map_err(|e| {
+            let why = format!("cannot listen on {address} for shards: {e}");
+            Fault::group(Cause::Launch(why))
+        })?;
         Ok(Self { program, listener })
     }
 
@@ -89,15 +122,19 @@ impl LocalHost {
         let arguments = ["shard", "--log", &self.program.log_level];
         let launches = sources.iter().map(async |source| {
             let rank = source.rank;
+            let site = &self.program.sites[rank.index()];
             let process = async {
-                let device = &self.program.devices[rank.index()];
-                let started = local::start_for(device, &self.program.path, arguments).await?;
+                let started = match &site.remote {
+                    None => local::start_for(&site.device, &self.program.path, arguments).await?,
+                    Some(remote) => remote.start(&self.program.log_level).await?,
+                };
                 self.listener.expect(rank, started.certificate.clone());
                 let launch = Launch {
                     coordinator,
                     certificate: self.listener.certificate().clone(),
                     rank,
-                    device: device.clone(),
+                    device: site.device.clone(),
+                    interface: site.interface,
                 };
                 started.launch(&launch).await
             };
@@ -163,7 +200,11 @@ impl Host for LocalHost {
         };
         let join = |(child, admitted): (Child, Admitted)| {
             let hello = admitted.hello.clone();
-            (hello, LocalShard::new(child, admitted, outlet.clone()))
+            let remote = self.program.sites[hello.rank.index()].remote.clone();
+            (
+                hello,
+                LocalShard::new(child, admitted, (outlet.clone(), remote)),
+            )
         };
         Ok(Launched {
             shards: children.into_iter().zip(admitted).map(join).collect(),
@@ -215,8 +256,9 @@ impl Child {
         let (end, ending) = oneshot::channel();
         let (exit, exited) = watch::channel(None);
         let watcher = tokio::spawn(async move {
-            watch((process, log), (source, outlet, exit), ending).await;
+            let killed = watch((process, log), (source, outlet, exit), ending).await;
             drop(alive);
+            killed
         });
         Self {
             source,
@@ -227,22 +269,29 @@ impl Child {
         }
     }
 
-    /// Gives the process `limit` to end by itself, kills it then, and waits for that.
-    async fn end(self, limit: Duration) {
+    /// Gives the process `limit` to end by itself, kills it then, and waits for that. Whether it was
+    /// killed.
+    async fn end(self, limit: Duration) -> bool {
         // An error means that the process ended by itself.
         let _ = self.end.send(limit);
-        let _ = self.watcher.await;
+        self.watcher.await.unwrap_or(true)
     }
 }
 
 impl LocalShard {
     /// Joins a process with the link it opened. What it says is reported under its source.
-    fn new(child: Child, admitted: Admitted, outlet: Outlet) -> Self {
+    fn new(
+        child: Child,
+        admitted: Admitted,
+        (outlet, remote): (Outlet, Option<Arc<Remote>>),
+    ) -> Self {
+        let pid = admitted.hello.pid;
         let reader = tokio::spawn(read(child.source, admitted.receiver, outlet));
         Self {
             child,
             sender: admitted.sender,
             reader,
+            remote: remote.map(|remote| (remote, pid)),
         }
     }
 }
@@ -259,8 +308,18 @@ impl Shard for LocalShard {
     }
 
     async fn end(self, limit: Duration) {
-        self.child.end(limit).await;
+        let rank = self.child.source.rank;
+        let killed = self.child.end(limit).await;
         self.reader.abort();
+        if let Some((remote, pid)) = self.remote.filter(|_| killed) {
+            // It ends by itself when its `ssh` is gone, unless it is frozen. Nobody waits for that: its
+            // replacement needs nothing of it, and its node may not answer.
+            tokio::spawn(async move {
+                if let Err(error) = remote.kill(pid).await {
+                    tracing::warn!(%rank, "cannot see to the end of its old process: {error}");
+                }
+            });
+        }
     }
 }
 
@@ -281,7 +340,7 @@ async fn watch(
     (mut process, log): (Process, Option<AbortHandle>),
     (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
     mut ending: oneshot::Receiver<Duration>,
-) {
+) -> bool {
     let rank = source.rank;
     let limit = tokio::select! {
         status = process.wait() => {
@@ -295,7 +354,7 @@ async fn watch(
                 _ = outlet.send((source, heard)) => {}
                 _ = &mut ending => {}
             }
-            return;
+            return false;
         }
         limit = &mut ending => limit.unwrap_or_else(|_| {
             // The fleet was dropped on demand. That its link ends is no news from the shard.
@@ -304,7 +363,8 @@ async fn watch(
         }),
     };
     // It was told to stop; its pipe stays open, or it would take its parent for dead.
-    if timeout(limit, process.wait()).await.is_err() {
+    let killed = timeout(limit, process.wait()).await.is_err();
+    if killed {
         if !limit.is_zero() {
             tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
         }
@@ -313,6 +373,7 @@ async fn watch(
             tracing::error!(%rank, "the system does not end the shard's process");
         }
     }
+    killed
 }
 
 /// Shards write lines such as `2026-01-01T00:00:00Z  INFO shard::session: text`; here they keep

@@ -21,7 +21,7 @@ mod tests;
 pub use fault::{Cause, Fault, Phase};
 pub use host::{Host, Launched, Shard, Took};
 pub use inbox::{Heard, Outlet, Source};
-pub use local::{LocalHost, LocalShard, Program};
+pub use local::{LocalHost, LocalShard, Program, RankSite};
 pub use start::{Limits, RankReport, Ready, Setup, StartEvent};
 
 use crate::clock::{now, since};

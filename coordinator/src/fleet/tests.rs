@@ -1,7 +1,9 @@
 //! What a fleet refuses: programs that are no shards, answers that do not agree. The rest needs real
 //! shards, and is tested with the binary.
 
-use super::{Cause, Fault, Fleet, Limits, LocalHost, Phase, Program, Setup, check_agreement};
+use super::{
+    Cause, Fault, Fleet, Limits, LocalHost, Phase, Program, RankSite, Setup, check_agreement,
+};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use topology::ids::{Epoch, Rank, Step};
@@ -16,7 +18,8 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
     let host = LocalHost::new(Program {
         path: program.into(),
         log_level: "warn".into(),
-        devices: vec![cpu.clone(), cpu],
+        sites: vec![RankSite::here(cpu.clone()), RankSite::here(cpu)],
+        address: std::net::Ipv4Addr::LOCALHOST.into(),
         alive,
     });
     let setup = Setup {

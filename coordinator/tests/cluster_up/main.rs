@@ -4,7 +4,9 @@
 //! cores has room for one cluster at a time; what runs out of time fails.
 
 mod client;
+mod hosts;
 mod lifecycle;
+mod network;
 mod process;
 mod recovery;
 mod serving;

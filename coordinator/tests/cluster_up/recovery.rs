@@ -39,7 +39,7 @@ fn listen(stream: Stream) -> String {
 }
 
 /// Streams of `tokens` tokens each, at once.
-fn round(address: SocketAddr, streams: usize, tokens: u32) -> Vec<String> {
+pub(crate) fn round(address: SocketAddr, streams: usize, tokens: u32) -> Vec<String> {
     let streams: Vec<_> = (0..streams)
         .map(|index| {
             let body = body(index, tokens);
@@ -52,7 +52,7 @@ fn round(address: SocketAddr, streams: usize, tokens: u32) -> Vec<String> {
         .collect()
 }
 
-fn recoveries(cluster: &Cluster) -> f64 {
+pub(crate) fn recoveries(cluster: &Cluster) -> f64 {
     metric(cluster.address, "cluster_recoveries_total", "")
 }
 

@@ -99,11 +99,12 @@ fn measure<B: Backend, C: Comm<B>>(
     let load = load(options);
     let id = ranks::identity(options, || {
         let elements = load.max_num_batched_tokens as usize * shape.hidden_size as usize;
-        Ok(C::new_id(options.tp, elements)?)
+        Ok(C::new_id(options.tp, elements, None)?)
     })?;
     let place = Place {
         rank: Rank(rank),
         kv_element,
+        interface: None,
     };
     let begun = Instant::now();
     let mut engine = Engine::<B, C>::load(backend, place, (&files, &load), &mut |_, _| ())?;
@@ -114,6 +115,7 @@ fn measure<B: Backend, C: Comm<B>>(
         rank,
         world_size: options.tp,
         limit: JOIN_LIMIT,
+        interface: None,
         abort: &Abort::default(),
     };
     let comm = C::join(engine.backend(), &seat).context("join the communicator")?;

@@ -6,9 +6,12 @@
 
 #[cfg(feature = "cuda")]
 pub mod nccl;
+mod rounds;
 pub mod shm;
+pub mod tcp;
 
 use kernels::backend::Backend;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -98,6 +101,8 @@ pub struct Seat<'a> {
     pub rank: u32,
     /// Ranks of the group.
     pub world_size: u32,
+    /// This host's address on the network between the hosts; `None` where the group is on one host.
+    pub interface: Option<IpAddr>,
     /// How long to wait for the others.
     pub limit: Duration,
     /// Ends the wait, and every collective later.
@@ -111,8 +116,13 @@ pub trait Comm<B: Backend>: Send + Sized + 'static {
     fn prepare(_backend: &mut B, _world_size: u32) {}
 
     /// Makes the identity of a new group, on rank 0: at most `MAX_COMM_ID_BYTES` opaque bytes.
-    /// No tensor of the group will have more than `max_elements` elements on one rank.
-    fn new_id(world_size: u32, max_elements: usize) -> Result<Vec<u8>, CommError>;
+    /// No tensor of the group will have more than `max_elements` elements on one rank; `interface` is
+    /// rank 0's [`Seat::interface`].
+    fn new_id(
+        world_size: u32,
+        max_elements: usize,
+        interface: Option<IpAddr>,
+    ) -> Result<Vec<u8>, CommError>;
 
     /// Frees what [`Self::new_id`] made when nobody is going to join. Harmless otherwise.
     fn discard_id(id: &[u8]);
@@ -140,6 +150,16 @@ pub trait Comm<B: Backend>: Send + Sized + 'static {
 
     /// Time inside collectives since the last call, and the part of it spent waiting for other ranks.
     fn take_timings(&mut self) -> CommTimings;
+}
+
+impl CommTimings {
+    fn new(total: Duration, waited: Duration) -> Self {
+        let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            total_us: micros(total),
+            wait_us: micros(waited),
+        }
+    }
 }
 
 /// Where the time in collectives went, in microseconds.

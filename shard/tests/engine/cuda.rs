@@ -16,6 +16,7 @@ use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cuda::{CudaBackend, CudaTensor};
 use shard::comm::shm::ShmComm;
 use shard::comm::{Comm, CommError, CommTimings, Seat};
+use std::net::IpAddr;
 use topology::ids::Rank;
 use topology::model_shape::Dtype;
 use topology::partition::Partition;
@@ -47,7 +48,11 @@ fn failed(error: &DeviceError) -> CommError {
 }
 
 impl Comm<CudaBackend> for HostComm {
-    fn new_id(world_size: u32, max_elements: usize) -> Result<Vec<u8>, CommError> {
+    fn new_id(
+        world_size: u32,
+        max_elements: usize,
+        _: Option<IpAddr>,
+    ) -> Result<Vec<u8>, CommError> {
         ShmComm::make_id(world_size, max_elements)
     }
 

@@ -19,6 +19,7 @@ fn load_rank(files: &ModelFiles, load: &Load, rank: u32) -> anyhow::Result<CpuEn
     let place = Place {
         rank: Rank(rank),
         kv_element: Some(Element::F32),
+        interface: None,
     };
     let (mut last, mut total) = (0, 0);
     let engine = Engine::load(backend, place, (files, load), &mut |done, all| {
@@ -167,6 +168,7 @@ fn an_epoch_can_end_and_weights_and_blocks_stay() {
             id: &[],
             rank: 0,
             world_size: 1,
+            interface: None,
             limit,
             abort,
         };

@@ -103,7 +103,7 @@ impl<B: Tested> Group<B> {
     /// Loads every rank and forms their communicator.
     pub(crate) fn start(files: &ModelFiles, load: &Load) -> Self {
         let world_size = load.tensor_parallel_size;
-        let id = B::Comm::new_id(world_size, 1 << 16).expect("shared memory can be had");
+        let id = B::Comm::new_id(world_size, 1 << 16, None).expect("shared memory can be had");
         let abort = Abort::default();
         let (id, abort) = (&id, &abort);
         let engines = thread::scope(|scope| {
@@ -112,6 +112,7 @@ impl<B: Tested> Group<B> {
                     let place = Place {
                         rank: Rank(rank),
                         kv_element: B::KV_ELEMENT,
+                        interface: None,
                     };
                     let mut engine = Engine::load(B::open(), place, (files, load), &mut |_, _| ())
                         .expect("the fixture loads");
@@ -121,6 +122,7 @@ impl<B: Tested> Group<B> {
                         id,
                         rank,
                         world_size,
+                        interface: None,
                         limit,
                         abort,
                     };

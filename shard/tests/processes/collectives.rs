@@ -58,6 +58,7 @@ pub(crate) fn child(arguments: &[String]) -> ExitCode {
         id: &id,
         rank,
         world_size,
+        interface: None,
         limit,
         abort: &Abort::default(),
     };

@@ -76,7 +76,7 @@ impl fmt::Display for FitReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let per_device = match &self.left_bytes {
             Memory::PerRank { free_bytes } => Some(free_bytes),
-            Memory::Shared { .. } => None,
+            Memory::Shared { .. } | Memory::Hosts(_) => None,
         };
         write!(
             f,
@@ -103,8 +103,16 @@ impl fmt::Display for FitReport {
             }
             writeln!(f)?;
         }
-        if let Memory::Shared { free_bytes } = &self.left_bytes {
-            writeln!(f, "left on the host: {}", Bytes(*free_bytes))?;
+        match &self.left_bytes {
+            Memory::Shared { free_bytes } => {
+                writeln!(f, "left on the host: {}", Bytes(*free_bytes))?;
+            }
+            Memory::Hosts(hosts) => {
+                for host in hosts {
+                    writeln!(f, "left on node {}: {}", host.name, Bytes(host.free_bytes))?;
+                }
+            }
+            Memory::PerRank { .. } => {}
         }
         let Sizes {
             block_size,

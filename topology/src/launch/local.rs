@@ -96,20 +96,16 @@ async fn start_command<A: AsRef<OsStr>>(
         // A group of its own: Ctrl-C in a terminal reaches the coordinator alone, which then drains.
         .process_group(0)
         .kill_on_drop(true);
-    for (name, _) in env::vars_os() {
-        let bytes = name.as_encoded_bytes();
-        if bytes.starts_with(PRIVATE_PREFIX) && !HOST_VARIABLES.contains(&bytes) {
-            command.env_remove(name);
-        }
-    }
+    without_private_variables(&mut command);
     for (name, value) in environment {
         if env::var_os(name).is_none() {
             command.env(name, value);
         }
     }
-    let mut child = command
-        .spawn()
-        .map_err(|e| LaunchError::Io(format!("cannot start {}: {e}", program.display())))?;
+    let mut child = command.spawn().map_err(|e| match program.to_str() {
+        Some("ssh") => super::ssh::no_ssh(&e),
+        _ => LaunchError::Io(format!("cannot start {}: {e}", program.display())),
+    })?;
     let missing = || LaunchError::Io("the child's pipes are missing".to_owned());
     let stdin = child.stdin.take().ok_or_else(missing)?;
     let mut stdout = BufReader::new(child.stdout.take().ok_or_else(missing)?);
@@ -125,6 +121,15 @@ async fn start_command<A: AsRef<OsStr>>(
             early,
         }),
         Err(error) => Err(with_last_words(error, early, &mut child).await),
+    }
+}
+
+pub(super) fn without_private_variables(command: &mut Command) {
+    for (name, _) in env::vars_os() {
+        let bytes = name.as_encoded_bytes();
+        if bytes.starts_with(PRIVATE_PREFIX) && !HOST_VARIABLES.contains(&bytes) {
+            command.env_remove(name);
+        }
     }
 }
 

@@ -19,12 +19,13 @@ pub mod child;
 mod environment;
 pub mod local;
 pub mod probe;
+pub mod ssh;
 
 use crate::ids::Rank;
 use crate::link::Certificate;
 use crate::placement::Device;
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// How long each line of the handshake may take.
@@ -51,6 +52,8 @@ pub struct Launch {
     pub rank: Rank,
     /// What it computes on.
     pub device: Device,
+    /// Its node's address on the network between the nodes; `None` where all ranks are on one host.
+    pub interface: Option<IpAddr>,
 }
 
 /// Why a shard process could not be started, or was not told what to do.
@@ -59,6 +62,9 @@ pub enum LaunchError {
     /// The process or its pipes.
     #[error("{0}")]
     Io(String),
+    /// Another node, or the way to it; with what to do.
+    #[error("{0}")]
+    Node(String),
     /// The other end said something else.
     #[error("the handshake went wrong: {0}")]
     Handshake(String),

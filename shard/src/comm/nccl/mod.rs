@@ -26,6 +26,7 @@ use kernels::backend::{Backend, Element};
 use kernels::cuda::{CudaBackend, CudaTensor};
 use std::ffi::c_void;
 use std::mem::{MaybeUninit, offset_of};
+use std::net::IpAddr;
 use std::time::Duration;
 use timing::Timing;
 use window::Windows;
@@ -248,7 +249,12 @@ impl Comm<CudaBackend> for NcclComm {
         }
     }
 
-    fn new_id(world_size: u32, _max_elements: usize) -> Result<Vec<u8>, CommError> {
+    // NCCL picks its interface itself, or is told by `NCCL_SOCKET_IFNAME`.
+    fn new_id(
+        world_size: u32,
+        _max_elements: usize,
+        _interface: Option<IpAddr>,
+    ) -> Result<Vec<u8>, CommError> {
         if world_size == 1 {
             return Ok(Vec::new());
         }
@@ -469,10 +475,10 @@ mod tests {
     /// With NCCL on the host, identities are made for real, which needs no GPU.
     #[test]
     fn one_rank_needs_no_library_and_two_get_an_identity_of_it() {
-        assert!(NcclComm::new_id(1, 0).unwrap().is_empty());
-        match (library::find(), NcclComm::new_id(2, 0)) {
+        assert!(NcclComm::new_id(1, 0, None).unwrap().is_empty());
+        match (library::find(), NcclComm::new_id(2, 0, None)) {
             (Ok(_), made) => {
-                let (first, second) = (made.unwrap(), NcclComm::new_id(2, 0).unwrap());
+                let (first, second) = (made.unwrap(), NcclComm::new_id(2, 0, None).unwrap());
                 assert_eq!(first.len(), ID_BYTES);
                 assert_ne!(first, second);
             }

@@ -1,19 +1,18 @@
 //! Collectives between the processes of one host, through shared memory.
 //!
-//! Every rank adds up all parts itself, in rank order and in f32, so that all hold the same bits.
-//! That reads `world_size` times the tensor on each rank, which for the few ranks of a CPU host costs
-//! less than a second barrier. The memory and its rounds are `segment`'s. A dead peer is
-//! not noticed here; only [`Abort`] ends a wait.
+//! The arithmetic is `rounds`', shared with TCP; the memory and how values are shown in it are
+//! `segment`'s. A dead peer is not noticed here; only [`Abort`] ends a wait.
 //!
-//! Invariant: the result of an element is `((part_0 + part_1) + part_2) + …`, whatever the tensor's
-//! length and however it was cut into pieces.
+//! Invariant: no process of another host can take part, and no memory outlives the group.
 
 mod segment;
 
+use super::rounds::{self, Rounds};
 use super::{Abort, Comm, CommError, CommTimings, Seat};
 use crate::clock;
 use kernels::cpu::{CpuBackend, CpuTensor};
 use segment::{Identity, Segment};
+use std::net::IpAddr;
 use std::time::Duration;
 
 /// One rank's end of a group of processes on one host. With one rank it is nothing and costs nothing.
@@ -79,17 +78,7 @@ impl ShmComm {
             return Ok(());
         };
         let start = clock::now();
-        let world_size = segment.identity().world_size();
-        let piece = segment.identity().slot_elements();
-        for x in x.chunks_mut(piece) {
-            let parts = segment.exchange(self.tag, x)?;
-            x.copy_from_slice(parts.of(0));
-            for rank in 1..world_size {
-                for (sum, part) in x.iter_mut().zip(parts.of(rank)) {
-                    *sum += part;
-                }
-            }
-        }
+        rounds::all_reduce(segment, self.tag, x)?;
         self.total += clock::now().duration_since(start);
         Ok(())
     }
@@ -108,30 +97,7 @@ impl ShmComm {
             return Ok(());
         };
         let start = clock::now();
-        let world_size = segment.identity().world_size() as usize;
-        assert_eq!(
-            out.len(),
-            part.len() * world_size,
-            "out holds every rank's part"
-        );
-        let piece = segment.identity().slot_elements();
-        for (index, values) in part.chunks(piece).enumerate() {
-            let parts = segment.exchange(self.tag, values)?;
-            for rank in 0..world_size {
-                let theirs = parts.of(u32::try_from(rank).expect("at most 64 ranks"));
-                // The piece may begin and end inside a row.
-                let mut at = index * piece;
-                let mut rest = theirs;
-                while !rest.is_empty() {
-                    let (row, column) = (at / width, at % width);
-                    let (run, after) = rest.split_at(rest.len().min(width - column));
-                    let to = (row * world_size + rank) * width + column;
-                    out[to..to + run.len()].copy_from_slice(run);
-                    at += run.len();
-                    rest = after;
-                }
-            }
-        }
+        rounds::all_gather_rows(segment, self.tag, (part, width), out)?;
         self.total += clock::now().duration_since(start);
         Ok(())
     }
@@ -146,24 +112,23 @@ impl ShmComm {
 
     /// Time inside collectives since the last call.
     pub fn timings(&mut self) -> CommTimings {
-        let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         let waited = self.segment.as_mut().map(|s| std::mem::take(&mut s.waited));
-        CommTimings {
-            total_us: micros(std::mem::take(&mut self.total)),
-            wait_us: micros(waited.unwrap_or_default()),
-        }
+        CommTimings::new(std::mem::take(&mut self.total), waited.unwrap_or_default())
     }
 
     /// Names the plan being computed: ranks with different ones fail instead of adding up.
     pub fn set_tag(&mut self, tag: [u8; 16]) {
-        let (low, high) = tag.split_at(8);
-        let word = |b: &[u8]| b.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
-        self.tag = [word(low), word(high)];
+        self.tag = rounds::tag(tag);
     }
 }
 
 impl Comm<CpuBackend> for ShmComm {
-    fn new_id(world_size: u32, max_elements: usize) -> Result<Vec<u8>, CommError> {
+    /// Everybody is on this host: no interface is needed.
+    fn new_id(
+        world_size: u32,
+        max_elements: usize,
+        _: Option<IpAddr>,
+    ) -> Result<Vec<u8>, CommError> {
         Self::make_id(world_size, max_elements)
     }
 
@@ -176,7 +141,7 @@ impl Comm<CpuBackend> for ShmComm {
     }
 
     fn world_size(&self) -> u32 {
-        (self.segment.as_ref()).map_or(1, |segment| segment.identity().world_size())
+        self.segment.as_ref().map_or(1, Rounds::world_size)
     }
 
     fn begin_step(&mut self, digest: [u8; 16]) {
@@ -228,6 +193,7 @@ mod tests {
                             id,
                             rank,
                             world_size,
+                            interface: None,
                             limit: LIMIT,
                             abort,
                         };
@@ -368,6 +334,7 @@ mod tests {
                     id,
                     rank,
                     world_size: 3,
+                    interface: None,
                     limit,
                     abort,
                 })
@@ -398,6 +365,7 @@ mod tests {
                         id,
                         rank,
                         world_size: 2,
+                        interface: None,
                         limit: LIMIT,
                         abort,
                     };
@@ -443,6 +411,7 @@ mod tests {
                 id,
                 rank,
                 world_size,
+                interface: None,
                 limit: LIMIT,
                 abort: &abort,
             };

@@ -20,6 +20,7 @@
 )]
 
 use crate::clock;
+use crate::comm::rounds::{self, Rounds};
 use crate::comm::{Abort, CommError};
 use memmap2::MmapRaw;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
@@ -162,10 +163,6 @@ impl Identity {
         self.world_size
     }
 
-    pub(super) fn slot_elements(&self) -> usize {
-        self.slot_elements
-    }
-
     /// The file, for as long as not all ranks are attached.
     pub(super) fn path(&self) -> PathBuf {
         let name = u128::from_be_bytes(self.name);
@@ -279,46 +276,6 @@ impl Segment {
         } else {
             Err(failed(format!("rank {rank} is attached already")))
         }
-    }
-
-    pub(super) fn identity(&self) -> &Identity {
-        &self.identity
-    }
-
-    /// One round: shows `values` to all ranks and waits for theirs, which must be as many and carry
-    /// the same `tag`. `values` may not exceed [`Identity::slot_elements`].
-    pub(super) fn exchange(
-        &mut self,
-        tag: [u64; 2],
-        values: &[f32],
-    ) -> Result<Parts<'_>, CommError> {
-        assert!(
-            values.len() <= self.identity.slot_elements,
-            "a piece fits its slot"
-        );
-        if self.abort.is_aborted() {
-            return Err(CommError::Aborted);
-        }
-        let buffer = self.round & 1;
-        let label = self.label(buffer, self.rank);
-        label.tag[0].store(tag[0], Ordering::Relaxed);
-        label.tag[1].store(tag[1], Ordering::Relaxed);
-        label.elements.store(values.len() as u64, Ordering::Relaxed);
-        let slot = self.slot(buffer, self.rank);
-        // SAFETY: the slot has room for `slot_elements` floats (asserted above), lies in the mapping,
-        // and no rank reads it before this one arrives (module invariant), nor does `values` alias it.
-        unsafe { slot.copy_from_nonoverlapping(values.as_ptr(), values.len()) };
-        self.arrive();
-        let start = clock::now();
-        let waited = self.wait(None);
-        self.waited += clock::now().duration_since(start);
-        waited?;
-        self.check_labels(buffer, tag, values.len())?;
-        Ok(Parts {
-            segment: self,
-            buffer,
-            elements: values.len(),
-        })
     }
 
     /// All ranks must be in the same collective of the same step.
@@ -449,6 +406,48 @@ impl Segment {
     }
 }
 
+impl Rounds for Segment {
+    type Parts<'a> = Parts<'a>;
+
+    fn world_size(&self) -> u32 {
+        self.identity.world_size
+    }
+
+    fn piece_elements(&self) -> usize {
+        self.identity.slot_elements
+    }
+
+    fn exchange(&mut self, tag: [u64; 2], values: &[f32]) -> Result<Parts<'_>, CommError> {
+        assert!(
+            values.len() <= self.identity.slot_elements,
+            "a piece fits its slot"
+        );
+        if self.abort.is_aborted() {
+            return Err(CommError::Aborted);
+        }
+        let buffer = self.round & 1;
+        let label = self.label(buffer, self.rank);
+        label.tag[0].store(tag[0], Ordering::Relaxed);
+        label.tag[1].store(tag[1], Ordering::Relaxed);
+        label.elements.store(values.len() as u64, Ordering::Relaxed);
+        let slot = self.slot(buffer, self.rank);
+        // SAFETY: the slot has room for `slot_elements` floats (asserted above), lies in the mapping,
+        // and no rank reads it before this one arrives (module invariant), nor does `values` alias it.
+        unsafe { slot.copy_from_nonoverlapping(values.as_ptr(), values.len()) };
+        self.arrive();
+        let start = clock::now();
+        let waited = self.wait(None);
+        self.waited += clock::now().duration_since(start);
+        waited?;
+        self.check_labels(buffer, tag, values.len())?;
+        Ok(Parts {
+            segment: self,
+            buffer,
+            elements: values.len(),
+        })
+    }
+}
+
 /// Round counters wrap after days; the ranks are never more than two rounds apart.
 fn has_reached(counter: u32, round: u32) -> bool {
     counter.wrapping_sub(round) < u32::MAX / 2
@@ -463,9 +462,8 @@ pub(super) struct Parts<'a> {
     elements: usize,
 }
 
-impl Parts<'_> {
-    /// What `rank` showed.
-    pub(super) fn of(&self, rank: u32) -> &[f32] {
+impl rounds::Parts for Parts<'_> {
+    fn of(&self, rank: u32) -> &[f32] {
         let slot = self.segment.slot(self.buffer, rank);
         // SAFETY: `elements` floats were written there before the rank arrived (its label says so,
         // checked), and nobody writes them again before this rank enters its next round, for which it

@@ -1,7 +1,10 @@
-//! What the operator writes for devices: `--gpus 0,1`, `--cpus 4`, `--cpus 0-3,6`.
+//! What the operator writes for devices: `--gpus 0,1`, `--cpus 4`, `--cpus 0-3,6`; the topology file is
+//! [`cluster`]'s.
 //!
 //! Text to values, nothing more: whether the devices exist is [`crate::placement`]'s to say.
 //! Invariant: a list that comes out is not empty and has no entry above a limit; a core is in it once.
+
+pub mod cluster;
 
 use std::str::FromStr;
 

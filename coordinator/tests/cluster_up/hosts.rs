@@ -1,0 +1,179 @@
+//! Clusters over two hosts: the text of one host, ranks replaced where they were, and sentences for what
+//! is wrong with the way to a node. Skipped, with a line that says so, where hosts cannot be made.
+
+use crate::client::{metric, request};
+use crate::network::{Network, NodeText};
+use crate::process::{Cluster, is_running, run, send_signal, until};
+use crate::recovery::{recoveries, round};
+use crate::turn;
+use rustix::process::Signal;
+use std::fs;
+use std::thread;
+
+const STREAMS: usize = 8;
+const TOKENS: u32 = 120;
+
+fn nodes(shards: u32) -> [NodeText<'static>; 2] {
+    ["a", "b"].map(|name| NodeText { name, shards })
+}
+
+/// What one host says.
+fn golden(ranks: u32) -> Vec<String> {
+    let ranks = ranks.to_string();
+    let cluster = Cluster::start(&["--tensor-parallel-size", &ranks]);
+    let told = round(cluster.address, STREAMS, TOKENS);
+    cluster.stop();
+    told
+}
+
+/// TCP ports that are listened on where a process is.
+fn listening(pid: u32) -> Vec<u16> {
+    let mut ports = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let text = fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("it runs");
+        let rows = text.lines().skip(1).map(|row| row.split_ascii_whitespace());
+        let rows = rows.map(Iterator::collect::<Vec<_>>);
+        let port = |row: &[&str]| u16::from_str_radix(row[1].rsplit(':').next()?, 16).ok();
+        ports.extend(
+            rows.filter(|row| row[3] == "0A")
+                .filter_map(|row| port(&row)),
+        );
+    }
+    ports
+}
+
+#[test]
+fn two_hosts_say_what_one_says_and_a_killed_rank_comes_back_where_it_was() {
+    let _turn = turn();
+    let Some(network) = Network::make() else {
+        return;
+    };
+    for shards in [1, 2] {
+        let golden = golden(2 * shards);
+        let topology = network.topology(&nodes(shards));
+        let cluster = Cluster::start(&["--topology", topology.to_str().expect("UTF-8")]);
+        for node in ["a", "b"] {
+            let pids = network.shards(node);
+            assert_eq!(pids.len(), shards as usize, "{node}");
+            assert!(pids.iter().all(|pid| network.is_on(*pid, node)));
+            // The group is formed: but for sshd nobody waits for anybody.
+            assert_eq!(listening(pids[0]), [22], "{node}");
+        }
+        assert_eq!(round(cluster.address, STREAMS, TOKENS), golden);
+
+        for disturbance in [Some(Signal::KILL), Some(Signal::STOP), None] {
+            let address = cluster.address;
+            let told = thread::spawn(move || round(address, STREAMS, TOKENS));
+            until("it streams", || {
+                metric(address, "vllm:num_requests_running", "") > 0.5
+            });
+            let before = recoveries(&cluster);
+            let (survivors, victim) = (network.shards("a"), network.shards("b")[0]);
+            if let Some(signal) = disturbance {
+                send_signal(victim, signal);
+            } else {
+                network.set_link("b", "down");
+                until("the cut is noticed", || {
+                    request(address, "GET", "/health", "").0 == 503
+                });
+                network.set_link("b", "up");
+            }
+            assert_eq!(told.join().expect("a stream was lost"), golden);
+            assert!(recoveries(&cluster) > before, "it was disturbed");
+            assert_eq!(
+                network.shards("a"),
+                survivors,
+                "survivors keep their processes"
+            );
+            until("the old process is gone", || !is_running(victim));
+            let replaced = network.shards("b");
+            assert_eq!(replaced.len(), shards as usize);
+            assert!(
+                !replaced.contains(&victim) && replaced.iter().all(|pid| network.is_on(*pid, "b"))
+            );
+            assert_eq!(request(address, "GET", "/health", "").0, 200);
+        }
+        cluster.stop();
+        until("no shard is left on any node", || {
+            network.shards("a").is_empty() && network.shards("b").is_empty()
+        });
+    }
+}
+
+#[test]
+fn shards_end_when_their_coordinator_is_killed() {
+    let _turn = turn();
+    let Some(network) = Network::make() else {
+        return;
+    };
+    let topology = network.topology(&nodes(1));
+    let cluster = Cluster::start(&["--topology", topology.to_str().expect("UTF-8")]);
+    cluster.signal(Signal::KILL);
+    until("no shard is left on any node", || {
+        network.shards("a").is_empty() && network.shards("b").is_empty()
+    });
+}
+
+#[test]
+fn what_is_wrong_with_the_way_to_a_node_is_said() {
+    let _turn = turn();
+    let Some(network) = Network::make() else {
+        return;
+    };
+    let file = network.topology(&nodes(1));
+    let file = file.to_str().expect("UTF-8");
+    let good = fs::read_to_string(file).expect("it was written");
+    let (code, plan, stderr) = run(&["plan", "--topology", file]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(plan.contains("rank 1: node b (ssh root@"), "{plan}");
+    assert!(plan.contains("left on node a: "), "{plan}");
+    let path = |name: &str| network.path(name).display().to_string();
+    let known = fs::read_to_string(path("known")).expect("it was written");
+    fs::write(
+        path("other"),
+        known.replace(&network.address("b"), "192.0.2.1"),
+    )
+    .expect("a file");
+    let config = fs::read_to_string(path("config")).expect("it was written");
+    fs::write(
+        path("config2"),
+        config.replace(&path("known"), &path("other")),
+    )
+    .expect("a file");
+    for (from, to, said) in [
+        (
+            path("client"),
+            path("stranger"),
+            "does not accept this user's key",
+        ),
+        (path("config"), path("config2"), "host key is not known"),
+        (
+            "user = \"root\"".into(),
+            "port = 9".into(),
+            "cannot be reached",
+        ),
+        (
+            "cpus = 1".into(),
+            "cpus = 0".into(),
+            "cluster.toml:6: `cpus`",
+        ),
+        (
+            network.coordinator(),
+            "192.0.2.7".into(),
+            "cannot listen on 192.0.2.7",
+        ),
+    ] {
+        fs::write(file, good.replace(&from, &to)).expect("a file");
+        let (code, _, stderr) = run(&["up", "--port", "0", "--topology", file]);
+        assert!(code == 1 || code == 2, "{to}: {code} {stderr}");
+        assert!(stderr.contains(said), "{to}: {stderr}");
+    }
+    let (code, _, stderr) = run(&["plan", "--topology", file, "--cpus", "2"]);
+    assert_eq!(code, 2);
+    assert!(stderr.contains("leave out --cpus"), "{stderr}");
+    let (_, _, stderr) = run(&["plan", "--topology", "/no/such"]);
+    assert!(
+        stderr.contains("cannot read --topology /no/such"),
+        "{stderr}"
+    );
+}
