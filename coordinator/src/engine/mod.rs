@@ -2,7 +2,7 @@
 //!
 //! `take commands → schedule (pure) → fleet.step (the only I/O) → apply (pure) → deliver`: every
 //! turn, nothing between. The loop knows no text, HTTP or process; what a step computes is the
-//! scheduler's decision, how it is computed the shards'. A fault takes it to [`recovery`] and back.
+//! scheduler's decision, how it is computed the shards'. A fault takes it to `recovery` and back.
 //! Invariant: however the loop ends, every stream that was opened got its last event.
 
 pub mod handle;
