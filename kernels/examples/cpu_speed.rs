@@ -148,6 +148,7 @@ fn attend(
         local_heads: 32,
         scale: 0.1,
         sliding_window: None,
+        logit_soft_cap: None,
     };
     let mut out = cpu.allocate(tokens, 32 * 128, Precision::Compute)?;
     let (wall, seconds) = time(|| cpu.attend(&device, &attention, &qkv, &cache, &mut out));

@@ -127,6 +127,28 @@ pub struct Attention {
     pub scale: f32,
     /// How many last positions a token sees, itself included; `None` is all.
     pub sliding_window: Option<u32>,
+    /// Scores become `cap * tanh(score / cap)`, before the mask; above 0.
+    pub logit_soft_cap: Option<f32>,
+}
+
+/// What RMSNorm needs beside its weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// Added to the mean of squares, under the root.
+    pub eps: f32,
+    /// Added in f32 to each stored weight: 0, or 1 where the weights are stored as their distance from 1 (Gemma).
+    /// It is not folded into the weights when they are loaded, because their sum may need more bits
+    /// than the element that they are kept in has.
+    pub weight_offset: f32,
+}
+
+/// What a gate goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.
+    GeluTanh,
 }
 
 /// Memory and operations of one device.
@@ -193,17 +215,19 @@ pub trait Backend: Send + 'static {
     /// Sets how many rows of `tensor` are in use.
     fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize);
 
-    /// `out[t] = table[token_ids[t] - first_token]`, or zero where the token is not in this part of the table.
+    /// `out[t] = scale * table[token_ids[t] - first_token]`, or zero where the token is not in this part of the table.
+    /// `scale` is rounded to the table's element first.
     fn embed(
         &self,
         batch: &Self::DeviceBatch,
         table: &Self::Weight,
         first_token: u32,
+        scale: f32,
         out: &mut Self::Tensor,
     );
 
-    /// `out = x / rms(x) * weight`, by row; `rms(x) = sqrt(mean(x^2) + eps)`.
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Weight, eps: f32, out: &mut Self::Tensor);
+    /// `out = x / rms(x) * (weight + weight_offset)`, by row; `rms(x) = sqrt(mean(x^2) + eps)`.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Weight, norm: Norm, out: &mut Self::Tensor);
 
     /// `residual += x`, then `out = rms_norm(residual)`.
     fn add_rms_norm(
@@ -211,17 +235,17 @@ pub trait Backend: Send + 'static {
         x: &Self::Tensor,
         residual: &mut Self::Tensor,
         weight: &Self::Weight,
-        eps: f32,
+        norm: Norm,
         out: &mut Self::Tensor,
     );
 
-    /// RMSNorm over each head of the query and key parts of `qkv`, in place (Qwen3).
+    /// RMSNorm over each head of the query and key parts of `qkv`, in place (Qwen3, Gemma 3).
     fn head_norm(
         &self,
         qkv: &mut Self::Tensor,
         heads: Heads,
         weights: (&Self::Weight, &Self::Weight),
-        eps: f32,
+        norm: Norm,
     );
 
     /// `out = x · weightᵀ (+ bias)`. `[rows, in] × [out, in] → [rows, out]`
@@ -264,8 +288,16 @@ pub trait Backend: Send + 'static {
         out: &mut Self::Tensor,
     );
 
-    /// `out = silu(gate) * up`, `gate_up: [rows, 2 * n]` holding gate then up. `out: [rows, n]`
-    fn silu_mul(&self, gate_up: &Self::Tensor, out: &mut Self::Tensor);
+    /// `out = activation(gate) * up`, `gate_up: [rows, 2 * n]` holding gate then up. `out: [rows, n]`
+    fn gated_activation(
+        &self,
+        activation: Activation,
+        gate_up: &Self::Tensor,
+        out: &mut Self::Tensor,
+    );
+
+    /// `x = cap * tanh(x / cap)`, element by element, in place; `cap` is above 0.
+    fn soft_cap(&self, cap: f32, x: &mut Self::Tensor);
 
     /// `out[i] = x[logit_tokens[i]]`.
     fn gather_logit_rows(

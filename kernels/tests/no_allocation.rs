@@ -1,7 +1,9 @@
 //! The operations of a step take no memory: everything was taken at start.
 
 use bytes::Bytes;
-use kernels::backend::{Attention, Backend, Element, Heads, HostMatrix, KvLayout, Precision};
+use kernels::backend::{
+    Activation, Attention, Backend, Element, Heads, HostMatrix, KvLayout, Norm, Precision,
+};
 use kernels::batch::Batch;
 use kernels::cpu::CpuBackend;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -32,6 +34,10 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+const NORM: Norm = Norm {
+    eps: 1e-5,
+    weight_offset: 0.0,
+};
 const HEADS: Heads = Heads {
     local_heads: 4,
     local_kv_heads: 2,
@@ -96,6 +102,7 @@ fn a_step_takes_no_memory() {
         local_heads: 4,
         scale: 0.25,
         sliding_window: Some(5),
+        logit_soft_cap: Some(9.0),
     };
     let table_values = vec![0.5; 8 * 16];
     let host = two_sequences();
@@ -104,19 +111,20 @@ fn a_step_takes_no_memory() {
     cpu.upload(&host, &mut batch).expect("it is well formed");
     cpu.write(&table_values, &mut rotary)
         .expect("the shapes agree");
-    cpu.embed(&batch, &table, 0, &mut residual);
-    cpu.rms_norm(&residual, &norm, 1e-5, &mut normed);
+    cpu.embed(&batch, &table, 0, 2.0, &mut residual);
+    cpu.rms_norm(&residual, &norm, NORM, &mut normed);
     cpu.linear(&normed, &qkv_weight, None, &mut qkv);
-    cpu.head_norm(&mut qkv, HEADS, (&head_norm, &head_norm), 1e-5);
+    cpu.head_norm(&mut qkv, HEADS, (&head_norm, &head_norm), NORM);
     cpu.rope(&batch, &rotary, HEADS, &mut qkv);
     cpu.write_kv(&batch, 0, &qkv, HEADS, &mut cache);
     cpu.attend(&batch, &attention, &qkv, &cache, &mut attended);
-    cpu.add_rms_norm(&attended, &mut residual, &norm, 1e-5, &mut normed);
+    cpu.add_rms_norm(&attended, &mut residual, &norm, NORM, &mut normed);
     cpu.linear(&normed, &gate_weight, None, &mut gate_up);
-    cpu.silu_mul(&gate_up, &mut hidden);
+    cpu.gated_activation(Activation::GeluTanh, &gate_up, &mut hidden);
     cpu.linear(&hidden, &down, Some(&bias), &mut x);
     cpu.set_rows(&mut normed, 2);
     cpu.gather_logit_rows(&batch, &x, &mut normed);
+    cpu.soft_cap(30.0, &mut normed);
     let taken = ALLOCATIONS.get() - before;
 
     assert_eq!(taken, 0, "allocations in a step");

@@ -31,30 +31,36 @@ pub(crate) fn row_parallel<B: Backend, C: Comm<B>>(
     comm.all_reduce_sum(backend, out)
 }
 
-/// `out[t] = table[token t]`, whichever rank has it. `→ [tokens, hidden]`
+/// `out[t] = scale * table[token t]`, whichever rank has it. `→ [tokens, hidden]`
 pub(crate) fn vocab_parallel_embedding<B: Backend, C: Comm<B>>(
     (backend, comm): (&B, &mut C),
     batch: &B::DeviceBatch,
-    (table, first_token): (&B::Weight, u32),
+    (table, first_token, scale): (&B::Weight, u32, f32),
     out: &mut B::Tensor,
 ) -> Result<(), CommError> {
-    backend.embed(batch, table, first_token, out);
+    backend.embed(batch, table, first_token, scale, out);
     comm.all_reduce_sum(backend, out)
 }
 
-/// Logits of all tokens, padding at the end. `[rows, hidden] → part: [rows, vocab_width],
+/// Logits of all tokens, soft-capped where the model does so, padding at the end. `[rows, hidden] → part: [rows, vocab_width],
 /// out: [rows, world_size * vocab_width]`
 pub(crate) fn vocab_parallel_head<B: Backend, C: Comm<B>>(
     (backend, comm): (&B, &mut C),
-    head: &B::Weight,
+    (head, soft_cap): (&B::Weight, Option<f32>),
     x: &B::Tensor,
     (part, out): (&mut B::Tensor, &mut B::Tensor),
 ) -> Result<(), CommError> {
+    let compute = |out: &mut B::Tensor| {
+        backend.linear(x, head, None, out);
+        if let Some(cap) = soft_cap {
+            backend.soft_cap(cap, out);
+        }
+    };
     if comm.world_size() == 1 {
         // The part is the whole.
-        backend.linear(x, head, None, out);
+        compute(out);
         return Ok(());
     }
-    backend.linear(x, head, None, part);
+    compute(part);
     comm.all_gather(backend, part, out)
 }

@@ -51,16 +51,20 @@ pub struct LayerWeights<W> {
     pub input_norm: W,
     /// Column-parallel, stacked: query, key and value heads of this rank.
     pub qkv: Linear<W>,
-    /// RMSNorm of query and key heads (Qwen3). `[head_dim]` each
+    /// RMSNorm of query and key heads (Qwen3, Gemma 3). `[head_dim]` each
     pub qk_norm: Option<(W, W)>,
     /// Row-parallel.
     pub output: Linear<W>,
+    /// RMSNorm of what attention gives (Gemma). `[hidden]`
+    pub attention_norm: Option<W>,
     /// RMSNorm before the feed-forward layer. `[hidden]`
     pub post_norm: W,
     /// Column-parallel, stacked: gate, then up.
     pub gate_up: Linear<W>,
     /// Row-parallel.
     pub down: Linear<W>,
+    /// RMSNorm of what the feed-forward layer gives (Gemma). `[hidden]`
+    pub feed_forward_norm: Option<W>,
 }
 
 /// All weights of a decoder, as one rank has them: on the host (`W` = [`HostWeight`]) or a device.
@@ -180,9 +184,11 @@ impl<W> DecoderWeights<W> {
                     None => None,
                 },
                 output: linear(layer.output, f)?,
+                attention_norm: layer.attention_norm.map(&mut *f).transpose()?,
                 post_norm: f(layer.post_norm)?,
                 gate_up: linear(layer.gate_up, f)?,
                 down: linear(layer.down, f)?,
+                feed_forward_norm: layer.feed_forward_norm.map(&mut *f).transpose()?,
             });
         }
         let final_norm = f(self.final_norm)?;
@@ -257,14 +263,26 @@ impl Finder<'_> {
         } else {
             None
         };
+        // Where attention's result has a norm, that one has the name of the norm after it in other families.
+        let (attention_norm, post_norm, feed_forward_norm) = if shape.output_norms {
+            (
+                Some(norm("post_attention_layernorm")?),
+                norm("pre_feedforward_layernorm")?,
+                Some(norm("post_feedforward_layernorm")?),
+            )
+        } else {
+            (None, norm("post_attention_layernorm")?, None)
+        };
         Ok(LayerWeights {
             input_norm: norm("input_layernorm")?,
             qkv: column(&qkv, shape.qkv_bias)?,
             qk_norm,
             output: row("self_attn.o_proj", shape.output_bias)?,
-            post_norm: norm("post_attention_layernorm")?,
+            attention_norm,
+            post_norm,
             gate_up: column(&["mlp.gate_proj", "mlp.up_proj"], shape.mlp_bias)?,
             down: row("mlp.down_proj", shape.mlp_bias)?,
+            feed_forward_norm,
         })
     }
 

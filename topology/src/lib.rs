@@ -11,6 +11,7 @@ pub mod gpus;
 pub mod host;
 pub mod ids;
 pub mod launch;
+mod layer_config;
 pub mod link;
 pub mod model_config;
 pub mod model_files;

@@ -7,7 +7,8 @@
 //! Invariant: a shape that comes out has all dimensions within limits, so that products of any
 //! two of them fit a `u64` and the arithmetic after it cannot overflow.
 
-use crate::model_shape::{Dtype, ModelShape};
+use crate::layer_config;
+use crate::model_shape::{Activation, Dtype, ModelShape};
 use crate::rope_config;
 use serde_json::{Map, Value};
 
@@ -48,18 +49,28 @@ pub enum ShapeError {
 
 /// The families, which differ in defaults and in a few switches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Family {
+pub(crate) enum Family {
     Llama,
     Mistral,
     Qwen2,
     Qwen3,
+    Gemma2,
+    Gemma3,
 }
 
-const FAMILIES: [(&str, Family); 4] = [
+impl Family {
+    fn is_gemma(self) -> bool {
+        matches!(self, Self::Gemma2 | Self::Gemma3)
+    }
+}
+
+const FAMILIES: [(&str, Family); 6] = [
     ("LlamaForCausalLM", Family::Llama),
     ("MistralForCausalLM", Family::Mistral),
     ("Qwen2ForCausalLM", Family::Qwen2),
     ("Qwen3ForCausalLM", Family::Qwen3),
+    ("Gemma2ForCausalLM", Family::Gemma2),
+    ("Gemma3ForCausalLM", Family::Gemma3),
 ];
 
 /// Largest dimensions: several times those of any published model, small enough that no product
@@ -86,7 +97,7 @@ impl ModelShape {
         };
         let config = Fields(&map);
         let (architecture, family) = family(&map)?;
-        refuse_unsupported(config)?;
+        refuse_unsupported(config, family)?;
 
         let hidden_size = config.dimension("hidden_size", MAX_WIDTH)?;
         let num_layers = config.dimension("num_hidden_layers", MAX_LAYERS)?;
@@ -95,7 +106,15 @@ impl ModelShape {
         let head_dim = head_dim(config, family, hidden_size, num_heads)?;
         let max_position_embeddings = config.dimension("max_position_embeddings", MAX_POSITIONS)?;
         let attention_bias = config.flag("attention_bias")?;
-        let has_attention_bias = matches!(family, Family::Llama | Family::Qwen3) && attention_bias;
+        let may_have_bias = matches!(family, Family::Llama | Family::Qwen3) || family.is_gemma();
+        let has_attention_bias = may_have_bias && attention_bias;
+        let is_gemma = family.is_gemma();
+        let (rope, local_rope) = if family == Family::Gemma3 {
+            let (global, local) = rope_config::by_layer_type(config, max_position_embeddings)?;
+            (global, Some(local))
+        } else {
+            (rope_config::rope(config, max_position_embeddings)?, None)
+        };
         Ok(Self {
             architecture: architecture.to_owned(),
             hidden_size,
@@ -107,13 +126,26 @@ impl ModelShape {
             vocab_size: config.dimension("vocab_size", MAX_VOCAB)?,
             max_position_embeddings,
             rms_norm_eps: rms_norm_eps(config)?,
-            rope: rope_config::rope(config, max_position_embeddings)?,
+            norm_weight_offset: if is_gemma { 1.0 } else { 0.0 },
+            output_norms: is_gemma,
+            embedding_scale: if is_gemma {
+                (hidden_size as f32).sqrt()
+            } else {
+                1.0
+            },
+            activation: activation(config, family)?,
+            rope,
+            local_rope,
+            attention_scale: attention_scale(config, family, head_dim)?,
+            attention_soft_cap: attention_soft_cap(config, family)?,
+            logit_soft_cap: logit_soft_cap(config, family)?,
             qkv_bias: family == Family::Qwen2 || has_attention_bias,
             output_bias: has_attention_bias,
             mlp_bias: family == Family::Llama && config.flag("mlp_bias")?,
-            qk_norm: family == Family::Qwen3,
-            tie_word_embeddings: config.flag("tie_word_embeddings")?,
-            sliding_window: sliding_window(config, family, num_layers)?,
+            qk_norm: matches!(family, Family::Qwen3 | Family::Gemma3),
+            // Gemma's published files say nothing of it.
+            tie_word_embeddings: config.flag_or("tie_word_embeddings", is_gemma)?,
+            sliding_window: layer_config::sliding_window(config, family, num_layers)?,
             dtype: dtype(config)?,
             eos_token_ids: token_ids(config, "eos_token_id")?,
             bos_token_id: token_ids(config, "bos_token_id")?.first().copied(),
@@ -137,7 +169,7 @@ fn family(config: &Map<String, Value>) -> Result<(&str, Family), ShapeError> {
 }
 
 /// Refuses what would silently give other numbers than the model's makers meant.
-fn refuse_unsupported(config: Fields<'_>) -> Result<(), ShapeError> {
+fn refuse_unsupported(config: Fields<'_>, family: Family) -> Result<(), ShapeError> {
     if let Some(quantization) = config.get("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str);
         return Err(unsupported(
@@ -158,13 +190,9 @@ fn refuse_unsupported(config: Fields<'_>) -> Result<(), ShapeError> {
             return Err(unsupported(what, "only dense feed-forward layers are"));
         }
     }
-    let activation = config.get("hidden_act");
-    let activation = activation
-        .map_or(Some("silu"), Value::as_str)
-        .unwrap_or("of another type");
-    if !matches!(activation, "silu" | "swish") {
-        let what = format!("hidden_act `{}`", shorten(activation.to_owned()));
-        return Err(unsupported(what, "only `silu` is"));
+    if family.is_gemma() && config.flag("use_bidirectional_attention")? {
+        let what = "use_bidirectional_attention".to_owned();
+        return Err(unsupported(what, "only causal attention is"));
     }
     if config.get("rope_interleaved").and_then(Value::as_bool) == Some(true) {
         return Err(unsupported(
@@ -201,10 +229,14 @@ fn head_dim(
 ) -> Result<u32, ShapeError> {
     /// What `transformers` takes where a Qwen3 configuration does not say.
     const QWEN3_HEAD_DIM: u32 = 128;
+    /// The same for Gemma.
+    const GEMMA_HEAD_DIM: u32 = 256;
     let head_dim = if config.get("head_dim").is_some() {
         config.dimension("head_dim", MAX_HEAD_DIM)?
     } else if family == Family::Qwen3 {
         QWEN3_HEAD_DIM
+    } else if family.is_gemma() {
+        GEMMA_HEAD_DIM
     } else if hidden_size.is_multiple_of(num_heads) && hidden_size / num_heads <= MAX_HEAD_DIM {
         hidden_size / num_heads
     } else {
@@ -222,6 +254,78 @@ fn head_dim(
     }
 }
 
+fn activation(config: Fields<'_>, family: Family) -> Result<Activation, ShapeError> {
+    // Gemma's files may have both keys, of which `transformers` reads this one.
+    let (field, default) = if family.is_gemma() {
+        ("hidden_activation", "gelu_pytorch_tanh")
+    } else {
+        ("hidden_act", "silu")
+    };
+    let name = config.get(field).map_or(Some(default), Value::as_str);
+    match name.unwrap_or("of another type") {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        other => {
+            let what = format!("{field} `{}`", shorten(other.to_owned()));
+            Err(unsupported(what, "`silu` and `gelu_pytorch_tanh` are"))
+        }
+    }
+}
+
+fn attention_scale(config: Fields<'_>, family: Family, head_dim: u32) -> Result<f32, ShapeError> {
+    const FIELD: &str = "query_pre_attn_scalar";
+    /// What `transformers` takes where a Gemma configuration does not say.
+    const GEMMA_SCALAR: f32 = 256.0;
+    let scalar = if family.is_gemma() {
+        positive(config, FIELD)?.unwrap_or(GEMMA_SCALAR)
+    } else {
+        head_dim as f32
+    };
+    Ok(scalar.sqrt().recip())
+}
+
+/// The soft cap on attention scores. `null` is none; where nothing is said it is the family's default.
+fn attention_soft_cap(config: Fields<'_>, family: Family) -> Result<Option<f32>, ShapeError> {
+    const FIELD: &str = "attn_logit_softcapping";
+    const GEMMA2_CAP: f32 = 50.0;
+    match (family, config.map().get(FIELD)) {
+        (Family::Gemma2, None) => Ok(Some(GEMMA2_CAP)),
+        (Family::Gemma2, _) => positive(config, FIELD),
+        // The published implementations disagree about such files: some compute none.
+        (Family::Gemma3, Some(cap)) if !cap.is_null() => {
+            let what = format!("{FIELD} in a Gemma 3 model");
+            Err(unsupported(what, "Gemma 3 models without it are"))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The soft cap on logits, in the same way.
+fn logit_soft_cap(config: Fields<'_>, family: Family) -> Result<Option<f32>, ShapeError> {
+    const FIELD: &str = "final_logit_softcapping";
+    const GEMMA2_CAP: f32 = 30.0;
+    match (family, config.map().get(FIELD)) {
+        (Family::Gemma2, None) => Ok(Some(GEMMA2_CAP)),
+        (Family::Gemma2 | Family::Gemma3, _) => positive(config, FIELD),
+        _ => Ok(None),
+    }
+}
+
+/// A number that is greater than 0 and no larger than what is certainly a mistake.
+fn positive(config: Fields<'_>, field: &'static str) -> Result<Option<f32>, ShapeError> {
+    const LEAST: f64 = 1e-3;
+    const MOST: f64 = 1e6;
+    match config.number(field)? {
+        None => Ok(None),
+        #[expect(clippy::cast_possible_truncation, reason = "rounds, as meant")]
+        Some(number) if (LEAST..=MOST).contains(&number) => Ok(Some(number as f32)),
+        Some(found) => {
+            let expected = format!("a number from {LEAST} to {MOST}");
+            Err(invalid(field, &found.into(), expected))
+        }
+    }
+}
+
 fn rms_norm_eps(config: Fields<'_>) -> Result<f32, ShapeError> {
     const FIELD: &str = "rms_norm_eps";
     let eps = config.number(FIELD)?.unwrap_or(1e-6);
@@ -235,90 +339,6 @@ fn rms_norm_eps(config: Fields<'_>) -> Result<f32, ShapeError> {
     } else {
         Err(invalid(FIELD, &eps.into(), "between 0 and 1".to_owned()))
     }
-}
-
-/// For each layer: how many last positions a token sees.
-fn sliding_window(
-    config: Fields<'_>,
-    family: Family,
-    num_layers: u32,
-) -> Result<Vec<Option<u32>>, ShapeError> {
-    const FIELD: &str = "sliding_window";
-    /// What `transformers` takes where the key is absent; `null` is no window.
-    const DEFAULT_WINDOW: u32 = 4096;
-    /// The same for Qwen's `max_window_layers`.
-    const DEFAULT_FULL_LAYERS: u32 = 28;
-    let window = || match config.map().get(FIELD) {
-        None => Ok(Some(DEFAULT_WINDOW)),
-        Some(Value::Null) => Ok(None),
-        Some(_) => config.dimension(FIELD, u32::MAX).map(Some),
-    };
-    let layers = num_layers as usize;
-    match family {
-        Family::Llama => Ok(vec![None; layers]),
-        Family::Mistral => {
-            let window = window()?;
-            let kinds = layer_types(config, layers)?;
-            // The published implementations disagree about such files, so none of them is right.
-            if window.is_some() && kinds.is_some_and(|kinds| kinds.contains(&false)) {
-                return Err(unsupported(
-                    "a Mistral model with `layer_types` beside `sliding_window`".to_owned(),
-                    "Mistral models with the same window in all layers are",
-                ));
-            }
-            Ok(vec![window; layers])
-        }
-        Family::Qwen2 | Family::Qwen3 => {
-            let on = config.flag("use_sliding_window")?;
-            let window = if on { window()? } else { None };
-            let full = config
-                .count("max_window_layers")?
-                .unwrap_or(DEFAULT_FULL_LAYERS);
-            let kinds = layer_types(config, layers)?.unwrap_or_else(|| {
-                (0..num_layers)
-                    .map(|layer| window.is_some() && layer >= full)
-                    .collect()
-            });
-            if window.is_none() && kinds.contains(&true) {
-                let expected = "true, and `sliding_window` given, where `layer_types` has \
-                                sliding_attention";
-                return Err(invalid(
-                    "use_sliding_window",
-                    &on.into(),
-                    expected.to_owned(),
-                ));
-            }
-            Ok(kinds
-                .into_iter()
-                .map(|sliding| window.filter(|_| sliding))
-                .collect())
-        }
-    }
-}
-
-/// `layer_types` as "is it a sliding one", or `None` if absent.
-fn layer_types(config: Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>, ShapeError> {
-    const FIELD: &str = "layer_types";
-    let Some(value) = config.get(FIELD) else {
-        return Ok(None);
-    };
-    let kinds = value.as_array().filter(|kinds| kinds.len() == layers);
-    let kinds = kinds.ok_or_else(|| {
-        invalid(
-            FIELD,
-            value,
-            format!("a list of {layers} entries, one for each layer"),
-        )
-    })?;
-    let sliding = kinds.iter().map(|kind| match kind.as_str() {
-        Some("full_attention") => Ok(false),
-        Some("sliding_attention") => Ok(true),
-        _ => Err(unsupported(
-            format!("the layer type {}", shorten(kind.to_string())),
-            "full_attention and sliding_attention are",
-        )),
-    });
-    sliding.collect::<Result<_, _>>().map(Some)
 }
 
 fn dtype(config: Fields<'_>) -> Result<Dtype, ShapeError> {
@@ -364,7 +384,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A whole number.
-    fn count(self, field: &'static str) -> Result<Option<u32>, ShapeError> {
+    pub(crate) fn count(self, field: &'static str) -> Result<Option<u32>, ShapeError> {
         let Some(value) = self.get(field) else {
             return Ok(None);
         };
@@ -375,16 +395,20 @@ impl<'a> Fields<'a> {
     }
 
     /// A required whole number, `1..=max`.
-    fn dimension(self, field: &'static str, max: u32) -> Result<u32, ShapeError> {
+    pub(crate) fn dimension(self, field: &'static str, max: u32) -> Result<u32, ShapeError> {
         let value = self.get(field).ok_or(ShapeError::Missing(field))?;
         let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
         let number = number.filter(|number| (1..=max).contains(number));
         number.ok_or_else(|| invalid(field, value, format!("a whole number from 1 to {max}")))
     }
 
-    fn flag(self, field: &'static str) -> Result<bool, ShapeError> {
+    pub(crate) fn flag(self, field: &'static str) -> Result<bool, ShapeError> {
+        self.flag_or(field, false)
+    }
+
+    fn flag_or(self, field: &'static str, default: bool) -> Result<bool, ShapeError> {
         let Some(value) = self.get(field) else {
-            return Ok(false);
+            return Ok(default);
         };
         value
             .as_bool()

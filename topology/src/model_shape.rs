@@ -1,6 +1,6 @@
 //! `config.json` as numbers: the one decoder that all families are.
 //!
-//! Llama, Mistral, Qwen2 and Qwen3 differ in a few fields of [`ModelShape`] and in nothing else.
+//! Llama, Mistral, Qwen2, Qwen3, Gemma 2 and Gemma 3 differ in fields of [`ModelShape`] and in nothing else.
 
 use serde::Serialize;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[expect(
     clippy::struct_excessive_bools,
-    reason = "five independent switches of the published configurations"
+    reason = "six independent switches of the published configurations"
 )]
 pub struct ModelShape {
     /// `architectures[0]`, for messages.
@@ -31,15 +31,31 @@ pub struct ModelShape {
     pub max_position_embeddings: u32,
     /// Added under the root in RMSNorm.
     pub rms_norm_eps: f32,
+    /// What the norms' stored weights are relative to: 1 where a stored 0 leaves the norm as it is (Gemma), else 0.
+    pub norm_weight_offset: f32,
+    /// RMSNorm of what attention and the feed-forward layer give, before it is added to the residual (Gemma).
+    pub output_norms: bool,
+    /// Factor on embeddings, rounded to the weights' type before use; 1 in most families.
+    pub embedding_scale: f32,
+    /// Of the feed-forward layer's gate.
+    pub activation: Activation,
     /// Rotary embedding.
     pub rope: Rope,
+    /// Rotary embedding of the layers with a sliding window, where it is another one (Gemma 3).
+    pub local_rope: Option<Rope>,
+    /// Factor on q·k, usually `1 / sqrt(head_dim)`.
+    pub attention_scale: f32,
+    /// Attention scores become `cap * tanh(score / cap)` before the mask (Gemma 2).
+    pub attention_soft_cap: Option<f32>,
+    /// Logits become `cap * tanh(logit / cap)` (Gemma 2).
+    pub logit_soft_cap: Option<f32>,
     /// Biases on the q, k and v projections (Qwen2).
     pub qkv_bias: bool,
     /// Bias on the attention output projection (Llama's `attention_bias`).
     pub output_bias: bool,
     /// Biases on the feed-forward projections (Llama's `mlp_bias`).
     pub mlp_bias: bool,
-    /// RMSNorm over each query and key head (Qwen3).
+    /// RMSNorm over each query and key head (Qwen3, Gemma 3).
     pub qk_norm: bool,
     /// The head is the embedding table.
     pub tie_word_embeddings: bool,
@@ -51,6 +67,15 @@ pub struct ModelShape {
     pub eos_token_ids: Vec<u32>,
     /// Beginning-of-sequence token.
     pub bos_token_id: Option<u32>,
+}
+
+/// What the feed-forward layer's gate goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// GELU in its tanh form, `gelu_pytorch_tanh`.
+    GeluTanh,
 }
 
 /// Rotary embedding and its scaling.

@@ -8,25 +8,73 @@ use crate::model_config::{Fields, ShapeError, invalid, shorten, unsupported};
 use crate::model_shape::{Rope, RopeScaling};
 use serde_json::{Map, Value};
 
-/// The base of all families where nothing is said.
+/// The base of most families where nothing is said.
 const DEFAULT_THETA: f64 = 10_000.0;
+/// The base of Gemma 3's global layers where nothing is said.
+const DEFAULT_GLOBAL_THETA: f64 = 1_000_000.0;
 
 /// `max_positions` is the default of `original_max_position_embeddings`.
 pub(crate) fn rope(config: Fields<'_>, max_positions: u32) -> Result<Rope, ShapeError> {
     let empty = Map::new();
     let inner = Fields(parameters(config)?.unwrap_or(&empty));
-    refuse_unsupported(config, inner)?;
+    if inner.map().values().any(Value::is_object) {
+        return Err(unsupported(
+            "rotary parameters that differ by layer type".to_owned(),
+            "one set for all layers is",
+        ));
+    }
+    read(config, inner, ("rope_theta", DEFAULT_THETA), max_positions)
+}
+
+/// The rotary embeddings of global layers and of those with a window (Gemma 3). Older files have `rope_theta` with
+/// `rope_scaling` for the one and `rope_local_base_freq` for the other, newer ones an entry of
+/// `rope_parameters` for each.
+pub(crate) fn by_layer_type(
+    config: Fields<'_>,
+    max_positions: u32,
+) -> Result<(Rope, Rope), ShapeError> {
+    const FIELD: &str = "rope_parameters";
+    let object = |field, value: Option<&Value>, expected: &str| match value {
+        None => Ok(Map::new()),
+        Some(Value::Object(map)) => Ok(map.clone()),
+        Some(other) => Err(invalid(field, other, expected.to_owned())),
+    };
+    let expected = "an object with `full_attention` and `sliding_attention`";
+    let both = object(FIELD, config.get(FIELD), expected)?;
+    if let Some(key) = both
+        .keys()
+        .find(|key| !matches!(key.as_str(), "full_attention" | "sliding_attention"))
+    {
+        let found = Value::String(shorten(key.clone()));
+        return Err(invalid(FIELD, &found, expected.to_owned()));
+    }
+    let entry = |kind| object(FIELD, Fields(&both).get(kind), expected);
+    let (mut global, local) = (entry("full_attention")?, entry("sliding_attention")?);
+    let scaling = config.get("rope_scaling");
+    global.extend(object("rope_scaling", scaling, "an object or null")?);
+    let base = ("rope_theta", DEFAULT_GLOBAL_THETA);
+    let local_base = ("rope_local_base_freq", DEFAULT_THETA);
+    Ok((
+        read(config, Fields(&global), base, max_positions)?,
+        read(config, Fields(&local), local_base, max_positions)?,
+    ))
+}
+
+/// One rotary embedding: `inner` says how it is scaled, and its base unless `config` does under `base`'s name.
+fn read(
+    config: Fields<'_>,
+    inner: Fields<'_>,
+    (base, default): (&'static str, f64),
+    max_positions: u32,
+) -> Result<Rope, ShapeError> {
+    refuse_partial(config, inner)?;
     // Inside beats outside.
     let theta = match positive(inner, "rope_theta")? {
         Some(theta) => theta,
-        None => positive(config, "rope_theta")?.unwrap_or(DEFAULT_THETA),
+        None => positive(config, base)?.unwrap_or(default),
     };
     if theta <= 1.0 {
-        return Err(invalid(
-            "rope_theta",
-            &theta.into(),
-            "greater than 1".to_owned(),
-        ));
+        return Err(invalid(base, &theta.into(), "greater than 1".to_owned()));
     }
     let scaling = scaling(config, inner, max_positions)?;
     Ok(Rope { theta, scaling })
@@ -45,7 +93,7 @@ fn parameters(config: Fields<'_>) -> Result<Option<&Map<String, Value>>, ShapeEr
     Ok(None)
 }
 
-fn refuse_unsupported(config: Fields<'_>, inner: Fields<'_>) -> Result<(), ShapeError> {
+fn refuse_partial(config: Fields<'_>, inner: Fields<'_>) -> Result<(), ShapeError> {
     for fields in [config, inner] {
         let partial = fields.number("partial_rotary_factor")?;
         if partial.is_some_and(|factor| (factor - 1.0).abs() > 0.0) {
@@ -54,12 +102,6 @@ fn refuse_unsupported(config: Fields<'_>, inner: Fields<'_>) -> Result<(), Shape
                 "only rotary embeddings over whole heads are",
             ));
         }
-    }
-    if inner.map().values().any(Value::is_object) {
-        return Err(unsupported(
-            "rotary parameters that differ by layer type".to_owned(),
-            "one set for all layers is",
-        ));
     }
     Ok(())
 }
@@ -219,7 +261,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn read(config: &Value) -> Result<Rope, ShapeError> {
+    fn read_one(config: &Value) -> Result<Rope, ShapeError> {
         rope(Fields(config.as_object().unwrap()), 4096)
     }
 
@@ -240,8 +282,8 @@ mod tests {
                 original_max_position: 8192.0,
             },
         };
-        assert_eq!(read(&older).unwrap(), expected);
-        assert_eq!(read(&newer).unwrap(), expected);
+        assert_eq!(read_one(&older).unwrap(), expected);
+        assert_eq!(read_one(&newer).unwrap(), expected);
     }
 
     #[test]
@@ -256,7 +298,7 @@ mod tests {
             json!({"rope_parameters": {"rope_type": "default"}}),
             json!({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 7.0}}),
         ] {
-            assert_eq!(read(&config).unwrap(), plain, "{config}");
+            assert_eq!(read_one(&config).unwrap(), plain, "{config}");
         }
     }
 
@@ -265,7 +307,7 @@ mod tests {
         let config = json!({"rope_theta": 5.0, "original_max_position_embeddings": 100,
             "rope_parameters": {"rope_theta": 7.0, "rope_type": "yarn", "factor": 2.0,
                 "original_max_position_embeddings": 200}});
-        let rope = read(&config).unwrap();
+        let rope = read_one(&config).unwrap();
         assert!(rope.theta > 6.0);
         let RopeScaling::Yarn {
             original_max_position,
@@ -285,7 +327,7 @@ mod tests {
                 .as_object_mut()
                 .unwrap()
                 .extend(extra.as_object().unwrap().clone());
-            match read(&json!({"rope_scaling": inner})).unwrap().scaling {
+            match read_one(&json!({"rope_scaling": inner})).unwrap().scaling {
                 RopeScaling::Yarn {
                     attention_factor, ..
                 } => attention_factor,
@@ -368,7 +410,7 @@ mod tests {
             (json!({"rope_theta": 1.0}), "greater than 1"),
             (json!({"rope_theta": "big"}), "number"),
         ] {
-            let refused = read(&config).unwrap_err().to_string();
+            let refused = read_one(&config).unwrap_err().to_string();
             assert!(refused.contains(word), "{config}: {refused}");
         }
     }

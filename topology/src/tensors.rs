@@ -150,7 +150,12 @@ fn layer_tensors(shape: &ModelShape, layer: &str, specs: &mut Vec<TensorSpec>) {
         mlp_bias,
     );
     specs.push(norm("input_layernorm", hidden));
+    // The same name for two places: before the feed-forward layer, unless attention has a norm of its own.
     specs.push(norm("post_attention_layernorm", hidden));
+    if shape.output_norms {
+        specs.push(norm("pre_feedforward_layernorm", hidden));
+        specs.push(norm("post_feedforward_layernorm", hidden));
+    }
     if shape.qk_norm {
         specs.push(norm("self_attn.q_norm", shape.head_dim));
         specs.push(norm("self_attn.k_norm", shape.head_dim));

@@ -1,6 +1,6 @@
 //! What several unit tests share: random model shapes. Compiled for tests only.
 
-use crate::model_shape::{Dtype, ModelShape, Rope, RopeScaling};
+use crate::model_shape::{Activation, Dtype, ModelShape, Rope, RopeScaling};
 use crate::random::Random;
 
 /// A small shape of any family's kind; some cannot be split, which is the point.
@@ -8,6 +8,7 @@ pub(crate) fn random_shape(random: &mut Random) -> ModelShape {
     let small = |random: &mut Random, most| u32::try_from(1 + random.below(most)).unwrap();
     let num_kv_heads = small(random, 8);
     let num_layers = small(random, 3);
+    let head_dim = 2 * small(random, 16);
     ModelShape {
         architecture: "LlamaForCausalLM".to_owned(),
         hidden_size: small(random, 64),
@@ -15,14 +16,22 @@ pub(crate) fn random_shape(random: &mut Random) -> ModelShape {
         num_layers,
         num_heads: num_kv_heads * small(random, 8),
         num_kv_heads,
-        head_dim: 2 * small(random, 16),
+        head_dim,
         vocab_size: small(random, 300),
         max_position_embeddings: 64,
         rms_norm_eps: 1e-5,
+        norm_weight_offset: 0.0,
+        output_norms: random.below(2) == 1,
+        embedding_scale: 1.0,
+        activation: Activation::Silu,
         rope: Rope {
             theta: 1e4,
             scaling: RopeScaling::None,
         },
+        local_rope: None,
+        attention_scale: (head_dim as f32).sqrt().recip(),
+        attention_soft_cap: None,
+        logit_soft_cap: None,
         qkv_bias: random.below(2) == 1,
         output_bias: random.below(2) == 1,
         mlp_bias: random.below(2) == 1,

@@ -9,6 +9,7 @@ pub(crate) mod exp;
 pub(crate) mod kv_cache;
 pub(crate) mod memory;
 pub(crate) mod simd;
+pub(crate) mod tanh;
 mod tensor;
 pub(crate) mod threads;
 pub(crate) mod weight;
@@ -19,7 +20,8 @@ pub use tensor::CpuTensor;
 pub use weight::CpuWeight;
 
 use crate::backend::{
-    Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Precision,
+    Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
+    Precision,
 };
 use crate::batch::Batch;
 use crate::ops;
@@ -173,12 +175,19 @@ impl Backend for CpuBackend {
         tensor.set_rows(rows);
     }
 
-    fn embed(&self, batch: &CpuBatch, table: &CpuWeight, first_token: u32, out: &mut CpuTensor) {
-        ops::embed::embed(self, batch, table, first_token, out);
+    fn embed(
+        &self,
+        batch: &CpuBatch,
+        table: &CpuWeight,
+        first_token: u32,
+        scale: f32,
+        out: &mut CpuTensor,
+    ) {
+        ops::embed::embed(self, batch, (table, first_token), scale, out);
     }
 
-    fn rms_norm(&self, x: &CpuTensor, weight: &CpuWeight, eps: f32, out: &mut CpuTensor) {
-        ops::rms_norm::rms_norm(self, x, weight, eps, out);
+    fn rms_norm(&self, x: &CpuTensor, weight: &CpuWeight, norm: Norm, out: &mut CpuTensor) {
+        ops::rms_norm::rms_norm(self, x, (weight, norm), out);
     }
 
     fn add_rms_norm(
@@ -186,10 +195,10 @@ impl Backend for CpuBackend {
         x: &CpuTensor,
         residual: &mut CpuTensor,
         weight: &CpuWeight,
-        eps: f32,
+        norm: Norm,
         out: &mut CpuTensor,
     ) {
-        ops::rms_norm::add_rms_norm(self, x, residual, (weight, eps), out);
+        ops::rms_norm::add_rms_norm(self, x, residual, (weight, norm), out);
     }
 
     fn head_norm(
@@ -197,9 +206,9 @@ impl Backend for CpuBackend {
         qkv: &mut CpuTensor,
         heads: Heads,
         weights: (&CpuWeight, &CpuWeight),
-        eps: f32,
+        norm: Norm,
     ) {
-        ops::head_norm::head_norm(self, qkv, heads, weights, eps);
+        ops::head_norm::head_norm(self, qkv, heads, weights, norm);
     }
 
     fn linear(
@@ -238,8 +247,12 @@ impl Backend for CpuBackend {
         ops::paged_attention::attend(self, batch, attention, (qkv, cache), out);
     }
 
-    fn silu_mul(&self, gate_up: &CpuTensor, out: &mut CpuTensor) {
-        ops::silu_mul::silu_mul(self, gate_up, out);
+    fn gated_activation(&self, activation: Activation, gate_up: &CpuTensor, out: &mut CpuTensor) {
+        ops::gated_activation::gated_activation(self, activation, gate_up, out);
+    }
+
+    fn soft_cap(&self, cap: f32, x: &mut CpuTensor) {
+        ops::soft_cap::soft_cap(self, cap, x);
     }
 
     fn gather_logit_rows(&self, batch: &CpuBatch, x: &CpuTensor, out: &mut CpuTensor) {

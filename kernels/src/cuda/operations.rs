@@ -7,7 +7,8 @@
 
 use super::{CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, load};
 use crate::backend::{
-    Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Precision,
+    Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
+    Precision,
 };
 use crate::batch::Batch;
 use crate::cpu::element::{Stored, by_element};
@@ -115,12 +116,19 @@ impl Backend for CudaBackend {
         tensor.set_rows(rows);
     }
 
-    fn embed(&self, batch: &CudaBatch, table: &CudaWeight, first_token: u32, out: &mut CudaTensor) {
-        ops::embed::cuda::embed(self, batch, table, first_token, out);
+    fn embed(
+        &self,
+        batch: &CudaBatch,
+        table: &CudaWeight,
+        first_token: u32,
+        scale: f32,
+        out: &mut CudaTensor,
+    ) {
+        ops::embed::cuda::embed(self, batch, (table, first_token), scale, out);
     }
 
-    fn rms_norm(&self, x: &CudaTensor, weight: &CudaWeight, eps: f32, out: &mut CudaTensor) {
-        ops::rms_norm::cuda::rms_norm(self, x, weight, eps, out);
+    fn rms_norm(&self, x: &CudaTensor, weight: &CudaWeight, norm: Norm, out: &mut CudaTensor) {
+        ops::rms_norm::cuda::rms_norm(self, x, (weight, norm), out);
     }
 
     fn add_rms_norm(
@@ -128,10 +136,10 @@ impl Backend for CudaBackend {
         x: &CudaTensor,
         residual: &mut CudaTensor,
         weight: &CudaWeight,
-        eps: f32,
+        norm: Norm,
         out: &mut CudaTensor,
     ) {
-        ops::rms_norm::cuda::add_rms_norm(self, x, residual, (weight, eps), out);
+        ops::rms_norm::cuda::add_rms_norm(self, x, residual, (weight, norm), out);
     }
 
     fn head_norm(
@@ -139,9 +147,9 @@ impl Backend for CudaBackend {
         qkv: &mut CudaTensor,
         heads: Heads,
         weights: (&CudaWeight, &CudaWeight),
-        eps: f32,
+        norm: Norm,
     ) {
-        ops::head_norm::cuda::head_norm(self, qkv, heads, weights, eps);
+        ops::head_norm::cuda::head_norm(self, qkv, heads, weights, norm);
     }
 
     fn linear(
@@ -185,8 +193,12 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn silu_mul(&self, gate_up: &CudaTensor, out: &mut CudaTensor) {
-        ops::silu_mul::cuda::silu_mul(self, gate_up, out);
+    fn gated_activation(&self, activation: Activation, gate_up: &CudaTensor, out: &mut CudaTensor) {
+        ops::gated_activation::cuda::gated_activation(self, activation, gate_up, out);
+    }
+
+    fn soft_cap(&self, cap: f32, x: &mut CudaTensor) {
+        ops::soft_cap::cuda::soft_cap(self, cap, x);
     }
 
     fn gather_logit_rows(&self, batch: &CudaBatch, x: &CudaTensor, out: &mut CudaTensor) {

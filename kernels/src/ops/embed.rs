@@ -1,5 +1,6 @@
-//! `out[t] = table[token_ids[t] - first_token]`, or zero where the token is not in this part of the table.
+//! `out[t] = scale * table[token_ids[t] - first_token]`, or zero where the token is not in this part of the table.
 //!
+//! `scale` is 1 in most families; where it is not it is rounded to the table's element first, as the models were trained.
 //! `table: [part of the vocabulary, width]`, `out: [tokens, width]`. With the vocabulary divided among
 //! ranks every token is in one rank's part, and the sum over ranks is the whole embedding.
 
@@ -10,8 +11,8 @@ use crate::cpu::{CpuBackend, CpuBatch, CpuTensor, CpuWeight};
 pub(crate) fn embed(
     cpu: &CpuBackend,
     batch: &CpuBatch,
-    table: &CpuWeight,
-    first_token: u32,
+    (table, first_token): (&CpuWeight, u32),
+    scale: f32,
     out: &mut CpuTensor,
 ) {
     let tokens = &batch.host.token_ids;
@@ -22,12 +23,13 @@ pub(crate) fn embed(
         "out is [tokens, width]"
     );
     by_element!(table.element(), E => {
+        let scale = E::narrow(scale).widen();
         cpu.threads.rows(out.values_mut(), width, width, |t, row| {
             let index = tokens[t].checked_sub(first_token).map(|index| index as usize);
             match index.filter(|&index| index < table.rows()) {
                 Some(index) => {
                     for (to, from) in row.iter_mut().zip(table.row::<E>(index)) {
-                        *to = from.widen();
+                        *to = scale * from.widen();
                     }
                 }
                 None => row.fill(0.0),
@@ -40,6 +42,7 @@ pub(crate) fn embed(
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "the launcher is C")]
 pub(crate) mod cuda {
+    use crate::cpu::element::{Stored, by_element};
     use crate::cuda::launch::{long, unsigned};
     use crate::cuda::{CudaBackend, CudaBatch, CudaTensor, CudaWeight, element_code};
     use std::ffi::{c_int, c_void};
@@ -55,6 +58,7 @@ pub(crate) mod cuda {
             width: i64,
             first_token: u32,
             table_rows: u32,
+            scale: f32,
         ) -> c_int;
     }
 
@@ -62,8 +66,8 @@ pub(crate) mod cuda {
     pub(crate) fn embed(
         cuda: &CudaBackend,
         batch: &CudaBatch,
-        table: &CudaWeight,
-        first_token: u32,
+        (table, first_token): (&CudaWeight, u32),
+        scale: f32,
         out: &mut CudaTensor,
     ) {
         let (tokens, width) = (batch.num_tokens(), table.cols());
@@ -72,6 +76,7 @@ pub(crate) mod cuda {
             (tokens, width, table.element()),
             "out is [tokens, width] of the table's element"
         );
+        let scale = by_element!(table.element(), E => E::narrow(scale).widen());
         // SAFETY: the sizes are those of the tensors' memory, and no row of the table is read from outside it.
         let code = unsafe {
             cluster_embed(
@@ -84,6 +89,7 @@ pub(crate) mod cuda {
                 long(width),
                 first_token,
                 unsigned(table.rows()),
+                scale,
             )
         };
         cuda.launched("embed", code);
@@ -92,15 +98,25 @@ pub(crate) mod cuda {
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::Backend;
-    use crate::testing::{ELEMENTS, Rng, backends, tensor, tokens, upload, weight};
+    use crate::backend::{Backend, Element};
+    use crate::testing::{
+        ELEMENTS, Rng, backends, host_matrix, rounded, tensor, tokens, upload, weight,
+    };
 
-    fn reference(token_ids: &[u32], table: &[f32], width: usize, first: u32) -> Vec<f32> {
+    /// What the embeddings are multiplied by: nothing, as most families, and a number that 16 bits round.
+    const SCALES: [f32; 2] = [1.0, 55.425_625];
+
+    fn reference(
+        token_ids: &[u32],
+        (table, scale): (&[f32], f32),
+        width: usize,
+        first: u32,
+    ) -> Vec<f32> {
         let vocab = table.len() / width;
         let value = |token: u32, column: usize| {
             let inside = token >= first && ((token - first) as usize) < vocab;
             if inside {
-                table[(token - first) as usize * width + column]
+                scale * table[(token - first) as usize * width + column]
             } else {
                 0.0
             }
@@ -117,7 +133,7 @@ mod tests {
     fn is_the_reference() {
         let mut rng = Rng::new(1);
         for cpu in backends() {
-            for element in ELEMENTS {
+            for (element, scale) in ELEMENTS.into_iter().flat_map(|e| SCALES.map(|s| (e, s))) {
                 let (vocab, width, count) =
                     (rng.within(1..20), rng.within(1..40), rng.within(1..30));
                 let first = rng.within(0..10);
@@ -125,9 +141,25 @@ mod tests {
                 let (table, values) = weight(&mut rng, &cpu, (vocab, width), element);
                 let batch = upload(&cpu, &tokens(ids.clone(), vec![0; count]));
                 let mut out = tensor(&cpu, &rng.values(count * width), width);
-                cpu.embed(&batch, &table, first as u32, &mut out);
-                assert_eq!(out.values(), reference(&ids, &values, width, first as u32));
+                cpu.embed(&batch, &table, first as u32, scale, &mut out);
+                let known = (&values[..], rounded(&[scale], element)[0]);
+                assert_eq!(out.values(), reference(&ids, known, width, first as u32));
             }
+        }
+    }
+
+    #[test]
+    fn the_scale_is_rounded_as_the_table_is() {
+        let mut rng = Rng::new(2);
+        let cpu = &backends()[0];
+        // The root of 3072, and what bf16 makes of it.
+        for (element, rounded) in [(Element::F32, SCALES[1]), (Element::Bf16, 55.5)] {
+            let one = host_matrix(&mut rng, &[1.0], 1, element);
+            let table = cpu.load(&[one], element, &mut |_| ()).unwrap();
+            let batch = upload(cpu, &tokens(vec![0], vec![0]));
+            let mut out = tensor(cpu, &[0.0], 1);
+            cpu.embed(&batch, &table, 0, SCALES[1], &mut out);
+            assert_eq!(out.values(), [rounded]);
         }
     }
 
@@ -137,6 +169,7 @@ mod tests {
         use crate::cuda::testing::{each_element, read, values};
         each_element(101, |cuda, rng| {
             for width in [1, 7, 8, 30, 64, 250, 256, 2056, rng.within(1..3000)] {
+                let scale = rng.pick(&SCALES);
                 let (vocab, count, first) =
                     (rng.within(1..20), rng.within(1..30), rng.within(0..10));
                 let mut ids: Vec<u32> = (0..count).map(|_| rng.within(0..40) as u32).collect();
@@ -149,8 +182,10 @@ mod tests {
                 let (table, known) = weight(rng, cuda, (vocab, width), cuda.element());
                 let batch = upload(cuda, &tokens(ids.clone(), vec![0; count]));
                 let mut out = tensor(cuda, &values(cuda, rng, count * width), width);
-                cuda.embed(&batch, &table, first as u32, &mut out);
-                let expected = reference(&ids, &known, width, first as u32);
+                cuda.embed(&batch, &table, first as u32, scale, &mut out);
+                let known = (&known[..], rounded(&[scale], cuda.element())[0]);
+                let expected = reference(&ids, known, width, first as u32);
+                let expected = rounded(&expected, cuda.element());
                 assert_eq!(read(cuda, &out), expected, "{count} of {width}");
             }
         });

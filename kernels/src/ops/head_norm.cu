@@ -16,7 +16,7 @@ template <class T, int N, int PER_LANE>
 __global__ void __launch_bounds__(THREADS)
     head_norm(T* __restrict__ qkv, const T* __restrict__ query_weight, const T* __restrict__ key_weight,
               unsigned all_heads, unsigned heads, unsigned normed_heads, int head_dim, int64_t stride, int lane_shift,
-              float eps) {
+              float eps, float offset) {
     const int lanes = 1 << lane_shift, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     const unsigned head_index = blockIdx.x * (THREADS >> lane_shift) + (threadIdx.x >> lane_shift);
     const bool here = head_index < all_heads;
@@ -56,21 +56,22 @@ __global__ void __launch_bounds__(THREADS)
             float weight[N];
             weights[p].widen_to(weight);
 #pragma unroll
-            for (int i = 0; i < N; ++i) weight[i] *= values[p][i] * factor;
+            for (int i = 0; i < N; ++i) weight[i] = (weight[i] + offset) * (values[p][i] * factor);
             Packed<T, N>::from(weight).store(values_at + at);
         }
     } else {
         for (int at = lane; at < head_dim; at += lanes)
-            values_at[at] = narrow<T>(widen(values_at[at]) * factor * widen(weight_at[at]));
+            values_at[at] = narrow<T>(widen(values_at[at]) * factor * (widen(weight_at[at]) + offset));
     }
 }
 
 }  // namespace
 
-// `qkv: [tokens, (heads + 2 * kv_heads) * head_dim]`; one weight of `head_dim` for queries and one for keys.
+// `qkv: [tokens, (heads + 2 * kv_heads) * head_dim]`; one weight of `head_dim` for queries and one for keys,
+// which `weight_offset` is added to.
 extern "C" int cluster_head_norm(void* stream, int element, void* qkv, const void* query_weight,
                                  const void* key_weight, int64_t tokens, int32_t heads, int32_t kv_heads,
-                                 int32_t head_dim, float eps) {
+                                 int32_t head_dim, float eps, float weight_offset) {
     return by_element(element, [&](auto tag) -> int {
         using T = typename decltype(tag)::Type;
         const int normed = heads + kv_heads;
@@ -87,7 +88,7 @@ extern "C" int cluster_head_norm(void* stream, int element, void* qkv, const voi
         const auto run = [&](auto* kernel) {
             const auto blocks = static_cast<unsigned>(ceil_div(all_heads * lanes, THREADS));
             return CLUSTER_LAUNCH(kernel, blocks, THREADS, 0, stream, values, query, key, all_heads, heads, normed,
-                                  head_dim, stride, lane_shift, eps);
+                                  head_dim, stride, lane_shift, eps, weight_offset);
         };
         if (vectors && items <= lanes) return run(&head_norm<T, VECTOR<T>, 1>);
         if (vectors && items <= 2 * lanes) return run(&head_norm<T, VECTOR<T>, 2>);

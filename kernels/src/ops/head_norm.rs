@@ -1,8 +1,8 @@
-//! RMSNorm over each head of the query and key parts of `qkv`, in place (Qwen3); values stay as they are.
+//! RMSNorm over each head of the query and key parts of `qkv`, in place (Qwen3, Gemma 3); values stay as they are.
 //!
 //! `qkv: [tokens, (local_heads + 2 * local_kv_heads) * head_dim]`, `weights: [head_dim]` for queries and keys.
 
-use crate::backend::Heads;
+use crate::backend::{Heads, Norm};
 use crate::cpu::element::by_element;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use crate::ops::rms_norm::Normalise;
@@ -13,7 +13,7 @@ pub(crate) fn head_norm(
     qkv: &mut CpuTensor,
     heads: Heads,
     (query, key): (&CpuWeight, &CpuWeight),
-    eps: f32,
+    norm: Norm,
 ) {
     let width = qkv.width();
     assert_eq!(width, heads.qkv_width(), "qkv is as wide as its heads");
@@ -31,7 +31,7 @@ pub(crate) fn head_norm(
                     let weight = weight.vector::<E>();
                     assert_eq!(weight.len(), head_dim, "one weight for each column of a head");
                     for x in part.chunks_exact_mut(head_dim) {
-                        cpu.isa.run(Normalise { x, weight, eps });
+                        cpu.isa.run(Normalise { x, weight, norm });
                     }
                 });
             }
@@ -42,7 +42,7 @@ pub(crate) fn head_norm(
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "the launcher is C")]
 pub(crate) mod cuda {
-    use crate::backend::Heads;
+    use crate::backend::{Heads, Norm};
     use crate::cuda::launch::{check_qkv, int, long};
     use crate::cuda::{CudaBackend, CudaTensor, CudaWeight, element_code};
     use std::ffi::{c_int, c_void};
@@ -59,6 +59,7 @@ pub(crate) mod cuda {
             kv_heads: i32,
             head_dim: i32,
             eps: f32,
+            weight_offset: f32,
         ) -> c_int;
     }
 
@@ -68,7 +69,7 @@ pub(crate) mod cuda {
         qkv: &mut CudaTensor,
         heads: Heads,
         (query, key): (&CudaWeight, &CudaWeight),
-        eps: f32,
+        norm: Norm,
     ) {
         check_qkv(qkv.width(), heads);
         for weight in [query, key] {
@@ -91,7 +92,8 @@ pub(crate) mod cuda {
                 int(heads.local_heads),
                 int(heads.local_kv_heads),
                 int(heads.head_dim),
-                eps,
+                norm.eps,
+                norm.weight_offset,
             )
         };
         cuda.launched("head_norm", code);
@@ -101,14 +103,14 @@ pub(crate) mod cuda {
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Heads};
-    use crate::ops::rms_norm::tests::reference;
+    use crate::ops::rms_norm::tests::{NORMS, reference};
     use crate::testing::{ELEMENTS, Rng, assert_close, backends, bits, tensor, weight};
 
     #[test]
     fn is_the_reference_over_queries_and_keys_and_a_row_alone_gives_the_same_bits() {
         let mut rng = Rng::new(4);
         for cpu in backends() {
-            for element in ELEMENTS {
+            for (element, norm) in ELEMENTS.into_iter().flat_map(|e| NORMS.map(|n| (e, n))) {
                 let heads = Heads {
                     local_heads: rng.within(1..5),
                     local_kv_heads: rng.within(1..4),
@@ -119,17 +121,17 @@ mod tests {
                 let (key, key_values) = weight(&mut rng, &cpu, (1, dim), element);
                 let before = rng.values(rows * width);
                 let mut qkv = tensor(&cpu, &before, width);
-                cpu.head_norm(&mut qkv, heads, (&query, &key), 1e-6);
+                cpu.head_norm(&mut qkv, heads, (&query, &key), norm);
 
                 let queries = heads.local_heads * dim;
                 let keys = queries + heads.local_kv_heads * dim;
                 for (row, before) in before.chunks_exact(width).enumerate() {
-                    let mut expected = reference(&before[..queries], &query_values, 1e-6);
-                    expected.extend(reference(&before[queries..keys], &key_values, 1e-6));
+                    let mut expected = reference(&before[..queries], &query_values, norm);
+                    expected.extend(reference(&before[queries..keys], &key_values, norm));
                     expected.extend_from_slice(&before[keys..]);
                     assert_close(qkv.row(row), &expected, 1e-6, 1e-5);
                     let mut alone = tensor(&cpu, before, width);
-                    cpu.head_norm(&mut alone, heads, (&query, &key), 1e-6);
+                    cpu.head_norm(&mut alone, heads, (&query, &key), norm);
                     assert_eq!(bits(alone.values()), bits(qkv.row(row)));
                 }
             }
@@ -148,18 +150,19 @@ mod tests {
                     head_dim: dim,
                 };
                 let (rows, width) = (rng.within(1..9), heads.qkv_width());
+                let norm = rng.pick(&NORMS);
                 let (query, query_values) = weight(rng, cuda, (1, dim), cuda.element());
                 let (key, key_values) = weight(rng, cuda, (1, dim), cuda.element());
                 let before = values(cuda, rng, rows * width);
                 let mut qkv = tensor(cuda, &before, width);
-                cuda.head_norm(&mut qkv, heads, (&query, &key), 1e-6);
+                cuda.head_norm(&mut qkv, heads, (&query, &key), norm);
 
                 let queries = heads.local_heads * dim;
                 let keys = queries + heads.local_kv_heads * dim;
                 let mut expected = Vec::new();
                 for before in before.chunks_exact(width) {
-                    expected.extend(reference(&before[..queries], &query_values, 1e-6));
-                    expected.extend(reference(&before[queries..keys], &key_values, 1e-6));
+                    expected.extend(reference(&before[..queries], &query_values, norm));
+                    expected.extend(reference(&before[queries..keys], &key_values, norm));
                     expected.extend_from_slice(&before[keys..]);
                 }
                 assert_twin(cuda, &read(cuda, &qkv), &expected);

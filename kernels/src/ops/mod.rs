@@ -5,6 +5,7 @@
 //! batch, the tile or the number of threads.
 
 pub(crate) mod embed;
+pub(crate) mod gated_activation;
 pub(crate) mod gather;
 pub(crate) mod head_norm;
 pub(crate) mod linear;
@@ -12,5 +13,5 @@ pub(crate) mod paged_attention;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod sample;
-pub(crate) mod silu_mul;
+pub(crate) mod soft_cap;
 pub(crate) mod write_kv;

@@ -30,11 +30,11 @@ __device__ __forceinline__ void summed(const Packed<T, N>& x, const Packed<T, N>
 
 template <class T, int N>
 __device__ __forceinline__ void scale_and_store(const float (&values)[N], const Packed<T, N>& weight_bits,
-                                                float factor, T* out) {
+                                                float factor, float offset, T* out) {
     float weight[N];
     weight_bits.widen_to(weight);
 #pragma unroll
-    for (int i = 0; i < N; ++i) weight[i] *= values[i] * factor;
+    for (int i = 0; i < N; ++i) weight[i] = (weight[i] + offset) * (values[i] * factor);
     Packed<T, N>::from(weight).store(out);
 }
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ void scale_and_store(const float (&values)[N], const 
 template <class T, int PER_THREAD, bool ADD>
 __global__ void __launch_bounds__(MAX_THREADS)
     norm_in_registers(const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight,
-                      T* __restrict__ out, int width, float eps) {
+                      T* __restrict__ out, int width, float eps, float offset) {
     constexpr int N = VECTOR<T>;
     __shared__ float scratch[WARP_SIZE];
     const int64_t row = static_cast<int64_t>(blockIdx.x) * width;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 #pragma unroll
     for (int p = 0; p < PER_THREAD; ++p) {
         const int at = first + p * step;
-        if (at < width) scale_and_store<T, N>(values[p], weights[p], factor, out + row + at);
+        if (at < width) scale_and_store<T, N>(values[p], weights[p], factor, offset, out + row + at);
     }
 }
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 template <class T, int N, bool ADD>
 __global__ void __launch_bounds__(MAX_THREADS)
     norm_in_two_passes(const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight,
-                       T* __restrict__ out, int width, float eps) {
+                       T* __restrict__ out, int width, float eps, float offset) {
     __shared__ float scratch[WARP_SIZE];
     const int64_t row = static_cast<int64_t>(blockIdx.x) * width;
     const int first = static_cast<int>(threadIdx.x) * N, step = static_cast<int>(blockDim.x) * N;
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(MAX_THREADS)
     for (int at = first; at < width; at += step) {
         float values[N];
         Packed<T, N>::load(again + row + at).widen_to(values);
-        scale_and_store<T, N>(values, Packed<T, N>::load(weight + at), factor, out + row + at);
+        scale_and_store<T, N>(values, Packed<T, N>::load(weight + at), factor, offset, out + row + at);
     }
 }
 
 template <bool ADD>
 int norm(void* stream, int element, const void* x, void* residual, const void* weight, void* out, int64_t rows,
-         int64_t width, float eps) {
+         int64_t width, float eps, float offset) {
     return by_element(element, [&](auto tag) -> int {
         using T = typename decltype(tag)::Type;
         if (rows == 0 || width == 0) return cudaSuccess;
@@ -113,7 +113,7 @@ int norm(void* stream, int element, const void* x, void* residual, const void* w
         const int64_t items = vectors ? width / VECTOR<T> : width;
         const auto run = [&](auto* kernel, unsigned threads) {
             return CLUSTER_LAUNCH(kernel, static_cast<unsigned>(rows), threads, 0, stream, from, sum, w, to,
-                                  static_cast<int>(width), eps);
+                                  static_cast<int>(width), eps, offset);
         };
         const unsigned all = whole_warps(items, MAX_THREADS);
         if (!vectors) return run(&norm_in_two_passes<T, 1, ADD>, all);
@@ -129,14 +129,14 @@ int norm(void* stream, int element, const void* x, void* residual, const void* w
 
 }  // namespace
 
-// `x, out: [rows, width]`, `weight: [width]`.
+// `x, out: [rows, width]`, `weight: [width]`, which `weight_offset` is added to.
 extern "C" int cluster_rms_norm(void* stream, int element, const void* x, const void* weight, void* out, int64_t rows,
-                                int64_t width, float eps) {
-    return norm<false>(stream, element, x, nullptr, weight, out, rows, width, eps);
+                                int64_t width, float eps, float weight_offset) {
+    return norm<false>(stream, element, x, nullptr, weight, out, rows, width, eps, weight_offset);
 }
 
 // As above with `residual: [rows, width]`, which is changed first.
 extern "C" int cluster_add_rms_norm(void* stream, int element, const void* x, void* residual, const void* weight,
-                                    void* out, int64_t rows, int64_t width, float eps) {
-    return norm<true>(stream, element, x, residual, weight, out, rows, width, eps);
+                                    void* out, int64_t rows, int64_t width, float eps, float weight_offset) {
+    return norm<true>(stream, element, x, residual, weight, out, rows, width, eps, weight_offset);
 }

@@ -1,8 +1,9 @@
-//! `out = x / rms(x) * weight` by row, `rms(x) = sqrt(mean(x^2) + eps)`.
+//! `out = x / rms(x) * (weight + weight_offset)` by row, `rms(x) = sqrt(mean(x^2) + eps)`.
 //!
 //! `x, out: [rows, width]`, `weight: [width]`. The variant for a residual stream first adds:
 //! `residual += x`, then `out = rms_norm(residual)`.
 
+use crate::backend::Norm;
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::simd::{Kernel, Simd, dot};
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
@@ -11,7 +12,7 @@ use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 pub(crate) struct Normalise<'a, E> {
     pub(crate) x: &'a mut [f32],
     pub(crate) weight: &'a [E],
-    pub(crate) eps: f32,
+    pub(crate) norm: Norm,
 }
 
 impl<E: Stored> Kernel for Normalise<'_, E> {
@@ -20,9 +21,9 @@ impl<E: Stored> Kernel for Normalise<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let mean = dot(simd, self.x, self.x) / self.x.len() as f32;
-        let factor = 1.0 / (mean + self.eps).sqrt();
+        let factor = 1.0 / (mean + self.norm.eps).sqrt();
         for (value, weight) in self.x.iter_mut().zip(self.weight) {
-            *value = *value * factor * weight.widen();
+            *value = *value * factor * (weight.widen() + self.norm.weight_offset);
         }
     }
 }
@@ -31,8 +32,7 @@ impl<E: Stored> Kernel for Normalise<'_, E> {
 pub(crate) fn rms_norm(
     cpu: &CpuBackend,
     x: &CpuTensor,
-    weight: &CpuWeight,
-    eps: f32,
+    (weight, norm): (&CpuWeight, Norm),
     out: &mut CpuTensor,
 ) {
     let width = x.width();
@@ -46,7 +46,7 @@ pub(crate) fn rms_norm(
         assert_eq!(weight.len(), width, "one weight for each column");
         cpu.threads.rows(out.values_mut(), width, 2 * width, |i, row| {
             row.copy_from_slice(x.row(i));
-            cpu.isa.run(Normalise { x: row, weight, eps });
+            cpu.isa.run(Normalise { x: row, weight, norm });
         });
     });
 }
@@ -56,7 +56,7 @@ pub(crate) fn add_rms_norm(
     cpu: &CpuBackend,
     x: &CpuTensor,
     residual: &mut CpuTensor,
-    (weight, eps): (&CpuWeight, f32),
+    (weight, norm): (&CpuWeight, Norm),
     out: &mut CpuTensor,
 ) {
     let width = x.width();
@@ -76,7 +76,7 @@ pub(crate) fn add_rms_norm(
                 *residual += x;
                 *out = *residual;
             }
-            cpu.isa.run(Normalise { x: out, weight, eps });
+            cpu.isa.run(Normalise { x: out, weight, norm });
         });
     });
 }
@@ -85,6 +85,7 @@ pub(crate) fn add_rms_norm(
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "the launcher is C")]
 pub(crate) mod cuda {
+    use crate::backend::Norm;
     use crate::cuda::launch::long;
     use crate::cuda::{CudaBackend, CudaTensor, CudaWeight, element_code};
     use std::ffi::{c_int, c_void};
@@ -99,6 +100,7 @@ pub(crate) mod cuda {
             rows: i64,
             width: i64,
             eps: f32,
+            weight_offset: f32,
         ) -> c_int;
         fn cluster_add_rms_norm(
             stream: *mut c_void,
@@ -110,6 +112,7 @@ pub(crate) mod cuda {
             rows: i64,
             width: i64,
             eps: f32,
+            weight_offset: f32,
         ) -> c_int;
     }
 
@@ -117,8 +120,7 @@ pub(crate) mod cuda {
     pub(crate) fn rms_norm(
         cuda: &CudaBackend,
         x: &CudaTensor,
-        weight: &CudaWeight,
-        eps: f32,
+        (weight, norm): (&CudaWeight, Norm),
         out: &mut CudaTensor,
     ) {
         check(x, weight, out);
@@ -132,7 +134,8 @@ pub(crate) mod cuda {
                 out.pointer_mut(),
                 long(x.rows()),
                 long(x.width()),
-                eps,
+                norm.eps,
+                norm.weight_offset,
             )
         };
         cuda.launched("rms_norm", code);
@@ -143,7 +146,7 @@ pub(crate) mod cuda {
         cuda: &CudaBackend,
         x: &CudaTensor,
         residual: &mut CudaTensor,
-        (weight, eps): (&CudaWeight, f32),
+        (weight, norm): (&CudaWeight, Norm),
         out: &mut CudaTensor,
     ) {
         check(x, weight, out);
@@ -163,7 +166,8 @@ pub(crate) mod cuda {
                 out.pointer_mut(),
                 long(x.rows()),
                 long(x.width()),
-                eps,
+                norm.eps,
+                norm.weight_offset,
             )
         };
         cuda.launched("add_rms_norm", code);
@@ -185,16 +189,29 @@ pub(crate) mod cuda {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use crate::backend::{Backend, Precision};
+    use crate::backend::{Backend, Norm, Precision};
     use crate::testing::{ELEMENTS, Rng, assert_close, backends, bits, tensor, weight};
 
+    /// Weights as they are, and as their distance from 1.
+    pub(crate) const NORMS: [Norm; 2] = [
+        Norm {
+            eps: 1e-5,
+            weight_offset: 0.0,
+        },
+        Norm {
+            eps: 1e-6,
+            weight_offset: 1.0,
+        },
+    ];
+
     /// `[rows, width]` from `x: [rows, width]`.
-    pub(crate) fn reference(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    pub(crate) fn reference(x: &[f32], weight: &[f32], norm: Norm) -> Vec<f32> {
         let mut out = Vec::new();
         for row in x.chunks_exact(weight.len()) {
             let squares: f32 = row.iter().map(|x| x * x).sum();
-            let rms = (squares / row.len() as f32 + eps).sqrt();
-            out.extend(row.iter().zip(weight).map(|(x, w)| x / rms * w));
+            let rms = (squares / row.len() as f32 + norm.eps).sqrt();
+            let weights = weight.iter().map(|w| w + norm.weight_offset);
+            out.extend(row.iter().zip(weights).map(|(x, w)| x / rms * w));
         }
         out
     }
@@ -203,7 +220,7 @@ pub(crate) mod tests {
     fn is_the_reference_and_a_row_alone_gives_the_same_bits() {
         let mut rng = Rng::new(3);
         for cpu in backends() {
-            for element in ELEMENTS {
+            for (element, norm) in ELEMENTS.into_iter().flat_map(|e| NORMS.map(|n| (e, n))) {
                 let (rows, width) = (rng.within(1..20), rng.within(1..200));
                 let (w, w_values) = weight(&mut rng, &cpu, (1, width), element);
                 let x = tensor(&cpu, &rng.values(rows * width), width);
@@ -215,23 +232,23 @@ pub(crate) mod tests {
                     .map(|(a, b)| a + b)
                     .collect();
                 let mut out = cpu.allocate(rows, width, Precision::Compute).unwrap();
-                cpu.rms_norm(&x, &w, 1e-5, &mut out);
+                cpu.rms_norm(&x, &w, norm, &mut out);
                 assert_close(
                     out.values(),
-                    &reference(x.values(), &w_values, 1e-5),
+                    &reference(x.values(), &w_values, norm),
                     1e-6,
                     1e-5,
                 );
 
                 let mut residual = tensor(&cpu, x.values(), width);
-                cpu.add_rms_norm(&added, &mut residual, &w, 1e-5, &mut out);
+                cpu.add_rms_norm(&added, &mut residual, &w, norm, &mut out);
                 assert_eq!(bits(residual.values()), bits(&sums));
-                assert_close(out.values(), &reference(&sums, &w_values, 1e-5), 1e-6, 1e-5);
+                assert_close(out.values(), &reference(&sums, &w_values, norm), 1e-6, 1e-5);
 
                 for row in 0..rows {
                     let mut alone = cpu.allocate(1, width, Precision::Compute).unwrap();
                     let one = tensor(&cpu, residual.row(row), width);
-                    cpu.rms_norm(&one, &w, 1e-5, &mut alone);
+                    cpu.rms_norm(&one, &w, norm, &mut alone);
                     assert_eq!(bits(alone.values()), bits(out.row(row)));
                 }
             }
@@ -250,24 +267,25 @@ pub(crate) mod tests {
             ];
             for width in widths.into_iter().chain([rng.within(1..5000)]) {
                 let rows = if width > 5000 { 2 } else { rng.within(1..9) };
+                let norm = rng.pick(&NORMS);
                 let (w, known) = weight(rng, cuda, (1, width), cuda.element());
                 let [x, added] = [(); 2].map(|()| values(cuda, rng, rows * width));
                 let (x_device, added_device) =
                     (tensor(cuda, &x, width), tensor(cuda, &added, width));
                 let mut out = cuda.allocate(rows, width, Precision::Compute).unwrap();
-                cuda.rms_norm(&x_device, &w, 1e-5, &mut out);
-                assert_twin(cuda, &read(cuda, &out), &reference(&x, &known, 1e-5));
+                cuda.rms_norm(&x_device, &w, norm, &mut out);
+                assert_twin(cuda, &read(cuda, &out), &reference(&x, &known, norm));
 
                 let sums: Vec<f32> = x.iter().zip(&added).map(|(a, b)| a + b).collect();
                 let sums = rounded(&sums, cuda.element());
                 let mut residual = x_device;
-                cuda.add_rms_norm(&added_device, &mut residual, &w, 1e-5, &mut out);
+                cuda.add_rms_norm(&added_device, &mut residual, &w, norm, &mut out);
                 assert_eq!(
                     bits(&read(cuda, &residual)),
                     bits(&sums),
                     "{rows} of {width}"
                 );
-                assert_twin(cuda, &read(cuda, &out), &reference(&sums, &known, 1e-5));
+                assert_twin(cuda, &read(cuda, &out), &reference(&sums, &known, norm));
             }
         });
     }

@@ -233,6 +233,7 @@ mod tests {
                         local_heads: 2,
                         scale: 1.0,
                         sliding_window: Some(1),
+                        logit_soft_cap: None,
                     };
                     let mut out = cuda
                         .allocate(all.len(), out_width, Precision::Compute)

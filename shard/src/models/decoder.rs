@@ -1,12 +1,13 @@
-//! The decoder: Llama, Mistral, Qwen2 and Qwen3 are this with other numbers.
+//! The decoder: Llama, Mistral, Qwen2, Qwen3, Gemma 2 and Gemma 3 are this with other numbers.
 //!
 //! ```text
-//! x = embed(tokens)                                       all-reduce
+//! x = embed(tokens) * scale                               all-reduce
 //! for each layer:
 //!     h = norm(x);  q, k, v = h · Wqkv;  (norm of q and k heads);  rotate;  write k, v
-//!     x += attend(q) · Wo                                 all-reduce
-//!     h = norm(x);  x += (silu(h · Wgate) * (h · Wup)) · Wdown      all-reduce
-//! logits = norm(x)[wanted] · Whead                        all-gather
+//!     x += (norm of) attend(q) · Wo                       all-reduce
+//!     h = norm(x)
+//!     x += (norm of) (activation(h · Wgate) * (h · Wup)) · Wdown    all-reduce
+//! logits = (soft cap of) norm(x)[wanted] · Whead          all-gather
 //! ```
 //!
 //! Allocates at start only. Knows no sequence and no request: the batch says what to compute.
@@ -17,8 +18,10 @@ use super::rope;
 use crate::comm::{Comm, CommError};
 use crate::layers::{column_parallel, row_parallel, vocab_parallel_embedding, vocab_parallel_head};
 use crate::weights::{DecoderWeights, LayerWeights};
-use kernels::backend::{Attention, Backend, DeviceError, Element, Heads, KvLayout, Precision};
-use topology::model_shape::ModelShape;
+use kernels::backend::{
+    Activation, Attention, Backend, DeviceError, Element, Heads, KvLayout, Norm, Precision,
+};
+use topology::model_shape::{self, ModelShape, Rope};
 use topology::partition::Partition;
 
 /// Logits of this many bytes per rank are enough for one piece; scoring a whole prompt takes several.
@@ -55,6 +58,8 @@ pub struct Decoder<B: Backend> {
     heads: Heads,
     first_token: u32,
     rope: B::Tensor,
+    /// The table of the layers with a window, where it is another one.
+    local_rope: Option<B::Tensor>,
     space: Workspace<B>,
     logit_rows: usize,
 }
@@ -94,9 +99,15 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<Self, DeviceError> {
         let widths = Widths::of(&shape, partition);
         let logit_rows = widths.logit_rows(size);
-        let table = rope::table(&shape.rope, widths.head_dim, size.max_positions);
-        let mut rope = backend.allocate(size.max_positions, widths.head_dim, Precision::F32)?;
-        backend.write(&table, &mut rope)?;
+        let table = |rope: &Rope| {
+            let values = rope::table(rope, widths.head_dim, size.max_positions);
+            let mut table =
+                backend.allocate(size.max_positions, widths.head_dim, Precision::F32)?;
+            backend.write(&values, &mut table)?;
+            Ok::<_, DeviceError>(table)
+        };
+        let rope = table(&shape.rope)?;
+        let local_rope = shape.local_rope.as_ref().map(table).transpose()?;
         let tokens = |width| backend.allocate(size.max_tokens, width, Precision::Compute);
         let logits = |width| backend.allocate(logit_rows, width, Precision::F32);
         let space = Workspace {
@@ -117,12 +128,13 @@ impl<B: Backend> Decoder<B> {
             weights,
             shape,
             rope,
+            local_rope,
             space,
             logit_rows,
         })
     }
 
-    /// Bytes of workspace and rotary table that [`Self::new`] takes.
+    /// Bytes of workspace and rotary tables that [`Self::new`] takes.
     pub fn workspace_bytes(
         backend: &B,
         shape: &ModelShape,
@@ -133,7 +145,9 @@ impl<B: Backend> Decoder<B> {
         let logit_rows = w.logit_rows(size);
         let per_token = 3 * w.hidden + w.qkv + w.attention + 3 * w.intermediate;
         let computed = size.max_tokens * per_token + logit_rows * w.hidden;
-        let whole = logit_rows * (w.vocab + w.gathered_vocab) + size.max_positions * w.head_dim;
+        let tables = 1 + usize::from(shape.local_rope.is_some());
+        let whole =
+            logit_rows * (w.vocab + w.gathered_vocab) + tables * size.max_positions * w.head_dim;
         let bytes = computed * backend.element_bytes(Precision::Compute)
             + whole * backend.element_bytes(Precision::F32);
         bytes as u64
@@ -185,39 +199,47 @@ impl<B: Backend> Decoder<B> {
         for tensor in per_token {
             backend.set_rows(tensor, tokens);
         }
-        let table = (&self.weights.embedding, self.first_token);
+        let scale = self.shape.embedding_scale;
+        let table = (&self.weights.embedding, self.first_token, scale);
         vocab_parallel_embedding((backend, &mut *comm), batch, table, &mut space.residual)?;
-        let eps = self.shape.rms_norm_eps;
-        let fixed = Fixed {
-            heads: self.heads,
-            eps,
-            rope: &self.rope,
-        };
+        let norm = norm(&self.shape);
+        let activation = activation(&self.shape);
         for (index, layer) in self.weights.layers.iter().enumerate() {
             if index == 0 {
-                backend.rms_norm(&space.residual, &layer.input_norm, eps, &mut space.normed);
+                backend.rms_norm(&space.residual, &layer.input_norm, norm, &mut space.normed);
             } else {
                 let (delta, residual) = (&space.delta, &mut space.residual);
-                backend.add_rms_norm(delta, residual, &layer.input_norm, eps, &mut space.normed);
+                backend.add_rms_norm(delta, residual, &layer.input_norm, norm, &mut space.normed);
             }
+            let sliding_window = self.shape.sliding_window[index];
+            let local_rope = self
+                .local_rope
+                .as_ref()
+                .filter(|_| sliding_window.is_some());
+            let sublayer = Sublayer {
+                heads: self.heads,
+                norm,
+                rope: local_rope.unwrap_or(&self.rope),
+            };
             let attention = Attention {
                 layer: index,
                 local_heads: self.heads.local_heads,
-                scale: (self.shape.head_dim as f32).sqrt().recip(),
-                sliding_window: self.shape.sliding_window[index],
+                scale: self.shape.attention_scale,
+                sliding_window,
+                logit_soft_cap: self.shape.attention_soft_cap,
             };
             space.attend(
                 (backend, &mut *comm),
                 layer,
-                (&fixed, &attention),
+                (&sublayer, &attention),
                 batch,
                 cache,
             )?;
-            space.feed_forward((backend, &mut *comm), layer, eps)?;
+            space.feed_forward((backend, &mut *comm), layer, (norm, activation))?;
         }
         let (delta, residual) = (&space.delta, &mut space.residual);
-        let norm = &self.weights.final_norm;
-        backend.add_rms_norm(delta, residual, norm, eps, &mut space.normed);
+        let weight = &self.weights.final_norm;
+        backend.add_rms_norm(delta, residual, weight, norm, &mut space.normed);
         Ok(())
     }
 
@@ -242,16 +264,17 @@ impl<B: Backend> Decoder<B> {
             .head
             .as_ref()
             .unwrap_or(&self.weights.embedding);
+        let head = (head, self.shape.logit_soft_cap);
         let out = (&mut space.part, &mut space.logits);
         vocab_parallel_head((backend, comm), head, &space.last, out)?;
         Ok(&mut space.logits)
     }
 }
 
-/// What is the same for all layers.
-struct Fixed<'a, B: Backend> {
+/// What a layer's attention needs beside its weights and the kernel's parameters.
+struct Sublayer<'a, B: Backend> {
     heads: Heads,
-    eps: f32,
+    norm: Norm,
     rope: &'a B::Tensor,
 }
 
@@ -261,16 +284,16 @@ impl<B: Backend> Workspace<B> {
         &mut self,
         (backend, comm): (&B, &mut C),
         layer: &LayerWeights<B::Weight>,
-        (fixed, attention): (&Fixed<'_, B>, &Attention),
+        (sublayer, attention): (&Sublayer<'_, B>, &Attention),
         batch: &B::DeviceBatch,
         cache: &mut B::KvCache,
     ) -> Result<(), CommError> {
-        let heads = fixed.heads;
+        let heads = sublayer.heads;
         column_parallel(backend, &layer.qkv, &self.normed, &mut self.qkv);
         if let Some((query, key)) = &layer.qk_norm {
-            backend.head_norm(&mut self.qkv, heads, (query, key), fixed.eps);
+            backend.head_norm(&mut self.qkv, heads, (query, key), sublayer.norm);
         }
-        backend.rope(batch, fixed.rope, heads, &mut self.qkv);
+        backend.rope(batch, sublayer.rope, heads, &mut self.qkv);
         backend.write_kv(batch, attention.layer, &self.qkv, heads, cache);
         backend.attend(batch, attention, &self.qkv, cache, &mut self.attention);
         row_parallel(
@@ -278,7 +301,17 @@ impl<B: Backend> Workspace<B> {
             &layer.output,
             &self.attention,
             &mut self.delta,
-        )
+        )?;
+        self.norm_delta(backend, layer.attention_norm.as_ref(), sublayer.norm);
+        Ok(())
+    }
+
+    /// Norms `delta`, where the model has a norm there. Its old place becomes that of the next sublayer's input.
+    fn norm_delta(&mut self, backend: &B, weight: Option<&B::Weight>, norm: Norm) {
+        if let Some(weight) = weight {
+            backend.rms_norm(&self.delta, weight, norm, &mut self.normed);
+            std::mem::swap(&mut self.delta, &mut self.normed);
+        }
     }
 
     /// Adds `delta` to the residual, and computes the feed-forward layer's `delta`.
@@ -286,24 +319,26 @@ impl<B: Backend> Workspace<B> {
         &mut self,
         (backend, comm): (&B, &mut C),
         layer: &LayerWeights<B::Weight>,
-        eps: f32,
+        (norm, activation): (Norm, Activation),
     ) -> Result<(), CommError> {
         let residual = &mut self.residual;
         backend.add_rms_norm(
             &self.delta,
             residual,
             &layer.post_norm,
-            eps,
+            norm,
             &mut self.normed,
         );
         column_parallel(backend, &layer.gate_up, &self.normed, &mut self.gate_up);
-        backend.silu_mul(&self.gate_up, &mut self.activated);
+        backend.gated_activation(activation, &self.gate_up, &mut self.activated);
         row_parallel(
             (backend, comm),
             &layer.down,
             &self.activated,
             &mut self.delta,
-        )
+        )?;
+        self.norm_delta(backend, layer.feed_forward_norm.as_ref(), norm);
+        Ok(())
     }
 }
 
@@ -324,6 +359,20 @@ impl Widths {
 
     fn logit_rows(&self, size: StepSize) -> usize {
         (LOGITS_BYTES / (self.gathered_vocab * size_of::<f32>())).clamp(1, size.max_rows)
+    }
+}
+
+fn norm(shape: &ModelShape) -> Norm {
+    Norm {
+        eps: shape.rms_norm_eps,
+        weight_offset: shape.norm_weight_offset,
+    }
+}
+
+fn activation(shape: &ModelShape) -> Activation {
+    match shape.activation {
+        model_shape::Activation::Silu => Activation::Silu,
+        model_shape::Activation::GeluTanh => Activation::GeluTanh,
     }
 }
 

@@ -112,10 +112,11 @@ fn workspace(shape: &ModelShape, partition: &Partition, dtype: Dtype, sizes: &Si
     let per_token = 3 * u64::from(shape.hidden_size)
         + heads * u64::from(shape.head_dim)
         + 2 * u64::from(partition.local_intermediate());
+    let tables = 1 + u64::from(shape.local_rope.is_some());
     let per_row = u64::from(partition.vocab_width) * u64::from(partition.world_size + 1);
     let floats = per_row
         .saturating_mul(sizes.max_num_seqs.into())
-        .saturating_add(u64::from(shape.head_dim) * u64::from(sizes.max_model_len));
+        .saturating_add(tables * u64::from(shape.head_dim) * u64::from(sizes.max_model_len));
     per_token
         .saturating_mul(sizes.max_num_batched_tokens.into())
         .saturating_mul(dtype.bytes() as u64)

@@ -1,4 +1,4 @@
-// Attention over paged keys and values for any element type, head size up to 256, group and window: where FlashInfer
+// Attention over paged keys and values for any element type, head size up to 256, group, window and soft cap: where FlashInfer
 // has no instance, and to check it by. Formula and shapes: mod.rs. No tensor cores.
 //
 // A block takes the query heads of one key head for one token, or for a few tokens of one row where they fit: QUERIES
@@ -33,8 +33,10 @@ struct Problem {
     int64_t block_stride, head_stride, token_stride;
     // Positions that a token sees, at most; below 2^31.
     uint32_t window;
-    // Scale times log2(e): weights are powers of two.
+    // On q: scale times log2(e), as weights are powers of two, or scale over the cap.
     float scale;
+    // The cap times log2(e), on the tanh; 0 where there is none.
+    float soft_cap;
 };
 
 __device__ __forceinline__ float load_one(const void* from, int64_t index, int element) {
@@ -157,7 +159,7 @@ struct Attention {
 
     // Takes up a run of UNROLL keys of this group of lanes: their scores first, and then what they weigh.
     static __device__ __forceinline__ void take(State& state, const float (&q)[QUERIES][PER_LANE],
-                                                const int (&positions)[QUERIES], uint32_t window,
+                                                const int (&positions)[QUERIES], uint32_t window, float soft_cap,
                                                 const Pack (&keys)[UNROLL][PACKS], const Pack (&values)[UNROLL][PACKS],
                                                 int key) {
         float scores[UNROLL][QUERIES];
@@ -171,6 +173,7 @@ struct Attention {
 #pragma unroll
                 for (int d = 0; d < PER_LANE; ++d) product += q[m][d] * k[d];
                 product = warp_reduce<LANES>(product, Sum{});
+                if (soft_cap > 0.0F) product = soft_cap * tanhf(product);
                 // Later keys are at a negative distance, which is more than any window.
                 const auto distance = static_cast<uint32_t>(positions[m] - (key + u * KEYS_AT_ONCE));
                 scores[u][m] = distance < window ? product : -INFINITY;
@@ -291,7 +294,7 @@ struct Attention {
             for (int u = 0; u < UNROLL; ++u) load(key_bits[u], keys, at[u], there[u], lane, problem.head_dim);
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) load(value_bits[u], values, at[u], there[u], lane, problem.head_dim);
-            take(state, q, positions, problem.window, key_bits, value_bits, key);
+            take(state, q, positions, problem.window, problem.soft_cap, key_bits, value_bits, key);
         }
         finish(problem, tile, state, scratch);
     }
@@ -348,13 +351,13 @@ int launch_cache(const Problem& problem, int64_t tokens, bool one_token_rows, vo
 }  // namespace
 
 // `qkv: [tokens, (heads + 2 * kv_heads) * head_dim]` and `out: [tokens, heads * head_dim]` as `element`; keys and values
-// of one layer as `cache_element`, placed as write_kv.cu says. `window` positions are seen, all where it is 0.
+// of one layer as `cache_element`, placed as write_kv.cu says. `window` positions are seen, all where it is 0; so with `soft_cap`.
 extern "C" int cluster_paged_attention(void* stream, int element, int cache_element, const void* qkv, const void* keys,
                                        const void* values, const uint32_t* positions, const uint32_t* token_rows,
                                        const uint32_t* row_starts, const uint32_t* block_starts, const uint32_t* blocks,
                                        void* out, int64_t tokens, int64_t rows, int32_t heads, int32_t kv_heads,
                                        int32_t head_dim, int32_t block_size, int64_t block_stride, int64_t head_stride,
-                                       int64_t token_stride, int64_t window, float scale) {
+                                       int64_t token_stride, int64_t window, float scale, float soft_cap) {
     constexpr int LARGEST_HEAD = 256;
     const bool valid = element_bytes(element) > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0 &&
                        head_dim > 0 && head_dim <= LARGEST_HEAD && block_size > 0;
@@ -383,7 +386,8 @@ extern "C" int cluster_paged_attention(void* stream, int element, int cache_elem
     problem.head_stride = head_stride;
     problem.token_stride = token_stride;
     problem.window = window > 0 && window < INT32_MAX ? static_cast<uint32_t>(window) : INT32_MAX;
-    problem.scale = scale * LOG2_E;
+    problem.scale = soft_cap > 0.0F ? scale / soft_cap : scale * LOG2_E;
+    problem.soft_cap = soft_cap * LOG2_E;
     return by_element(cache_element, [&](auto tag) {
         using C = typename decltype(tag)::Type;
         return launch_cache<C>(problem, tokens, tokens == rows, stream);

@@ -1,4 +1,4 @@
-//! Launch of the attention kernel of `cuda.cu`: any element, head size up to 256, group and window.
+//! Launch of the attention kernel of `cuda.cu`: any element, head size up to 256, group, window and soft cap.
 //!
 //! It is there for shapes that FlashInfer has no instance for, and to check FlashInfer by; it uses no
 //! tensor cores. The cache may be of another element than the activations.
@@ -35,6 +35,7 @@ unsafe extern "C" {
         token_stride: i64,
         window: i64,
         scale: f32,
+        soft_cap: f32,
     ) -> c_int;
 }
 
@@ -103,6 +104,7 @@ pub(crate) fn attend(
             strides.token,
             attention.sliding_window.map_or(0, i64::from),
             attention.scale,
+            attention.logit_soft_cap.unwrap_or(0.0),
         )
     };
     cuda.launched("paged_attention", code);

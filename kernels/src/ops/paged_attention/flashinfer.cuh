@@ -3,7 +3,8 @@
 //
 // Prefill and decode go through the same kernel: a plan (flashinfer.cu) cuts the step's queries into tiles and,
 // where that leaves multiprocessors idle, their keys into chunks, whose partial results a second kernel
-// merges. Not here: other element types and head sizes, which paged_attention.cu computes.
+// merges. Not here: other element types and head sizes, which paged_attention.cu computes. FlashInfer's tiles are swizzled in
+// rows of 128 bytes, so a head is a multiple of 64 elements: for 96 it would leave out the last 32.
 //
 // Invariant: of the sizes that a device could run, exactly those that `fragments` chooses for it are compiled.
 #pragma once
@@ -261,7 +262,11 @@ void run_head(const Call& call, const Plan& plan, cudaStream_t stream) {
 
     const dim3 grid(plan.items, 1, call.kv_heads);
     if (call.soft_cap > 0) {
-        launch_head<Element, HEAD, true>(params, plan.tile, grid, stream);
+        // Gemma 2 has heads of 128 and 256; every instance takes 0.2 MB for each architecture.
+        if constexpr (HEAD == 64)
+            throw std::runtime_error("soft caps are not compiled for heads of 64 elements");
+        else
+            launch_head<Element, HEAD, true>(params, plan.tile, grid, stream);
     } else {
         launch_head<Element, HEAD, false>(params, plan.tile, grid, stream);
     }

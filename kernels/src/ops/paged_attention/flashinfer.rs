@@ -116,9 +116,14 @@ struct Key {
 pub(crate) fn takes(element: Element, layout: &KvLayout, attention: &Attention) -> bool {
     FlashInfer::is_for(element)
         && element == layout.element
-        && matches!(layout.head_dim, 64 | 128 | 256)
+        && is_compiled(layout.head_dim, attention.logit_soft_cap.is_some())
         && attention.local_heads <= layout.local_kv_heads * MOST_GROUPED
         && attention.sliding_window != Some(0)
+}
+
+/// Whether heads of this size were compiled, with a soft cap or without: no published model has one with heads of 64.
+fn is_compiled(head_dim: usize, has_soft_cap: bool) -> bool {
+    matches!((head_dim, has_soft_cap), (64, false) | (128 | 256, _))
 }
 
 /// 32-bit words that the plan of any step up to this size takes.
@@ -284,7 +289,7 @@ pub(crate) fn attend(
         head_stride: small(2 * head),
         window_left: key.window_left,
         scale: attention.scale,
-        soft_cap: 0.0,
+        soft_cap: attention.logit_soft_cap.unwrap_or(0.0),
     };
     let plan = &space.cuts[place].plan;
     interface::run(backend.stream(), element_code(element), &call, plan)

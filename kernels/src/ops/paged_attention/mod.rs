@@ -1,7 +1,8 @@
-//! Causal attention over keys and values in blocks, with grouped queries and a sliding window.
+//! Causal attention over keys and values in blocks, with grouped queries, a sliding window and a soft cap.
 //!
 //! For the token at position `p`, query head `h` and its key head `g = h / (local_heads / local_kv_heads)`:
 //! `out = Σ softmax_j(scale * q·k_j) * v_j` over positions `max(0, p + 1 - window) <= j <= p`.
+//! With a soft cap a score `s = scale * q·k_j` becomes `cap * tanh(s / cap)` before the softmax.
 //! `qkv: [tokens, (local_heads + 2 * local_kv_heads) * head_dim]`, `out: [tokens, local_heads * head_dim]`.
 //! Keys and values of new tokens are read from the cache too, so a prompt cut into chunks gives the
 //! bits of the whole prompt.
@@ -22,6 +23,7 @@ use crate::cpu::element::{Stored, by_element};
 use crate::cpu::exp::exp;
 use crate::cpu::kv_cache::LayerBlocks;
 use crate::cpu::simd::{Kernel, LANES, Simd, tile};
+use crate::cpu::tanh::soft_capped;
 use crate::cpu::{CpuBackend, CpuBatch, CpuKvCache, CpuTensor};
 use std::ops::Range;
 
@@ -84,6 +86,7 @@ pub(crate) fn attend(
                 block_size: layout.block_size,
                 head_dim,
                 scale: attention.scale,
+                soft_cap: attention.logit_soft_cap,
                 out,
             });
         });
@@ -107,6 +110,7 @@ struct Group<'a, E> {
     block_size: usize,
     head_dim: usize,
     scale: f32,
+    soft_cap: Option<f32>,
     /// `[group, head_dim]`
     out: &'a mut [f32],
 }
@@ -140,6 +144,7 @@ impl<E: Stored> Group<'_, E> {
         {
             queries[m] = query;
         }
+        let scaling = (self.scale, self.soft_cap);
         let out = &mut self.out[part];
         out.fill(0.0);
         let mut softmax = [Softmax {
@@ -157,7 +162,8 @@ impl<E: Stored> Group<'_, E> {
 
             let mut weights = scores(simd, queries, &keys[run.clone()], self.head_dim);
             for (m, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
-                let factor = softmax[m].step(simd, &mut weights[m], self.scale, count);
+                scale_and_cap(&mut weights[m], count, scaling);
+                let factor = softmax[m].step(simd, &mut weights[m], count);
                 if factor < 1.0 {
                     for value in out {
                         *value *= factor;
@@ -176,7 +182,22 @@ impl<E: Stored> Group<'_, E> {
     }
 }
 
-/// `q·k` of `M` queries with up to sixteen keys.
+/// Turns the products of `count` keys into scores; lanes from there on stay minus infinity.
+#[inline(always)]
+fn scale_and_cap(scores: &mut [f32; LANES], count: usize, (scale, soft_cap): (f32, Option<f32>)) {
+    for score in &mut scores[..count] {
+        *score *= scale;
+    }
+    if let Some(cap) = soft_cap {
+        // All lanes, which are whole vectors, and then back what the cap made of infinity.
+        for score in scores.iter_mut() {
+            *score = soft_capped(*score, cap);
+        }
+        scores[count..].fill(f32::NEG_INFINITY);
+    }
+}
+
+/// `q·k` of `M` queries with up to sixteen keys; minus infinity for those that are not there.
 #[inline(always)]
 fn scores<S: Simd, E: Stored, const M: usize>(
     simd: S,
@@ -213,19 +234,12 @@ struct Softmax {
 }
 
 impl Softmax {
-    /// Turns a run's scores into weights relative to the maximum so far; lanes from `count` on become zero.
+    /// Turns a run's `count` scores into weights relative to the maximum so far; lanes from `count` on become zero.
     /// Answers what to multiply everything before by.
     #[inline(always)]
-    fn step<S: Simd>(
-        &mut self,
-        simd: S,
-        scores: &mut [f32; LANES],
-        scale: f32,
-        count: usize,
-    ) -> f32 {
+    fn step<S: Simd>(&mut self, simd: S, scores: &mut [f32; LANES], count: usize) -> f32 {
         let mut max = self.max;
-        for score in &mut scores[..count] {
-            *score *= scale;
+        for score in &scores[..count] {
             max = max.max(*score);
         }
         let factor = if max > self.max {

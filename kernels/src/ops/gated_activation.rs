@@ -1,12 +1,21 @@
-//! `out = silu(gate) * up`, `silu(x) = x / (1 + e^-x)`.
+//! `out = activation(gate) * up` (SwiGLU, GeGLU).
 //!
+//! `silu(x) = x / (1 + e^-x)`. GELU's tanh form is the same with another exponent:
+//! `x / 2 * (1 + tanh(u)) = x / (1 + e^-2u)`, `u = sqrt(2 / pi) * (x + 0.044715 x^3)`.
 //! `gate_up: [rows, 2 * n]` holds gate and then up; `out: [rows, n]`.
 
+use crate::backend::Activation;
 use crate::cpu::exp::exp;
 use crate::cpu::simd::{Kernel, Simd};
 use crate::cpu::{CpuBackend, CpuTensor};
 
+/// `2 sqrt(2 / pi)`.
+const GELU_SCALE: f32 = 1.595_769_1;
+/// The part of the cube in GELU's exponent.
+const GELU_CUBE: f32 = 0.044_715;
+
 struct Row<'a> {
+    activation: Activation,
     gate: &'a [f32],
     up: &'a [f32],
     out: &'a mut [f32],
@@ -17,35 +26,58 @@ impl Kernel for Row<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        for ((out, gate), up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
-            *out = gate / (1.0 + exp(-gate)) * up;
+        let rows = self.out.iter_mut().zip(self.gate).zip(self.up);
+        match self.activation {
+            Activation::Silu => {
+                for ((out, gate), up) in rows {
+                    *out = gate / (1.0 + exp(-gate)) * up;
+                }
+            }
+            Activation::GeluTanh => {
+                for ((out, gate), up) in rows {
+                    let exponent = GELU_SCALE * (gate + GELU_CUBE * gate * gate * gate);
+                    *out = gate / (1.0 + exp(-exponent)) * up;
+                }
+            }
         }
     }
 }
 
 /// The fast path.
-pub(crate) fn silu_mul(cpu: &CpuBackend, gate_up: &CpuTensor, out: &mut CpuTensor) {
+pub(crate) fn gated_activation(
+    cpu: &CpuBackend,
+    activation: Activation,
+    gate_up: &CpuTensor,
+    out: &mut CpuTensor,
+) {
     let n = out.width();
     assert_eq!(gate_up.width(), 2 * n, "gate and up side by side");
     assert_eq!(gate_up.rows(), out.rows(), "a row for each row");
     cpu.threads.rows(out.values_mut(), n, 4 * n, |i, out| {
         let (gate, up) = gate_up.row(i).split_at(n);
-        cpu.isa.run(Row { gate, up, out });
+        cpu.isa.run(Row {
+            activation,
+            gate,
+            up,
+            out,
+        });
     });
 }
 
-/// The kernel of `silu_mul.cu`.
+/// The kernel of `gated_activation.cu`.
 #[cfg(feature = "cuda")]
 #[expect(unsafe_code, reason = "the launcher is C")]
 pub(crate) mod cuda {
+    use crate::backend::Activation;
     use crate::cuda::launch::long;
     use crate::cuda::{CudaBackend, CudaTensor, element_code};
     use std::ffi::{c_int, c_void};
 
     unsafe extern "C" {
-        fn cluster_silu_mul(
+        fn cluster_gated_activation(
             stream: *mut c_void,
             element: c_int,
+            activation: c_int,
             gate_up: *const c_void,
             out: *mut c_void,
             rows: i64,
@@ -54,7 +86,12 @@ pub(crate) mod cuda {
     }
 
     /// Queues it. Both are of one element.
-    pub(crate) fn silu_mul(cuda: &CudaBackend, gate_up: &CudaTensor, out: &mut CudaTensor) {
+    pub(crate) fn gated_activation(
+        cuda: &CudaBackend,
+        activation: Activation,
+        gate_up: &CudaTensor,
+        out: &mut CudaTensor,
+    ) {
         let (rows, n) = (out.rows(), out.width());
         assert_eq!(
             (gate_up.rows(), gate_up.width(), gate_up.element()),
@@ -63,45 +100,67 @@ pub(crate) mod cuda {
         );
         // SAFETY: the sizes are those of the tensors' memory.
         let code = unsafe {
-            cluster_silu_mul(
+            cluster_gated_activation(
                 cuda.stream(),
                 element_code(out.element()),
+                code_of(activation),
                 gate_up.pointer(),
                 out.pointer_mut(),
                 long(rows),
                 long(n),
             )
         };
-        cuda.launched("silu_mul", code);
+        cuda.launched("gated_activation", code);
+    }
+
+    /// What `gated_activation.cu` calls it.
+    fn code_of(activation: Activation) -> c_int {
+        match activation {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::{Backend, Precision};
+    use crate::backend::{Activation, Backend, Precision};
     use crate::testing::{Rng, assert_close, backends, bits, tensor};
 
-    fn reference(gate_up: &[f32]) -> Vec<f32> {
+    const BOTH: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
+
+    /// The definitions, in f64: the fast forms are other ones.
+    fn reference(activation: Activation, gate_up: &[f32]) -> Vec<f32> {
         let (gate, up) = gate_up.split_at(gate_up.len() / 2);
-        gate.iter()
-            .zip(up)
-            .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
+        let activated = |x: f64| match activation {
+            Activation::Silu => x / (1.0 + (-x).exp()),
+            Activation::GeluTanh => {
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+                x / 2.0 * (1.0 + u.tanh())
+            }
+        };
+        let pairs = gate.iter().zip(up);
+        pairs
+            .map(|(gate, up)| (activated(f64::from(*gate)) * f64::from(*up)) as f32)
             .collect()
     }
 
     #[test]
     fn is_the_reference_and_a_row_alone_gives_the_same_bits() {
         let mut rng = Rng::new(6);
-        for cpu in backends() {
+        for (cpu, activation) in backends().into_iter().zip(BOTH.into_iter().cycle()) {
             let (rows, n) = (rng.within(1..20), rng.within(1..200));
             let before: Vec<f32> = rng.values(rows * 2 * n).iter().map(|x| x * 30.0).collect();
             let gate_up = tensor(&cpu, &before, 2 * n);
             let mut out = cpu.allocate(rows, n, Precision::Compute).unwrap();
-            cpu.silu_mul(&gate_up, &mut out);
+            cpu.gated_activation(activation, &gate_up, &mut out);
             for row in 0..rows {
-                assert_close(out.row(row), &reference(gate_up.row(row)), 1e-9, 1e-6);
+                let expected = reference(activation, gate_up.row(row));
+                // Where e^-2u is large its exponent's rounding counts.
+                assert_close(out.row(row), &expected, 1e-6, 2e-6);
                 let mut alone = cpu.allocate(1, n, Precision::Compute).unwrap();
-                cpu.silu_mul(&tensor(&cpu, gate_up.row(row), 2 * n), &mut alone);
+                let one = tensor(&cpu, gate_up.row(row), 2 * n);
+                cpu.gated_activation(activation, &one, &mut alone);
                 assert_eq!(bits(alone.values()), bits(out.row(row)));
             }
         }
@@ -109,10 +168,10 @@ mod tests {
 
     #[test]
     fn has_the_right_limits() {
-        for cpu in backends() {
+        for (cpu, activation) in backends().into_iter().zip(BOTH.into_iter().cycle()) {
             let gate_up = tensor(&cpu, &[-1e30, -200.0, 0.0, 200.0, 1.0, 1.0, 1.0, 1.0], 8);
             let mut out = cpu.allocate(1, 4, Precision::Compute).unwrap();
-            cpu.silu_mul(&gate_up, &mut out);
+            cpu.gated_activation(activation, &gate_up, &mut out);
             assert_close(&out.values()[1..], &[0.0, 0.0, 200.0], 1e-30, 0.0);
             assert!(out.values()[0].abs() < 1e-7, "{:?}", out.values());
         }
@@ -132,8 +191,10 @@ mod tests {
                 let before = rounded(&before, cuda.element());
                 let gate_up = tensor(cuda, &before, 2 * n);
                 let mut out = cuda.allocate(rows, n, Precision::Compute).unwrap();
-                cuda.silu_mul(&gate_up, &mut out);
-                let expected: Vec<f32> = before.chunks_exact(2 * n).flat_map(reference).collect();
+                let activation = rng.pick(&BOTH);
+                cuda.gated_activation(activation, &gate_up, &mut out);
+                let one_row = |row| reference(activation, row);
+                let expected: Vec<f32> = before.chunks_exact(2 * n).flat_map(one_row).collect();
                 assert_twin(cuda, &read(cuda, &out), &expected);
             }
         });
