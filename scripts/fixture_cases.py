@@ -77,6 +77,25 @@ def qwen3(*sizes, **more):
     return decoder("Qwen3ForCausalLM", "qwen3", *sizes, rms_norm_eps=1e-6, **more)
 
 
+def gemma(architecture, model_type, *sizes, **more):
+    """What Gemma 2 and 3 share. Published files say nothing of tied embeddings: they are the default."""
+    config = decoder(architecture, model_type, *sizes, hidden_activation="gelu_pytorch_tanh",
+                     attention_bias=False, rms_norm_eps=1e-6, sliding_window=16, **more)
+    return {key: value for key, value in config.items() if key not in UNSAID}
+
+
+# Keys of the other families that Gemma's files do not have.
+UNSAID = ("hidden_act", "tie_word_embeddings")
+
+
+def gemma2(*sizes, **more):
+    return gemma("Gemma2ForCausalLM", "gemma2", *sizes, **more)
+
+
+def gemma3(*sizes, **more):
+    return gemma("Gemma3ForCausalLM", "gemma3_text", *sizes, **more)
+
+
 def no_scaling(theta):
     """Plain rotary embedding, whichever dialect the configuration was written in."""
     return {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
@@ -114,8 +133,21 @@ def yarn_with(**changes):
     return {"rope_parameters": QWEN3_YARN | changes}
 
 
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+
+def gemma3_rope_with(kind, **changes):
+    """`GEMMA3_ROPE` with one layer type's parameters changed."""
+    return {"rope_parameters": GEMMA3_ROPE | {kind: GEMMA3_ROPE[kind] | changes}}
+
+
 QWEN_BIASES = {"q_proj.bias": 0.0, "k_proj.bias": 0.0, "v_proj.bias": 0.0}
 QWEN3_NORMS = {"q_norm.weight": 1.0, "k_norm.weight": 1.0}
+# What Gemma stores is the distance from 1.
+GEMMA3_NORMS = {"q_norm.weight": 0.0, "k_norm.weight": 0.0}
 
 CASES = (
     Case(
@@ -260,5 +292,80 @@ CASES = (
         ),
         seed=32,
         files=2,
+    ),
+    Case(
+        name="gemma2",
+        covers="soft caps on attention scores and on logits, norms after attention and feed-forward"
+        " layer and norm weights stored as the distance from 1, tanh-GELU, scaled embedding, window on"
+        " every other layer, a scale of attention that is not the head size's, tied embeddings by"
+        " default, older dialect, bf16",
+        config=gemma2(64, 96, 8, 2, 256, head_dim=16, attn_logit_softcapping=2.0,
+                      final_logit_softcapping=10.0, query_pre_attn_scalar=24, rope_theta=10000.0,
+                      hidden_act="gelu_pytorch_tanh", torch_dtype="bfloat16"),
+        ablations=(
+            Ablation("attention soft cap", {"attn_logit_softcapping": None}, first_position=1),
+            Ablation("logit soft cap", {"final_logit_softcapping": None}),
+            Ablation("attention scale", {"query_pre_attn_scalar": 16}, first_position=1),
+            Ablation("activation", {"hidden_activation": "silu"}),
+            Ablation("window", {"layer_types": ["full_attention"] * 2}, first_position=16),
+            Ablation("window on the other layer",
+                     {"layer_types": ["full_attention", "sliding_attention"]}, first_position=16),
+            Ablation("norms' offset", tensors={"post_attention_layernorm.weight": -0.5}),
+        ),
+        seed=41,
+    ),
+    Case(
+        name="gemma2-odd",
+        covers="6 query and 3 KV heads (splits 3 ways), a hidden size whose root is not a whole number,"
+        " no attention soft cap (`null`), layer types in the newer dialect, untied head, f32",
+        config=gemma2(48, 78, 6, 3, 193, head_dim=8, attn_logit_softcapping=None,
+                      final_logit_softcapping=40.0, query_pre_attn_scalar=8, dtype="float32",
+                      layer_types=["full_attention", "sliding_attention"],
+                      rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+        | {"tie_word_embeddings": False},
+        ablations=(
+            Ablation("logit soft cap", {"final_logit_softcapping": None}),
+            Ablation("window", {"layer_types": ["full_attention"] * 2}, first_position=16),
+        ),
+        seed=42,
+        tensor_parallel=(1, 3, 6),
+    ),
+    Case(
+        name="gemma3",
+        covers="4 query heads and one KV head, norm over each query and key head, bases of its own for"
+        " local and global layers, linear scaling of the global ones, a window on two of three layers by"
+        " `sliding_window_pattern`, no soft caps, older dialect, vocabulary of 262, bf16",
+        config=gemma3(64, 96, 4, 1, 262, head_dim=24, num_hidden_layers=3,
+                      attn_logit_softcapping=None, final_logit_softcapping=None,
+                      query_pre_attn_scalar=24, rope_local_base_freq=1000.0, rope_theta=10000.0,
+                      rope_scaling={"rope_type": "linear", "factor": 8.0},
+                      sliding_window_pattern=3, torch_dtype="bfloat16"),
+        ablations=(
+            Ablation("local base", {"rope_local_base_freq": 10000.0}, first_position=1),
+            Ablation("global base", {"rope_theta": 100.0}, first_position=1),
+            Ablation("linear scaling", {"rope_scaling": None}, first_position=1),
+            Ablation("pattern", {"sliding_window_pattern": 2}, first_position=1),
+            Ablation("q, k norm weights", tensors=GEMMA3_NORMS),
+        ),
+        seed=43,
+        tensor_parallel=(1, 2, 4),
+        generation={"eos_token_id": [2, 5], "do_sample": True, "top_k": 64, "top_p": 0.95},
+    ),
+    Case(
+        name="gemma3-types",
+        covers="8 query and 4 KV heads, rotary parameters by layer type in the newer dialect, layer"
+        " types, f16",
+        config=gemma3(64, 80, 8, 4, 192, head_dim=16, attn_logit_softcapping=None,
+                      final_logit_softcapping=None, query_pre_attn_scalar=16, dtype="float16",
+                      layer_types=["sliding_attention", "full_attention"],
+                      rope_parameters=GEMMA3_ROPE),
+        ablations=(
+            Ablation("local base", gemma3_rope_with("sliding_attention", rope_theta=50000.0),
+                     first_position=1),
+            Ablation("global scaling", gemma3_rope_with("full_attention", factor=1.0),
+                     first_position=1),
+            Ablation("window", {"sliding_window": 64}, first_position=16),
+        ),
+        seed=44,
     ),
 )

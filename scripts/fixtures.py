@@ -59,20 +59,26 @@ def stored_dtype(config):
     return DTYPES[config.get("dtype") or config["torch_dtype"]]
 
 
-def random_weight(name, shape, tied, generator):
+def random_weight(name, shape, config, generator):
     """One tensor, scaled so that every layer contributes and attention is far from uniform.
 
     Published initialisers (0.02 everywhere) would leave a two-layer model that ignores its context:
     each product here keeps unit variance, queries and keys are a little larger.
     """
     noise = torch.randn(shape, generator=generator)
+    # Gemma stores norm weights as their distance from 1, and multiplies embeddings by the root of the width.
+    is_gemma = config.model_type.startswith("gemma")
+    tied = config.tie_word_embeddings
+    if is_gemma and name == "model.norm.weight":
+        # Far from 1, as published: what is stored must not be rounded after the addition.
+        return 6.0 + noise
     if name.endswith("norm.weight"):
-        return 1.0 + 0.3 * noise
+        return 0.3 * noise + (0.0 if is_gemma else 1.0)
     if name.endswith(".bias"):
         return 0.5 * noise
     if name.endswith("embed_tokens.weight"):
         # A tied table is also the head: small, so that the residual does not echo the last token.
-        return noise * (0.15 if tied else 1.0)
+        return noise * ((0.15 if tied else 1.0) * (0.25 if is_gemma else 1.0))
     gain = 1.6 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
     weight = noise * (gain / math.sqrt(shape[-1]))
     if name.endswith("lm_head.weight"):
@@ -87,9 +93,8 @@ def make_tensors(config_dir, seed):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
-    tied = config.tie_word_embeddings
     return {
-        name: random_weight(name, tuple(parameter.shape), tied, generator)
+        name: random_weight(name, tuple(parameter.shape), config, generator)
         for name, parameter in model.named_parameters()
     }
 

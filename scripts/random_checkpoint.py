@@ -69,6 +69,15 @@ def llama3(*sizes, factor=8.0, **more):
     return shape("Llama", *sizes, 128256, **limit, **more)
 
 
+def gemma(version, *sizes, **more):
+    """Gemma's files say nothing of tied embeddings, and name the activation by another key."""
+    model_type = {2: "gemma2", 3: "gemma3_text"}[version]
+    config = shape(f"Gemma{version}", *sizes, head_dim=256, attention_bias=False, **more)
+    config |= {"model_type": model_type, "hidden_activation": "gelu_pytorch_tanh"}
+    unsaid = ("hidden_act", "tie_word_embeddings")
+    return {key: value for key, value in config.items() if key not in unsaid}
+
+
 TIED = {"tie_word_embeddings": True}
 OWN_HEAD = {"head_dim": 128, "attention_bias": False}
 
@@ -83,6 +92,9 @@ SHAPES = {
     "qwen2.5-7b": shape("Qwen2", 3584, 18944, 28, 28, 4, 152064),
     "qwen3-0.6b": shape("Qwen3", 1024, 3072, 28, 16, 8, 151936, **TIED, **OWN_HEAD),
     "qwen3-8b": shape("Qwen3", 4096, 12288, 36, 32, 8, 151936, **OWN_HEAD),
+    "gemma-2-2b": gemma(2, 2304, 9216, 26, 8, 4, 256000, rope_theta=10000.0, sliding_window=4096),
+    "gemma-2-9b": gemma(2, 3584, 14336, 42, 16, 8, 256000, rope_theta=10000.0, sliding_window=4096),
+    "gemma-3-1b": gemma(3, 1152, 6912, 26, 4, 1, 262144, sliding_window=512),
 }
 
 
@@ -108,10 +120,11 @@ def parameter_shapes(folder):
     return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
 
 
-def scale_of(name, dims):
+def scale_of(name, dims, is_gemma):
     """Mean and deviation that keep activations near unit size through any number of layers."""
     if name.endswith("norm.weight"):
-        return 1.0, 0.1
+        # Gemma stores the distance from 1.
+        return (0.0 if is_gemma else 1.0), 0.1
     if name.endswith(".bias"):
         return 0.0, 0.1
     if name.endswith("embed_tokens.weight"):
@@ -119,9 +132,9 @@ def scale_of(name, dims):
     return 0.0, 1.0 / math.sqrt(dims[-1])
 
 
-def write_values(out, name, dims, random):
+def write_values(out, name, dims, is_gemma, random):
     """Draw one tensor and append it as bf16, a piece at a time."""
-    mean, deviation = scale_of(name, dims)
+    mean, deviation = scale_of(name, dims, is_gemma)
     left = math.prod(dims)
     while left:
         values = random.standard_normal(min(left, PIECE), dtype=np.float32)
@@ -132,7 +145,7 @@ def write_values(out, name, dims, random):
         left -= values.size
 
 
-def write_file(path, tensors, random):
+def write_file(path, tensors, is_gemma, random):
     """One safetensors file: length of the header, header, values in the header's order."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, dims in tensors:
@@ -145,7 +158,7 @@ def write_file(path, tensors, random):
         out.write(struct.pack("<Q", len(text)))
         out.write(text)
         for name, dims in tensors:
-            write_values(out, name, dims, random)
+            write_values(out, name, dims, is_gemma, random)
 
 
 def split(tensors):
@@ -200,7 +213,7 @@ def make(arguments):
         name = f"model-{number:05}-of-{len(groups):05}.safetensors"
         if len(groups) == 1:
             name = "model.safetensors"
-        write_file(out / name, group, random)
+        write_file(out / name, group, config["model_type"].startswith("gemma"), random)
         weight_map.update((tensor, name) for tensor, _ in group)
         print(f"{out / name}: {len(group)} tensors", flush=True)
     total = sum(math.prod(dims) for _, dims in tensors)

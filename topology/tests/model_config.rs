@@ -7,11 +7,14 @@
 #[path = "common/random.rs"]
 mod random;
 
+#[path = "model_config/gemma.rs"]
+mod gemma;
+
 use random::Random;
 use serde_json::{Value, json};
 use std::path::Path;
 use topology::model_config::ShapeError;
-use topology::model_shape::{Dtype, ModelShape, Rope, RopeScaling};
+use topology::model_shape::{Activation, Dtype, ModelShape, Rope, RopeScaling};
 
 fn read(config: &Value) -> Result<ModelShape, ShapeError> {
     ModelShape::from_config(config.to_string().as_bytes())
@@ -85,6 +88,10 @@ fn a_llama_is_read_whole() {
         vocab_size: 128_256,
         max_position_embeddings: 131_072,
         rms_norm_eps: 1e-5,
+        norm_weight_offset: 0.0,
+        output_norms: false,
+        embedding_scale: 1.0,
+        activation: Activation::Silu,
         rope: Rope {
             theta: 500_000.0,
             scaling: RopeScaling::Llama3 {
@@ -94,6 +101,10 @@ fn a_llama_is_read_whole() {
                 original_max_position: 8192.0,
             },
         },
+        local_rope: None,
+        attention_scale: 128.0_f32.sqrt().recip(),
+        attention_soft_cap: None,
+        logit_soft_cap: None,
         qkv_bias: false,
         output_bias: false,
         mlp_bias: false,
@@ -233,7 +244,11 @@ fn an_unsupported_model_is_refused_with_what_is_supported() {
     let cases = [
         (
             json!({"architectures": ["MixtralForCausalLM"]}),
-            vec!["MixtralForCausalLM", "Qwen3ForCausalLM"],
+            vec![
+                "MixtralForCausalLM",
+                "Qwen3ForCausalLM",
+                "Gemma3ForCausalLM",
+            ],
         ),
         (json!({"architectures": []}), vec!["LlamaForCausalLM"]),
         (json!({"architectures": null}), vec!["MistralForCausalLM"]),
@@ -245,7 +260,10 @@ fn an_unsupported_model_is_refused_with_what_is_supported() {
             json!({"num_local_experts": 8}),
             vec!["mixture of experts", "dense"],
         ),
-        (json!({"hidden_act": "gelu"}), vec!["gelu", "silu"]),
+        (
+            json!({"hidden_act": "gelu"}),
+            vec!["hidden_act `gelu`", "silu", "gelu_pytorch_tanh"],
+        ),
         (json!({"rope_interleaved": true}), vec!["rope_interleaved"]),
         (
             json!({"rope_scaling": {"type": "dynamic", "factor": 2}}),
@@ -343,6 +361,8 @@ fn mutations_never_panic() {
         mistral(),
         qwen("Qwen2ForCausalLM"),
         qwen("Qwen3ForCausalLM"),
+        gemma::gemma2(),
+        gemma::gemma3(),
     ];
     let values = [
         json!(0),
