@@ -89,8 +89,6 @@ fn layer_tensors(shape: &ModelShape, layer: &str, specs: &mut Vec<TensorSpec>) {
     let hidden = shape.hidden_size;
     let attention = shape.num_heads * shape.head_dim;
     let kv = shape.num_kv_heads * shape.head_dim;
-    let norm =
-        |name: &str, length| vector(format!("{layer}.{name}.weight"), length, Split::Replicated);
     let mut linear = |name: &str, [rows, cols]: [u32; 2], split, has_bias: bool| {
         specs.push(weight(
             format!("{layer}.{name}.weight"),
@@ -149,16 +147,27 @@ fn layer_tensors(shape: &ModelShape, layer: &str, specs: &mut Vec<TensorSpec>) {
         Split::Row(Axis::Intermediate),
         mlp_bias,
     );
-    specs.push(norm("input_layernorm", hidden));
-    // The same name for two places: before the feed-forward layer, unless attention has a norm of its own.
-    specs.push(norm("post_attention_layernorm", hidden));
+    layer_norms(shape, layer, specs);
+}
+
+fn layer_norms(shape: &ModelShape, layer: &str, specs: &mut Vec<TensorSpec>) {
+    let hidden = shape.hidden_size;
+    // The second name is that of two places: before the feed-forward layer, unless attention's result has a norm.
+    let mut norms = vec![
+        ("input_layernorm", hidden),
+        ("post_attention_layernorm", hidden),
+    ];
     if shape.output_norms {
-        specs.push(norm("pre_feedforward_layernorm", hidden));
-        specs.push(norm("post_feedforward_layernorm", hidden));
+        norms.push(("pre_feedforward_layernorm", hidden));
+        norms.push(("post_feedforward_layernorm", hidden));
     }
     if shape.qk_norm {
-        specs.push(norm("self_attn.q_norm", shape.head_dim));
-        specs.push(norm("self_attn.k_norm", shape.head_dim));
+        norms.push(("self_attn.q_norm", shape.head_dim));
+        norms.push(("self_attn.k_norm", shape.head_dim));
+    }
+    for (name, length) in norms {
+        let name = format!("{layer}.{name}.weight");
+        specs.push(vector(name, length, Split::Replicated));
     }
 }
 

@@ -14,7 +14,7 @@ enum class Activation { Silu, GeluTanh };
 template <class T, Activation KIND>
 __device__ __forceinline__ float activated(float x) {
     // 2 sqrt(2 / pi) and GELU's part of the cube.
-    const float exponent = KIND == Activation::Silu ? x : 1.5957691F * (x + 0.044715F * x * x * x);
+    const float exponent = KIND == Activation::Silu ? x : 1.5957692F * (x + 0.044715F * x * x * x);
     // Where e^-exponent overflows both give zero, the limit.
     if constexpr (sizeof(T) == 4) return x / (1.0F + expf(-exponent));
     return __fdividef(x, 1.0F + __expf(-exponent));

@@ -1,4 +1,4 @@
-//! `out = activation(gate) * up` (SwiGLU, GeGLU).
+//! `out = activation(gate) * up` (`SwiGLU`, `GeGLU`).
 //!
 //! `silu(x) = x / (1 + e^-x)`. GELU's tanh form is the same with another exponent:
 //! `x / 2 * (1 + tanh(u)) = x / (1 + e^-2u)`, `u = sqrt(2 / pi) * (x + 0.044715 x^3)`.
@@ -10,7 +10,7 @@ use crate::cpu::simd::{Kernel, Simd};
 use crate::cpu::{CpuBackend, CpuTensor};
 
 /// `2 sqrt(2 / pi)`.
-const GELU_SCALE: f32 = 1.595_769_1;
+const GELU_SCALE: f32 = 1.595_769_2;
 /// The part of the cube in GELU's exponent.
 const GELU_CUBE: f32 = 0.044_715;
 

@@ -244,10 +244,8 @@ mod tests {
                     for (t, seen) in seen.chunks_exact(out_width).enumerate() {
                         let expected = if layer == 1 && t < slots.len() {
                             let row = &before[t * width..][..width];
-                            rounded(
-                                &rounded(&row[width - out_width..], cache_element),
-                                cuda.element(),
-                            )
+                            let stored = rounded(&row[width - out_width..], cache_element);
+                            rounded(&stored, cuda.element())
                         } else {
                             vec![0.0; out_width]
                         };

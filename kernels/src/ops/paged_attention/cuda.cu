@@ -33,9 +33,9 @@ struct Problem {
     int64_t block_stride, head_stride, token_stride;
     // Positions that a token sees, at most; below 2^31.
     uint32_t window;
-    // On q: scale times log2(e), as weights are powers of two, or scale over the cap.
+    // On q: scale times log2(e), as weights are powers of two; with a cap twice that over the cap.
     float scale;
-    // The cap times log2(e), on the tanh; 0 where there is none.
+    // The cap times log2(e); 0 where there is none.
     float soft_cap;
 };
 
@@ -173,7 +173,8 @@ struct Attention {
 #pragma unroll
                 for (int d = 0; d < PER_LANE; ++d) product += q[m][d] * k[d];
                 product = warp_reduce<LANES>(product, Sum{});
-                if (soft_cap > 0.0F) product = soft_cap * tanhf(product);
+                // tanh(x) = 1 - 2 / (1 + e^2x): near 0 it is off by 2^-23 of the cap, which no weight shows.
+                if (soft_cap > 0.0F) product = soft_cap - __fdividef(2.0F * soft_cap, 1.0F + exp2f(product));
                 // Later keys are at a negative distance, which is more than any window.
                 const auto distance = static_cast<uint32_t>(positions[m] - (key + u * KEYS_AT_ONCE));
                 scores[u][m] = distance < window ? product : -INFINITY;
@@ -386,7 +387,7 @@ extern "C" int cluster_paged_attention(void* stream, int element, int cache_elem
     problem.head_stride = head_stride;
     problem.token_stride = token_stride;
     problem.window = window > 0 && window < INT32_MAX ? static_cast<uint32_t>(window) : INT32_MAX;
-    problem.scale = soft_cap > 0.0F ? scale / soft_cap : scale * LOG2_E;
+    problem.scale = soft_cap > 0.0F ? scale * LOG2_E * 2.0F / soft_cap : scale * LOG2_E;
     problem.soft_cap = soft_cap * LOG2_E;
     return by_element(cache_element, [&](auto tag) {
         using C = typename decltype(tag)::Type;
