@@ -346,11 +346,13 @@ mod tests {
         shape.num_layers = 2;
         (shape.qkv_bias, shape.output_bias, shape.mlp_bias) = (true, true, false);
         (shape.qk_norm, shape.tie_word_embeddings) = (true, true);
+        shape.output_norms = true;
         let names: Vec<_> = tensors(&shape).into_iter().map(|spec| spec.name).collect();
-        assert_eq!(names.len(), 2 + 2 * (7 + 4 + 4));
+        assert_eq!(names.len(), 2 + 2 * (7 + 4 + 6));
         for name in [
             "model.layers.1.self_attn.o_proj.bias",
             "model.layers.0.self_attn.k_norm.weight",
+            "model.layers.1.post_feedforward_layernorm.weight",
         ] {
             assert!(names.iter().any(|found| found == name), "{name}");
         }
