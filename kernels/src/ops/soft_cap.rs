@@ -67,7 +67,7 @@ pub(crate) mod cuda {
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::{Backend, Precision};
+    use crate::backend::Backend;
     use crate::testing::{Rng, assert_close, backends, bits, tensor};
 
     fn reference(x: &[f32], cap: f32) -> Vec<f32> {
@@ -99,6 +99,7 @@ mod tests {
     #[cfg(feature = "cuda")]
     #[test]
     fn the_kernel_gives_the_same() {
+        use crate::backend::Precision;
         use crate::cuda::testing::{each_element, read, tolerance};
         use crate::testing::rounded;
         each_element(114, |cuda, rng| {
