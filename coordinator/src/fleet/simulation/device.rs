@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep};
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::wire::{
     FromShard, Load, Loaded, PlanDigest, PlanRow, Ran, RowOutput, ScoredToken, StepPlan,
-    StepTimings,
+    StepTimings, digest_of_tokens,
 };
 
 /// How long ranks wait for each other when they join.
@@ -57,6 +57,8 @@ struct Joined {
     next: Step,
     group: usize,
     abort: Arc<AtomicBool>,
+    /// What the last step chose.
+    chosen: Vec<Option<u32>>,
 }
 
 #[derive(Debug)]
@@ -207,6 +209,7 @@ impl Device {
             next: Step(0),
             group,
             abort,
+            chosen: Vec::new(),
         });
         self.world.lock().procs[self.proc].joined = Some(epoch);
         Ok(FromShard::Joined { epoch })
@@ -225,6 +228,7 @@ impl Device {
         let (group, abort) = (joined.group, Arc::clone(&joined.abort));
         self.check(plan)?;
         let digest = plan.digest();
+        let plan = &self.known(plan)?;
         let tokens: usize = plan.rows.iter().map(|row| row.tokens.len()).sum();
         sleep(MS + MS * u32::try_from(tokens / 16).unwrap_or(0)).await;
         let prefixes: Vec<u64> = plan.rows.iter().map(|row| self.read(epoch, row)).collect();
@@ -239,21 +243,45 @@ impl Device {
         }
         let lies = self.world.at(self.proc, Moment::Answer).await;
         self.world.lock().compute(plan, self.rank, digest);
+        let rows = plan.rows.iter().zip(sums);
+        let outputs: Vec<RowOutput> = rows.map(|(row, sum)| sample(row, sum)).collect();
+        let tokens = outputs.iter().map(|row| row.sampled.as_ref());
+        let chosen: Vec<_> = tokens.map(|sampled| sampled.map(|s| s.token)).collect();
         let mut ran = Ran {
             epoch,
             step,
             digest,
             outputs: Vec::new(),
+            chosen: Some(digest_of_tokens(chosen.iter().copied().flatten())),
             timings: StepTimings::default(),
         };
+        if let Some(joined) = &mut self.joined {
+            joined.chosen = chosen;
+        }
         if self.rank == Rank(0) {
-            let rows = plan.rows.iter().zip(sums);
-            ran.outputs = rows.map(|(row, sum)| sample(row, sum)).collect();
+            ran.outputs = outputs;
         }
         if lies {
             self.world.lock().lie(&mut ran);
         }
         Ok(FromShard::Ran(Box::new(ran)))
+    }
+
+    /// The plan with the tokens that it leaves to the step before.
+    fn known(&self, plan: &StepPlan) -> Result<StepPlan, NoAnswer> {
+        let mut plan = plan.clone();
+        let joined = self.joined.as_ref().expect("it has joined");
+        for row in &mut plan.rows {
+            let Some(from) = row.last_from else {
+                continue;
+            };
+            let token = joined.chosen.get(from as usize).copied().flatten();
+            match (token, row.tokens.last_mut()) {
+                (Some(token), Some(last)) => *last = token,
+                _ => return impossible(format!("no token in row {from} of the step before")),
+            }
+        }
+        Ok(plan)
     }
 
     /// Every part's sum, once all ranks have brought theirs.
@@ -422,9 +450,13 @@ impl State {
         self.lied = true;
         let place = (ran.epoch, ran.step);
         let sampled = ran.outputs.iter_mut().find_map(|row| row.sampled.as_mut());
-        match (self.rng.u32(0..4), sampled) {
+        match (self.rng.u32(0..5), sampled) {
             (0, Some(sampled)) => sampled.token = VOCAB_SIZE + self.rng.u32(0..9),
             (1, Some(_)) => drop(ran.outputs.pop()),
+            (4, Some(_)) => {
+                self.lies.insert(place);
+                ran.chosen = Some([1; 16]);
+            }
             // These the fleet itself has to see; those above, the scheduler.
             (2, _) => {
                 self.lies.insert(place);
