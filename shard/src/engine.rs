@@ -102,8 +102,8 @@ struct Group<C> {
     epoch: Epoch,
     next: Step,
     comm: C,
-    /// What the last step sampled.
-    sampled: Sampled,
+    /// What the last step sampled; `None` if it came to no end, and then nor will those behind it.
+    sampled: Option<Sampled>,
     /// When it ended.
     ended: Option<Instant>,
 }
@@ -231,7 +231,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             epoch,
             next: Step(0),
             comm,
-            sampled: Sampled::new(),
+            sampled: Some(Sampled::new()),
             ended: None,
         });
     }
@@ -249,7 +249,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let start = clock::now();
         let current = self.group.as_ref().map(|group| group.epoch);
         let group = match &mut self.group {
-            Some(group) if group.epoch == plan.epoch => group,
+            Some(group) if group.epoch == plan.epoch && group.sampled.is_some() => group,
             _ => {
                 return Err(StepError::Stale {
                     plan: plan.epoch,
@@ -265,7 +265,8 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         }
         let pool = self.pool.as_mut().ok_or(StepError::NoBlocks)?;
         let digest = plan.digest();
-        let last = sampler::last_tokens(plan, &group.sampled)?;
+        let before = group.sampled.take().unwrap_or_default();
+        let last = sampler::last_tokens(plan, &before)?;
         let host = pool.batcher.build(plan)?;
         host.set_last_tokens(&last);
         let mut requests = sampler::requests(plan, &last);
@@ -288,17 +289,9 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         };
         let results = run.compute(host, &mut pool.cache, requests)?;
         let sample_us = run.sample_us;
-        let mut outputs = Vec::new();
-        group.sampled = if reports {
-            outputs = sampler::outputs(plan, results);
-            let sampled = outputs.iter().map(|output| output.sampled.as_ref());
-            sampled.map(|sampled| sampled.map(|s| s.token)).collect()
-        } else if samples {
-            sampler::chosen(plan, &results)
-        } else {
-            Sampled::new()
-        };
-        let chosen = samples.then(|| digest_of_tokens(group.sampled.iter().copied().flatten()));
+        let (outputs, sampled) = sampler::answers(plan, results, reports);
+        let chosen = samples.then(|| digest_of_tokens(sampled.iter().copied().flatten()));
+        group.sampled = Some(sampled);
         let collective = group.comm.take_timings();
         let ended = clock::now();
         group.ended = Some(ended);

@@ -80,15 +80,31 @@ pub fn choices(requests: Vec<SampleRequest>) -> Vec<SampleRequest> {
 }
 
 /// The tokens that answer [`choices`].
-pub fn chosen(plan: &StepPlan, results: &[SampleResult]) -> Sampled {
+fn chosen(plan: &StepPlan, results: &[SampleResult]) -> Sampled {
     let mut results = results.iter().map(|result| result.token);
     let rows = plan.rows.iter();
     rows.map(|row| row.sampling.as_ref().and_then(|_| results.next()))
         .collect()
 }
 
+/// What a rank reports, and what it keeps for the next step, from the answers to [`requests`] (if it
+/// `reports`), to [`choices`], or to nothing.
+pub fn answers(
+    plan: &StepPlan,
+    results: Vec<SampleResult>,
+    reports: bool,
+) -> (Vec<RowOutput>, Sampled) {
+    if !reports {
+        return (Vec::new(), chosen(plan, &results));
+    }
+    let outputs = outputs(plan, results);
+    let sampled = outputs.iter().map(|output| output.sampled.as_ref());
+    let sampled = sampled.map(|sampled| sampled.map(|s| s.token)).collect();
+    (outputs, sampled)
+}
+
 /// The answers to [`requests`], in the same order, row by row.
-pub fn outputs(plan: &StepPlan, results: Vec<SampleResult>) -> Vec<RowOutput> {
+fn outputs(plan: &StepPlan, results: Vec<SampleResult>) -> Vec<RowOutput> {
     let mut results = results.into_iter();
     let mut output = |row: &PlanRow| {
         let targets = results.by_ref().take(row.targets.len());

@@ -57,8 +57,8 @@ struct Joined {
     next: Step,
     group: usize,
     abort: Arc<AtomicBool>,
-    /// What the last step chose.
-    chosen: Vec<Option<u32>>,
+    /// What the last step chose; `None` if it came to no end: those behind it are over too.
+    chosen: Option<Vec<Option<u32>>>,
 }
 
 #[derive(Debug)]
@@ -209,7 +209,7 @@ impl Device {
             next: Step(0),
             group,
             abort,
-            chosen: Vec::new(),
+            chosen: Some(Vec::new()),
         });
         self.world.lock().procs[self.proc].joined = Some(epoch);
         Ok(FromShard::Joined { epoch })
@@ -218,17 +218,19 @@ impl Device {
     async fn step(&mut self, plan: &StepPlan) -> Answer {
         self.world.at(self.proc, Moment::Step).await;
         let (epoch, step) = (plan.epoch, plan.step);
-        let Some(joined) = self.joined.as_mut().filter(|joined| joined.epoch == epoch) else {
+        let current = |joined: &&mut Joined| joined.epoch == epoch && joined.chosen.is_some();
+        let Some(joined) = self.joined.as_mut().filter(current) else {
             return Err(NoAnswer::Over);
         };
         if joined.next != step {
             return impossible(format!("step {step} came, {} was due", joined.next));
         }
         joined.next = step.next();
+        let before = joined.chosen.take().unwrap_or_default();
         let (group, abort) = (joined.group, Arc::clone(&joined.abort));
         self.check(plan)?;
         let digest = plan.digest();
-        let plan = &self.known(plan)?;
+        let plan = &known(plan, &before)?;
         let tokens: usize = plan.rows.iter().map(|row| row.tokens.len()).sum();
         sleep(MS + MS * u32::try_from(tokens / 16).unwrap_or(0)).await;
         let prefixes: Vec<u64> = plan.rows.iter().map(|row| self.read(epoch, row)).collect();
@@ -256,7 +258,7 @@ impl Device {
             timings: StepTimings::default(),
         };
         if let Some(joined) = &mut self.joined {
-            joined.chosen = chosen;
+            joined.chosen = Some(chosen);
         }
         if self.rank == Rank(0) {
             ran.outputs = outputs;
@@ -265,23 +267,6 @@ impl Device {
             self.world.lock().lie(&mut ran);
         }
         Ok(FromShard::Ran(Box::new(ran)))
-    }
-
-    /// The plan with the tokens that it leaves to the step before.
-    fn known(&self, plan: &StepPlan) -> Result<StepPlan, NoAnswer> {
-        let mut plan = plan.clone();
-        let joined = self.joined.as_ref().expect("it has joined");
-        for row in &mut plan.rows {
-            let Some(from) = row.last_from else {
-                continue;
-            };
-            let token = joined.chosen.get(from as usize).copied().flatten();
-            match (token, row.tokens.last_mut()) {
-                (Some(token), Some(last)) => *last = token,
-                _ => return impossible(format!("no token in row {from} of the step before")),
-            }
-        }
-        Ok(plan)
     }
 
     /// Every part's sum, once all ranks have brought theirs.
@@ -379,6 +364,22 @@ impl Device {
         let block_size = load.block_size as usize;
         row.blocks[position / block_size].index() * block_size + position % block_size
     }
+}
+
+/// The plan with the tokens that it leaves to the step before, which chose these.
+fn known(plan: &StepPlan, before: &[Option<u32>]) -> Result<StepPlan, NoAnswer> {
+    let mut plan = plan.clone();
+    for row in &mut plan.rows {
+        let Some(from) = row.last_from else {
+            continue;
+        };
+        let token = before.get(from as usize).copied().flatten();
+        match (token, row.tokens.last_mut()) {
+            (Some(token), Some(last)) => *last = token,
+            _ => return impossible(format!("no token in row {from} of the step before")),
+        }
+    }
+    Ok(plan)
 }
 
 fn sum(parts: &Parts) -> Vec<u64> {
