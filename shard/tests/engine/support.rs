@@ -280,6 +280,11 @@ impl Sequence {
             let position = u32::try_from(end).expect("short sequences");
             Box::new(Sampling {
                 position,
+                generated: if request.sampling.penalises_generated() {
+                    self.tokens[request.prompt.len()..].to_vec()
+                } else {
+                    Vec::new()
+                },
                 ..request.sampling.clone()
             })
         });
@@ -297,6 +302,9 @@ impl Sequence {
         {
             *last = 0;
             row.last_from = self.chosen_in;
+            if let Some(sampling) = &mut row.sampling {
+                sampling.generated.pop();
+            }
         }
         self.computed = end;
         row
