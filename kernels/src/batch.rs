@@ -35,6 +35,15 @@ impl Batch {
         self.context_lens.len()
     }
 
+    /// Sets the last token of each row that has one in `tokens`. `[rows]`
+    pub fn set_last_tokens(&mut self, tokens: &[Option<u32>]) {
+        for (end, token) in self.row_starts[1..].iter().zip(tokens) {
+            if let Some(token) = token {
+                self.token_ids[*end as usize - 1] = *token;
+            }
+        }
+    }
+
     /// Empties the arrays and keeps their memory.
     pub fn clear(&mut self) {
         self.token_ids.clear();

@@ -320,6 +320,7 @@ mod tests {
                 blocks,
                 sampling: (random.below(2) == 0).then(Box::default),
                 target_alternatives: 2,
+                last_from: None,
             });
         }
         StepPlan {

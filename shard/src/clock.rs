@@ -16,5 +16,10 @@ pub(crate) fn now() -> Instant {
 
 /// Whole microseconds since `start`.
 pub(crate) fn micros_since(start: Instant) -> u64 {
-    u64::try_from(now().duration_since(start).as_micros()).unwrap_or(u64::MAX)
+    micros(start, now())
+}
+
+/// Whole microseconds from `start` to `end`.
+pub(crate) fn micros(start: Instant, end: Instant) -> u64 {
+    u64::try_from(end.duration_since(start).as_micros()).unwrap_or(u64::MAX)
 }

@@ -11,19 +11,20 @@ use crate::batch::{Batcher, Limits, PlanError};
 use crate::clock;
 use crate::comm::{Comm, CommError};
 use crate::models::decoder::{Decoder, StepSize};
-use crate::sampler;
+use crate::sampler::{self, Sampled};
 use crate::weights::{self, DecoderWeights};
 use anyhow::{Context, Result, ensure};
 use kernels::backend::{Backend, DeviceError, Element, KvLayout};
 use kernels::batch::Batch;
 use kernels::sampling::{SampleRequest, SampleResult};
 use std::net::IpAddr;
+use std::time::Instant;
 use topology::checkpoint::Checkpoint;
 use topology::ids::{Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, ModelShape};
 use topology::partition::Partition;
-use topology::wire::{Load, Loaded, Ran, StepPlan, StepTimings};
+use topology::wire::{Load, Loaded, Ran, StepPlan, StepTimings, digest_of_tokens};
 
 /// Why a step gave no result.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +82,8 @@ pub struct Engine<B: Backend, C> {
     batch: B::DeviceBatch,
     /// Block count and blocks are filled in by [`Self::allocate`].
     limits: Limits,
+    /// Whether plans may leave tokens to this rank, so that it samples whether it reports or not.
+    keeps_tokens: bool,
     layout: KvLayout,
     hidden_size: usize,
     loaded: Loaded,
@@ -99,6 +102,10 @@ struct Group<C> {
     epoch: Epoch,
     next: Step,
     comm: C,
+    /// What the last step sampled; `None` if it came to no end, and then nor will those behind it.
+    sampled: Option<Sampled>,
+    /// When it ended.
+    ended: Option<Instant>,
 }
 
 impl<B: Backend, C: Comm<B>> Engine<B, C> {
@@ -152,6 +159,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             partition,
             batch,
             limits,
+            keeps_tokens: load.async_scheduling,
             layout,
             hidden_size,
             loaded,
@@ -223,6 +231,8 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             epoch,
             next: Step(0),
             comm,
+            sampled: Some(Sampled::new()),
+            ended: None,
         });
     }
 
@@ -239,7 +249,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let start = clock::now();
         let current = self.group.as_ref().map(|group| group.epoch);
         let group = match &mut self.group {
-            Some(group) if group.epoch == plan.epoch => group,
+            Some(group) if group.epoch == plan.epoch && group.sampled.is_some() => group,
             _ => {
                 return Err(StepError::Stale {
                     plan: plan.epoch,
@@ -255,12 +265,20 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         }
         let pool = self.pool.as_mut().ok_or(StepError::NoBlocks)?;
         let digest = plan.digest();
+        let before = group.sampled.take().unwrap_or_default();
+        let last = sampler::last_tokens(plan, &before)?;
         let host = pool.batcher.build(plan)?;
-        let requests = sampler::requests(plan);
+        host.set_last_tokens(&last);
+        let mut requests = sampler::requests(plan, &last);
         group.next = plan.step.next();
         group.comm.begin_step(digest);
+        let idle_us = group.ended.map_or(0, |ended| clock::micros(ended, start));
 
-        let samples = self.partition.rank == Rank(0);
+        let reports = self.partition.rank == Rank(0);
+        let samples = reports || self.keeps_tokens;
+        if !reports {
+            requests = sampler::choices(requests);
+        }
         let mut run = Run {
             backend: &self.backend,
             comm: &mut group.comm,
@@ -271,15 +289,16 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         };
         let results = run.compute(host, &mut pool.cache, requests)?;
         let sample_us = run.sample_us;
-        let outputs = if samples {
-            sampler::outputs(plan, results)
-        } else {
-            Vec::new()
-        };
+        let (outputs, sampled) = sampler::answers(plan, results, reports);
+        let chosen = samples.then(|| digest_of_tokens(sampled.iter().copied().flatten()));
+        group.sampled = Some(sampled);
         let collective = group.comm.take_timings();
-        let step_us = clock::micros_since(start);
+        let ended = clock::now();
+        group.ended = Some(ended);
+        let step_us = clock::micros(start, ended);
         let timings = StepTimings {
             step_us,
+            idle_us,
             // Where a measured step stands for this one, it may have been the longer of the two.
             collective_us: collective.total_us.min(step_us),
             wait_us: collective.wait_us,
@@ -290,6 +309,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             step: plan.step,
             digest,
             outputs,
+            chosen,
             timings,
         })
     }

@@ -1,19 +1,43 @@
 //! What a plan wants to know about its logits, as requests to the kernel, and the answers as the
-//! rows' outputs. Pure; the arithmetic is the kernel's.
+//! rows' outputs and as the tokens that the next plan leaves to this rank. Pure; the arithmetic is the
+//! kernel's.
 //!
 //! Invariant: requests stand in the order of the logits' rows, so that logits can be computed and
 //! dropped piece by piece.
 
-use crate::batch::wanted_tokens;
+use crate::batch::{PlanError, wanted_tokens};
 use kernels::sampling::{Choice, SampleParams, SampleRequest, SampleResult, Score};
 use topology::wire::{PlanRow, RowOutput, Sampling, ScoredToken, StepPlan, TokenScore};
 
-/// All requests of a plan. [`SampleRequest::row`] counts the plan's wanted tokens (the batch's
-/// `logit_tokens`) from 0.
-pub fn requests(plan: &StepPlan) -> Vec<SampleRequest> {
+/// What a step sampled, by row of its plan.
+pub type Sampled = Vec<Option<u32>>;
+
+/// The last tokens of the rows that leave them to the step before, which sampled `before`.
+///
+/// # Errors
+/// [`PlanError`] if a row names one that sampled nothing.
+pub fn last_tokens(plan: &StepPlan, before: &Sampled) -> Result<Sampled, PlanError> {
+    let last = |(index, row): (usize, &PlanRow)| {
+        let Some(from) = row.last_from else {
+            return Ok(None);
+        };
+        let token = before.get(from as usize).copied().flatten();
+        let what = || format!("takes a token of row {from} of the step before, which has none");
+        let missing = || PlanError::Row {
+            row: index,
+            what: what(),
+        };
+        token.ok_or_else(missing).map(Some)
+    };
+    plan.rows.iter().enumerate().map(last).collect()
+}
+
+/// All requests of a plan, of which the step before sampled the `last` tokens. [`SampleRequest::row`]
+/// counts the plan's wanted tokens (the batch's `logit_tokens`) from 0.
+pub fn requests(plan: &StepPlan, last: &Sampled) -> Vec<SampleRequest> {
     let mut requests = Vec::new();
     let mut base = 0;
-    for row in &plan.rows {
+    for (row, last) in plan.rows.iter().zip(last) {
         let targets = row
             .targets
             .iter()
@@ -26,9 +50,13 @@ pub fn requests(plan: &StepPlan) -> Vec<SampleRequest> {
         requests.extend(targets);
         let wanted = wanted_tokens(row).count();
         if let Some(sampling) = &row.sampling {
+            let mut params = params(sampling);
+            params
+                .generated
+                .extend(last.filter(|_| sampling.penalises_generated()));
             requests.push(SampleRequest {
                 row: base + wanted - 1,
-                choice: Choice::Sample(Box::new(params(sampling))),
+                choice: Choice::Sample(Box::new(params)),
                 logprobs: sampling.logprobs.map(|n| n as usize),
             });
         }
@@ -37,8 +65,46 @@ pub fn requests(plan: &StepPlan) -> Vec<SampleRequest> {
     requests
 }
 
+/// Those of the requests that choose a token, and nothing but the token: what a rank needs that does
+/// not report.
+pub fn choices(requests: Vec<SampleRequest>) -> Vec<SampleRequest> {
+    let chooses = |request: &SampleRequest| matches!(request.choice, Choice::Sample(_));
+    let choices = requests
+        .into_iter()
+        .filter(chooses)
+        .map(|request| SampleRequest {
+            logprobs: None,
+            ..request
+        });
+    choices.collect()
+}
+
+/// The tokens that answer [`choices`].
+fn chosen(plan: &StepPlan, results: &[SampleResult]) -> Sampled {
+    let mut results = results.iter().map(|result| result.token);
+    let rows = plan.rows.iter();
+    rows.map(|row| row.sampling.as_ref().and_then(|_| results.next()))
+        .collect()
+}
+
+/// What a rank reports, and what it keeps for the next step, from the answers to [`requests`] (if it
+/// `reports`), to [`choices`], or to nothing.
+pub fn answers(
+    plan: &StepPlan,
+    results: Vec<SampleResult>,
+    reports: bool,
+) -> (Vec<RowOutput>, Sampled) {
+    if !reports {
+        return (Vec::new(), chosen(plan, &results));
+    }
+    let outputs = outputs(plan, results);
+    let sampled = outputs.iter().map(|output| output.sampled.as_ref());
+    let sampled = sampled.map(|sampled| sampled.map(|s| s.token)).collect();
+    (outputs, sampled)
+}
+
 /// The answers to [`requests`], in the same order, row by row.
-pub fn outputs(plan: &StepPlan, results: Vec<SampleResult>) -> Vec<RowOutput> {
+fn outputs(plan: &StepPlan, results: Vec<SampleResult>) -> Vec<RowOutput> {
     let mut results = results.into_iter();
     let mut output = |row: &PlanRow| {
         let targets = results.by_ref().take(row.targets.len());
@@ -119,7 +185,7 @@ mod tests {
             ],
             ..StepPlan::default()
         };
-        let requests = requests(&plan);
+        let requests = requests(&plan, &vec![None; 5]);
         // One logits row for the first; two for the second, whose last target and sample share one;
         // none for the third; two apart for the fourth; one for the last.
         let rows: Vec<_> = requests.iter().map(|r| r.row).collect();
@@ -135,12 +201,19 @@ mod tests {
                 top: vec![(0, -0.5); n],
             }),
         };
+        let choices: Vec<_> = choices(requests.clone()).iter().map(answer).collect();
+        let chosen = chosen(&plan, &choices);
+        assert!(choices.iter().all(|result| result.score.is_none()));
         let outputs = outputs(&plan, requests.iter().map(answer).collect());
         let sampled: Vec<_> = outputs
             .iter()
             .map(|o| o.sampled.as_ref().map(|s| s.token))
             .collect();
         assert_eq!(sampled, [Some(100), Some(102), None, Some(104), None]);
+        assert_eq!(
+            chosen, sampled,
+            "ranks that do not report know the tokens too"
+        );
         let scores = |o: &RowOutput| o.targets.iter().map(|t| t.logprob).collect::<Vec<_>>();
         let targets: Vec<_> = outputs.iter().map(scores).collect();
         assert_eq!(
@@ -173,6 +246,46 @@ mod tests {
                 .len(),
             0
         );
+    }
+
+    #[test]
+    fn a_token_of_the_step_before_is_a_generated_one() {
+        let penalised = Sampling {
+            generated: vec![4],
+            frequency_penalty: 0.5,
+            ..Sampling::default()
+        };
+        let from = |row: u32, sampling: Sampling| PlanRow {
+            last_from: Some(row),
+            ..self::row(1, &[], Some(sampling))
+        };
+        let mut plan = StepPlan {
+            rows: vec![
+                from(2, penalised),
+                row(1, &[], Some(sample(None))),
+                from(0, Sampling::default()),
+            ],
+            ..StepPlan::default()
+        };
+        let before = vec![Some(70), None, Some(72)];
+        let last = last_tokens(&plan, &before).unwrap();
+        assert_eq!(last, [Some(72), None, Some(70)]);
+        let generated = |request: &SampleRequest| match &request.choice {
+            Choice::Sample(params) => params.generated.clone(),
+            Choice::Score(_) => unreachable!("nothing is scored"),
+        };
+        let generated: Vec<_> = requests(&plan, &last).iter().map(generated).collect();
+        assert_eq!(generated, [vec![4, 72], vec![], vec![]]);
+        for missing in [1, 3] {
+            plan.rows[2].last_from = Some(missing);
+            let error = last_tokens(&plan, &before).unwrap_err().to_string();
+            assert_eq!(
+                error,
+                format!(
+                    "row 2 of the plan takes a token of row {missing} of the step before, which has none"
+                )
+            );
+        }
     }
 
     #[test]

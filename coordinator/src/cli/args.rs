@@ -180,6 +180,12 @@ pub struct Up {
           value_name = "BOOL", value_parser = BoolishValueParser::new(),
           action = clap::ArgAction::Set, help_heading = SCHEDULING)]
     pub enable_prefix_caching: bool,
+    /// Plan a step while the one before it is computed (turn off: --no-async-scheduling).
+    #[arg(long, env = "CLUSTER_ASYNC_SCHEDULING", default_value_t = true,
+          default_missing_value = "true", num_args = 0..=1, require_equals = true,
+          value_name = "BOOL", value_parser = BoolishValueParser::new(),
+          action = clap::ArgAction::Set, help_heading = SCHEDULING)]
+    pub async_scheduling: bool,
     /// Most requests that may wait; more are answered 429.
     #[arg(long, env = "CLUSTER_MAX_NUM_QUEUED_REQS", default_value_t = 1024, value_name = "N",
           help_heading = SCHEDULING)]

@@ -118,6 +118,7 @@ fn long_spelling(argument: OsString) -> OsString {
     match argument.to_str() {
         Some("-tp") => "--tensor-parallel-size".into(),
         Some("--no-enable-prefix-caching") => "--enable-prefix-caching=false".into(),
+        Some("--no-async-scheduling") => "--async-scheduling=false".into(),
         Some(text) => match text.strip_prefix("-tp=") {
             Some(size) => format!("--tensor-parallel-size={size}").into(),
             None => argument,
@@ -342,6 +343,7 @@ mod tests {
             "-tp",
             "2",
             "--no-enable-prefix-caching",
+            "--no-async-scheduling",
             "--max-model-len",
             "32k",
         ];

@@ -114,6 +114,7 @@ impl Prepared {
             max_model_len: sizes.max_model_len,
             max_num_batched_tokens: sizes.max_num_batched_tokens,
             max_num_seqs: sizes.max_num_seqs,
+            async_scheduling: up.async_scheduling,
         };
         let scheduler = scheduler_config(up, &report, model.shape.vocab_size);
         // Nothing is kept of it: it says whether the limits make sense together.
@@ -389,6 +390,7 @@ fn scheduler_config(up: &Up, report: &FitReport, vocab_size: u32) -> SchedulerCo
         max_num_queued_tokens: up.max_num_queued_tokens as usize,
         long_prefill_token_threshold: up.long_prefill_token_threshold,
         enable_prefix_caching: up.enable_prefix_caching,
+        async_scheduling: up.async_scheduling,
     }
 }
 

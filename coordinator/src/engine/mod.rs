@@ -1,9 +1,11 @@
 //! The step loop, and the handle by which the rest of the process reaches it.
 //!
-//! `take commands → schedule (pure) → fleet.step (the only I/O) → apply (pure) → deliver`: every
-//! turn, nothing between. The loop knows no text, HTTP or process; what a step computes is the
-//! scheduler's decision, how it is computed the shards'. A fault takes it to `recovery` and back.
-//! Invariant: however the loop ends, every stream that was opened got its last event.
+//! `take commands → schedule (pure) → fleet.send | fleet.receive (the only I/O) → apply (pure) →
+//! deliver`: every turn sends a step or takes in what one gave, nothing between. While the scheduler has
+//! another step to send, that goes first, so that shards never wait for what is done here. The
+//! loop knows no text, HTTP or process; what a step computes is the scheduler's decision, how it is
+//! computed the shards'. A fault takes it to `recovery` and back. Invariant: however the loop ends,
+//! every stream that was opened got its last event.
 
 pub mod handle;
 mod record;
@@ -41,6 +43,8 @@ pub struct Engine<G> {
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
     attempts: Attempts,
+    /// When the last step was answered, unless there was a pause after it.
+    last_answer: Option<Instant>,
 }
 
 /// What the loop is connected to.
@@ -70,6 +74,7 @@ impl<G: Group> Engine<G> {
             readiness: connections.readiness,
             metrics: connections.metrics,
             attempts: Attempts::new(connections.max_recovery_attempts),
+            last_answer: None,
         }
     }
 
@@ -110,21 +115,24 @@ impl<G: Group> Engine<G> {
     async fn turns(&mut self) -> Result<(), Fault> {
         while self.take_commands().await? {
             let planned = now();
-            let Some(plan) = self.scheduler.schedule() else {
+            if let Some(plan) = self.scheduler.schedule() {
+                self.metrics.engine.schedule_seconds.record(since(planned));
+                self.fleet.send(plan).await?;
+                self.deliver(planned);
+            } else if self.scheduler.steps_under_way() > 0 {
+                let outcome = self.fleet.receive().await?;
+                self.scheduler
+                    .apply(&outcome.outputs)
+                    .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
+                if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
+                    self.attempts.succeeded();
+                }
+                self.deliver(outcome.answered);
+                self.record(&outcome);
+            } else {
                 let cause = Cause::Coordinator("requests wait, but no step was planned".into());
                 return Err(Fault::group(cause));
-            };
-            self.metrics.engine.schedule_seconds.record(since(planned));
-            let outcome = self.fleet.step(plan).await?;
-            let answered = now();
-            self.scheduler
-                .apply(&outcome.outputs)
-                .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
-            if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
-                self.attempts.succeeded();
             }
-            self.deliver(planned, outcome.answered);
-            self.record(planned, answered, &outcome);
         }
         Ok(())
     }
@@ -141,6 +149,7 @@ impl<G: Group> Engine<G> {
         while !self.scheduler.has_work() {
             self.scheduler.take_events(); // of sequences that were cancelled: no one listens
             self.record_stats();
+            self.last_answer = None;
             if self.shutdown.borrow().is_some() {
                 return Ok(false);
             }
@@ -178,12 +187,10 @@ impl<G: Group> Engine<G> {
         let _ = answer.send(answered);
     }
 
-    /// Passes on what happened to sequences, in a step that was planned and answered at these times.
-    fn deliver(&mut self, planned: Instant, answered: Instant) {
+    /// Passes on what happened to sequences when a step was planned, or answered, at `when`.
+    fn deliver(&mut self, when: Instant) {
         for event in self.scheduler.take_events() {
-            let slow = self
-                .streams
-                .deliver(event, planned, answered, &self.metrics);
+            let slow = self.streams.deliver(event, when, &self.metrics);
             if let Some(slow) = slow {
                 self.scheduler.cancel(slow);
             }

@@ -3,29 +3,31 @@
 use super::Engine;
 use super::handle::SubmitError;
 use super::streams::Taken;
-use crate::clock::now;
+use crate::clock::since;
 use crate::fleet::StepOutcome;
 use crate::metrics::Rejection;
 use crate::scheduler::request::Refusal;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl<G> Engine<G> {
-    /// One turn, from its planning to its last delivery.
-    pub(super) fn record(&self, planned: Instant, answered: Instant, outcome: &StepOutcome) {
+    /// A step that was answered and delivered.
+    pub(super) fn record(&mut self, outcome: &StepOutcome) {
         let engine = &self.metrics.engine;
-        let done = now();
-        engine.apply_seconds.record(done - answered);
+        let answered = outcome.answered;
+        engine.apply_seconds.record(since(answered));
         engine.step_duration_seconds.record(outcome.took);
         for (rank, timings) in outcome.timings.iter().enumerate() {
-            self.metrics.record_rank(rank, timings);
+            self.metrics
+                .record_rank(rank, timings, self.last_answer.is_none());
         }
         let slowest = outcome.timings.iter().map(|timings| timings.step_us).max();
         let shards = Duration::from_micros(slowest.unwrap_or(0));
-        let overhead = (done - planned).saturating_sub(shards);
+        // Without a pause, what was done here between two steps belongs to the second.
+        let begun = self.last_answer.unwrap_or(answered - outcome.took);
+        let overhead = answered.duration_since(begun).saturating_sub(shards);
         engine.step_overhead_seconds.record(overhead);
-        let stats = self.scheduler.stats();
-        let tokens = stats.last_prefill_tokens + stats.last_decode_tokens;
-        engine.iteration_tokens_total.record(tokens as f64);
+        engine.iteration_tokens_total.record(outcome.tokens as f64);
+        self.last_answer = Some(answered);
         self.record_stats();
     }
 
@@ -55,6 +57,9 @@ impl<G> Engine<G> {
         // The scheduler counts over its whole life, so its numbers replace the metric's.
         let counters = stats.counters;
         engine.num_preemptions_total.absolute(counters.preemptions);
+        engine
+            .discarded_tokens_total
+            .absolute(counters.discarded_tokens);
         requests
             .prefix_cache_queries_total
             .absolute(counters.prefix_cache_queries);

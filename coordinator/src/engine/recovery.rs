@@ -80,7 +80,8 @@ impl<G: Group> Engine<G> {
         };
         self.scheduler.reset(epoch);
         // To whom the faults have to be laid hears of it here.
-        self.deliver(begun, now());
+        self.deliver(now());
+        self.last_answer = None;
         let took = since(begun);
         let engine = &self.metrics.engine;
         engine.epoch.set(f64::from(epoch.0));

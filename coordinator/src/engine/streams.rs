@@ -98,19 +98,18 @@ impl Streams {
         abandoned
     }
 
-    /// Passes an event on. `planned` and `now` are when its step was planned and answered.
+    /// Passes an event on. `now` is when its step was planned (for a start) or answered.
     /// Some(id): the client does not read; cancel this sequence.
     pub(super) fn deliver(
         &mut self,
         event: Event,
-        planned: Instant,
         now: Instant,
         metrics: &Metrics,
     ) -> Option<SequenceId> {
         let id = event.id;
         // Cancelled sequences have no listener; their last event is nobody's.
         let stream = self.open.get_mut(&id)?;
-        stream.count(&event.kind, planned, now, metrics);
+        stream.count(&event.kind, now, metrics);
         if let EventKind::Finished(reason) = event.kind {
             let stream = self.open.remove(&id)?;
             let outcome = match reason {
@@ -197,11 +196,11 @@ impl Stream {
         );
     }
 
-    fn count(&mut self, kind: &EventKind, planned: Instant, now: Instant, metrics: &Metrics) {
+    fn count(&mut self, kind: &EventKind, now: Instant, metrics: &Metrics) {
         let requests = &metrics.requests;
         match kind {
             EventKind::Started { cached_tokens } => {
-                self.started = Some(planned);
+                self.started = Some(now);
                 requests
                     .prompt_tokens_total
                     .increment(self.prompt_tokens as u64);
@@ -210,7 +209,7 @@ impl Stream {
                     .increment(u64::from(*cached_tokens));
                 requests
                     .queue_time_seconds
-                    .record(planned.saturating_duration_since(self.arrived));
+                    .record(now.saturating_duration_since(self.arrived));
             }
             EventKind::Token { .. } => {
                 self.generated += 1;

@@ -79,6 +79,11 @@ pub enum Cause {
     /// Ranks did not compute the same plan.
     #[error("the rank computed another plan than the one that was sent")]
     Diverged,
+    /// Ranks did not draw the same tokens from the same logits.
+    #[error(
+        "the rank chose another token than rank 0; --no-async-scheduling leaves the choice to rank 0"
+    )]
+    ChoseOtherwise,
     /// A message that the protocol does not allow here.
     #[error("unexpected message ({phase}): {message}", phase = .phase.name())]
     Unexpected {

@@ -122,10 +122,21 @@ impl Inbox {
         ranks: Range<usize>,
         phase: Phase,
         limit: Duration,
+        take: impl FnMut(Rank, FromShard) -> Result<Option<T>, FromShard>,
+    ) -> Result<Vec<T>, Fault> {
+        let values = ranks.map(|_| None).collect();
+        self.gather_rest(values, phase, limit, take).await
+    }
+
+    /// As [`Self::gather`], where some ranks' values are known.
+    pub(super) async fn gather_rest<T>(
+        &mut self,
+        mut values: Vec<Option<T>>,
+        phase: Phase,
+        limit: Duration,
         mut take: impl FnMut(Rank, FromShard) -> Result<Option<T>, FromShard>,
     ) -> Result<Vec<T>, Fault> {
         let deadline = Instant::now() + limit;
-        let mut values: Vec<Option<T>> = ranks.map(|_| None).collect();
         while let Some(missing) = values.iter().position(Option::is_none) {
             let next = timeout_at(deadline, self.next()).await;
             let Ok(next) = next else {

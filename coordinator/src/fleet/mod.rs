@@ -1,10 +1,11 @@
 //! The shards as seen from here.
 //!
-//! Starts them, brings them to readiness phase by phase, has them compute steps, and after a
-//! fault replaces what is gone and forms the group anew. Owns the epoch; knows nothing of requests
-//! or of what a plan means. Invariant: an answer is passed on only if every rank computed the plan
-//! that was sent, in the epoch and step it was sent for; anything else is a [`Fault`], and no shard
-//! process outlives the fleet.
+//! Starts them, brings them to readiness phase by phase, has them compute steps, of which the next may
+//! be sent before the last is answered, and after a fault replaces what is gone and forms the group
+//! anew. Owns the epoch; knows nothing of requests or of what a plan means. Invariant: an answer is
+//! passed on only if every rank computed the plan that was sent, in the epoch and step it was sent for,
+//! and all that sample chose the same tokens; anything else is a [`Fault`], and no shard process
+//! outlives the fleet.
 
 mod fault;
 mod host;
@@ -15,6 +16,7 @@ mod recover;
 #[cfg(test)]
 mod simulation;
 mod start;
+mod steps;
 #[cfg(test)]
 mod tests;
 
@@ -24,15 +26,15 @@ pub use inbox::{Heard, Outlet, Source};
 pub use local::{LocalHost, LocalShard, Program, RankSite};
 pub use start::{Limits, RankReport, Ready, Setup, StartEvent};
 
-use crate::clock::{now, since};
 use futures_util::future::join_all;
 use inbox::Inbox;
 use pace::Pace;
 use recover::Member;
 use std::time::{Duration, Instant};
-use topology::ids::{Epoch, Rank, Step};
+use steps::Steps;
+use topology::ids::{Epoch, Rank};
 use topology::link::Frame;
-use topology::wire::{FromShard, PlanDigest, Ran, RowOutput, StepPlan, StepTimings, ToShard};
+use topology::wire::{RowOutput, StepPlan, StepTimings, ToShard};
 
 /// How long shards get to end by themselves when they are told to.
 const STOP_LIMIT: Duration = Duration::from_secs(3);
@@ -48,13 +50,18 @@ pub struct Fleet<H: Host = LocalHost> {
     /// KV blocks of every rank.
     num_blocks: u32,
     pace: Pace,
+    steps: Steps,
     setup: Setup,
 }
 
 /// What the engine's loop needs of a group of shards; its tests bring their own.
 pub trait Group: Send {
-    /// Has all ranks compute `plan`. An error means that nothing of the step counts.
-    fn step(&mut self, plan: StepPlan) -> impl Future<Output = Result<StepOutcome, Fault>> + Send;
+    /// Has all ranks compute `plan`, after those that were sent before. An error means that nothing of
+    /// the steps under way counts.
+    fn send(&mut self, plan: StepPlan) -> impl Future<Output = Result<(), Fault>> + Send;
+
+    /// What the oldest step under way gave. An error means that nothing of the steps under way counts.
+    fn receive(&mut self) -> impl Future<Output = Result<StepOutcome, Fault>> + Send;
 
     /// Waits until something goes wrong while no step is under way. Cancel-safe.
     fn fault(&mut self) -> impl Future<Output = Fault> + Send;
@@ -81,45 +88,21 @@ pub struct StepOutcome {
     pub outputs: Vec<RowOutput>,
     /// One for each rank.
     pub timings: Vec<StepTimings>,
-    /// From sending the plan to the last rank's answer.
+    /// Tokens that were computed.
+    pub tokens: usize,
+    /// From sending the plan, or from the end of the step before it, to the last rank's answer.
     pub took: Duration,
     /// When that was.
     pub answered: Instant,
 }
 
 impl<H: Host> Group for Fleet<H> {
-    async fn step(&mut self, plan: StepPlan) -> Result<StepOutcome, Fault> {
-        let sent = now();
-        let coordinator = |why: String| Fault::group(Cause::Coordinator(why));
-        if plan.epoch != self.epoch {
-            let (planned, current) = (plan.epoch, self.epoch);
-            let why = format!("a plan of epoch {planned} in epoch {current}");
-            return Err(coordinator(why));
-        }
-        let (epoch, step) = (plan.epoch, plan.step);
-        let tokens = plan.rows.iter().map(|row| row.tokens.len()).sum();
-        let limit = self.pace.limit(tokens, self.setup.limits.step);
-        let (frame, digest) = Frame::run(plan).map_err(|e| coordinator(e.to_string()))?;
-        self.send_frame(&frame).await?;
-        let ran = |_, message| match message {
-            FromShard::Ran(ran) => Ok(Some(*ran)),
-            other => Err(other),
-        };
-        let answers = self
-            .inbox
-            .gather(0..self.members.len(), Phase::Step, limit, ran)
-            .await?;
-        let took = since(sent);
-        check_agreement((epoch, step, digest), &answers)?;
-        self.pace.record(tokens, took);
-        let timings = answers.iter().map(|ran| ran.timings).collect();
-        let outputs = answers.into_iter().next().map(|ran| ran.outputs);
-        Ok(StepOutcome {
-            outputs: outputs.unwrap_or_default(),
-            timings,
-            took,
-            answered: sent + took,
-        })
+    async fn send(&mut self, plan: StepPlan) -> Result<(), Fault> {
+        self.send_plan(plan).await
+    }
+
+    async fn receive(&mut self) -> Result<StepOutcome, Fault> {
+        self.receive_answers().await
     }
 
     async fn fault(&mut self) -> Fault {
@@ -158,7 +141,7 @@ impl<H: Host> Fleet<H> {
         join_all(sends).await.into_iter().collect()
     }
 
-    async fn send(&mut self, rank: Rank, frame: &Frame<ToShard>) -> Result<(), Fault> {
+    async fn send_to(&mut self, rank: Rank, frame: &Frame<ToShard>) -> Result<(), Fault> {
         let member = self.members.get_mut(rank.index()).and_then(Option::as_mut);
         send(rank, member, frame).await
     }
@@ -177,22 +160,4 @@ async fn send(
 fn frame(message: &ToShard) -> Result<Frame<ToShard>, Fault> {
     let coordinator = |why: String| Fault::group(Cause::Coordinator(why));
     Frame::new(message).map_err(|e| coordinator(e.to_string()))
-}
-
-/// All ranks computed what was sent, and only that.
-fn check_agreement(
-    (epoch, step, digest): (Epoch, Step, PlanDigest),
-    answers: &[Ran],
-) -> Result<(), Fault> {
-    for (rank, ran) in (0..).map(Rank).zip(answers) {
-        if (ran.epoch, ran.step) != (epoch, step) {
-            let message = format!("the answer to step {} of epoch {}", ran.step, ran.epoch);
-            let phase = Phase::Step;
-            return Err(Fault::of(rank, Cause::Unexpected { phase, message }));
-        }
-        if ran.digest != digest {
-            return Err(Fault::of(rank, Cause::Diverged));
-        }
-    }
-    Ok(())
 }

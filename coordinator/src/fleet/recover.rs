@@ -67,6 +67,7 @@ impl<H: Host> Fleet<H> {
         let over = self.epoch;
         self.epoch = over.next();
         self.inbox.begin(self.epoch);
+        self.steps.clear();
         if let Some(rank) = fault.rank.filter(|_| fault.is_its_ranks_own()) {
             self.inbox.give_up_on(rank, fault.cause.clone());
         }

@@ -10,6 +10,7 @@ use super::host::{Host, Launched, Took};
 use super::inbox::Inbox;
 use super::pace::Pace;
 use super::recover::Member;
+use super::steps::Steps;
 use super::{Fleet, frame};
 use crate::clock::{now, since};
 use std::time::{Duration, Instant};
@@ -138,6 +139,7 @@ impl<H: Host> Fleet<H> {
             epoch: Epoch::default(),
             num_blocks: 0,
             pace: Pace::default(),
+            steps: Steps::default(),
             setup,
         };
         match fleet.bring_up(world_size, choose_blocks, &mut tell).await {
@@ -236,7 +238,7 @@ impl<H: Host> Fleet<H> {
     /// Forms the communicator of the current epoch.
     pub(super) async fn join(&mut self) -> Result<(), Fault> {
         let epoch = self.epoch;
-        self.send(Rank(0), &frame(&ToShard::MakeComm { epoch })?)
+        self.send_to(Rank(0), &frame(&ToShard::MakeComm { epoch })?)
             .await?;
         let made = |_, message| match message {
             FromShard::CommMade { epoch: of, comm_id } if of == epoch => Ok(Some(comm_id)),

@@ -1,14 +1,11 @@
 //! What a fleet refuses: programs that are no shards, answers that do not agree. The rest needs real
 //! shards, and is tested with the binary.
 
-use super::{
-    Cause, Fault, Fleet, Limits, LocalHost, Phase, Program, RankSite, Setup, check_agreement,
-};
+use super::{Cause, Fleet, Limits, LocalHost, Program, RankSite, Setup};
 use std::time::Duration;
 use tokio::sync::mpsc;
-use topology::ids::{Epoch, Rank, Step};
 use topology::placement::Device;
-use topology::wire::{Load, ModelLocation, Ran, StepPlan, StepTimings};
+use topology::wire::{Load, ModelLocation};
 
 fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
     let cpu = Device::Cpu {
@@ -31,6 +28,7 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
             max_model_len: 64,
             max_num_batched_tokens: 64,
             max_num_seqs: 4,
+            async_scheduling: true,
         },
         limits: Limits {
             startup: Duration::from_secs(5),
@@ -57,53 +55,5 @@ async fn a_program_that_is_no_shard_is_named_and_nothing_stays() {
             "{fault}"
         );
         assert_eq!(all_gone.recv().await, None);
-    }
-}
-
-#[test]
-fn a_rank_that_computed_something_else_is_named() {
-    let plan = StepPlan {
-        epoch: Epoch(3),
-        step: Step(7),
-        rows: Vec::new(),
-    };
-    let digest = plan.digest();
-    let ran = || Ran {
-        epoch: plan.epoch,
-        step: plan.step,
-        digest,
-        outputs: Vec::new(),
-        timings: StepTimings::default(),
-    };
-    let check = |answers: &[Ran]| check_agreement((plan.epoch, plan.step, digest), answers);
-    assert_eq!(check(&[ran(), ran(), ran()]), Ok(()));
-    let mut other = ran();
-    other.digest[5] ^= 1;
-    assert_eq!(
-        check(&[ran(), other]),
-        Err(Fault::of(Rank(1), Cause::Diverged))
-    );
-    for late in [
-        Ran {
-            epoch: Epoch(2),
-            ..ran()
-        },
-        Ran {
-            step: Step(6),
-            ..ran()
-        },
-    ] {
-        let fault = check(&[ran(), ran(), late]).unwrap_err();
-        assert_eq!(fault.rank, Some(Rank(2)));
-        assert!(
-            matches!(
-                fault.cause,
-                Cause::Unexpected {
-                    phase: Phase::Step,
-                    ..
-                }
-            ),
-            "{fault}"
-        );
     }
 }

@@ -30,10 +30,12 @@ fn exposed() -> String {
         1,
         &StepTimings {
             step_us: 2_000,
+            idle_us: 10,
             collective_us: 500,
             wait_us: 100,
             sample_us: 300,
         },
+        false,
     );
     metrics.upkeep();
     metrics.render()

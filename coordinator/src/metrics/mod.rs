@@ -78,6 +78,7 @@ const HISTOGRAMS: &[(&str, &[f64])] = &[
     ("cluster_rank_wait_seconds", STEP),
     ("cluster_rank_sample_seconds", STEP),
     ("cluster_recovery_seconds", RECOVERY),
+    ("cluster_rank_idle_seconds", OVERHEAD),
     ("cluster_schedule_seconds", OVERHEAD),
     ("cluster_apply_seconds", OVERHEAD),
     ("cluster_step_overhead_seconds", OVERHEAD),
@@ -217,13 +218,15 @@ handles! {
         iteration_tokens_total: Histogram = "vllm:iteration_tokens_total",
             "Tokens computed in one step.";
         step_duration_seconds: Histogram = "cluster_step_duration_seconds",
-            "A step seen from the coordinator: from sending the plan to the last rank's answer.";
+            "A step seen from the coordinator: from the plan, or the step before, to the last rank's answer.";
         schedule_seconds: Histogram = "cluster_schedule_seconds",
             "Deciding what a step computes.";
         apply_seconds: Histogram = "cluster_apply_seconds",
             "Taking in and delivering what a step gave.";
         step_overhead_seconds: Histogram = "cluster_step_overhead_seconds",
-            "What a turn of the loop took beyond the slowest rank's own time.";
+            "Time from one step's answer to the next beyond the slowest rank's own time.";
+        discarded_tokens_total: Counter = "cluster_discarded_tokens_total",
+            "Tokens computed for sequences that had ended in the step before.";
         prefill_backlog_tokens: Gauge = "cluster_prefill_backlog_tokens",
             "Prompt tokens of admitted requests that are not computed yet.";
         kv_tokens_used: Gauge = "cluster_kv_tokens",
@@ -264,6 +267,8 @@ handles! {
             "The part of a rank's collectives spent waiting for a slower rank.";
         sample: Histogram = "cluster_rank_sample_seconds",
             "The part of a rank's step spent choosing and scoring tokens.";
+        idle: Histogram = "cluster_rank_idle_seconds",
+            "What a rank waited for the next step after the last, while there was work.";
     }
 }
 
@@ -399,13 +404,16 @@ impl Metrics {
     }
 
     /// Records where a step's time went on one rank.
-    pub fn record_rank(&self, rank: usize, timings: &StepTimings) {
+    pub fn record_rank(&self, rank: usize, timings: &StepTimings, after_pause: bool) {
         let Some(metrics) = self.ranks.get(rank) else {
             return;
         };
         let seconds = |us: u64| us as f64 / 1e6;
         let elsewhere = timings.collective_us + timings.sample_us;
         metrics.step.record(seconds(timings.step_us));
+        if !after_pause {
+            metrics.idle.record(seconds(timings.idle_us));
+        }
         metrics
             .compute
             .record(seconds(timings.step_us.saturating_sub(elsewhere)));

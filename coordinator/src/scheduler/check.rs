@@ -7,6 +7,7 @@
 
 use super::Scheduler;
 use super::sequence::Sequence;
+use super::under_way::UnderWay;
 use std::collections::BTreeMap;
 
 impl Scheduler {
@@ -33,9 +34,8 @@ impl Scheduler {
     /// S1, S2: each live sequence is in exactly one place, and found there.
     fn check_places(&self) -> Result<(), String> {
         let places = self.waiting.iter().chain(&self.running);
-        let live = places.filter(|s| !s.cancelled);
         let mut found = BTreeMap::new();
-        for sequence in live {
+        for sequence in places {
             if found.insert(sequence.request.id, sequence.rank()).is_some() {
                 return Err(format!("S2: {:?} is twice", sequence.request.id));
             }
@@ -52,14 +52,18 @@ impl Scheduler {
     /// S3, S6, S7.
     fn check_limits(&self) -> Result<(), String> {
         let config = &self.config;
-        let scheduled: usize = self.running.iter().map(|s| s.scheduled).sum();
-        if self.running.len() > config.max_num_seqs as usize
-            || scheduled > config.max_num_batched_tokens as usize
-        {
+        let max_rows = config.max_num_seqs as usize;
+        let max_tokens = config.max_num_batched_tokens as usize;
+        let mut steps = self.under_way.iter().map(UnderWay::size);
+        let too_large = steps.find(|(rows, tokens)| *rows > max_rows || *tokens > max_tokens);
+        if too_large.is_some() || self.running.len() > max_rows {
+            let running = self.running.len();
             return Err(format!(
-                "S3: {} sequences run with {scheduled} tokens",
-                self.running.len()
+                "S3: {running} sequences run, a step has {too_large:?}"
             ));
+        }
+        if self.under_way.len() > 1 + usize::from(config.async_scheduling) {
+            return Err(format!("S3: {} steps are under way", self.under_way.len()));
         }
         if self.waiting.num_fresh() > config.max_num_queued_reqs
             || self.waiting.num_fresh_tokens() > config.max_num_queued_tokens
@@ -81,24 +85,22 @@ impl Scheduler {
         let needed = self.pool.blocks_for(sequence.len());
         let held = sequence.table.len();
         // The token chosen last gets its block when the next step is planned.
-        let one_behind = !self.step_under_way
-            && sequence.gap() == 1
-            && held + 1 == needed
-            && sequence.computed == held * block_size;
+        let one_behind =
+            sequence.gap() == 1 && held + 1 == needed && sequence.planned() == held * block_size;
         if held != needed && !one_behind {
             return Err(format!("K4: {id:?} needs {needed} blocks and holds {held}"));
         }
-        if self.step_under_way != (sequence.scheduled > 0)
-            || sequence.computed + sequence.scheduled > sequence.len()
-            || (sequence.gap() == 0)
-            || (sequence.cancelled && !self.step_under_way)
+        let shares = self.under_way.iter().map(|s| s.share_of(sequence.rank()));
+        let (scheduled, pending) = shares.fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
+        if (sequence.scheduled, sequence.pending, sequence.share) != (scheduled, pending, 0)
+            || sequence.planned() > sequence.len()
+            || (sequence.gap() == 0 && scheduled == 0)
         {
             return Err(format!(
-                "S2: {id:?} is at {} + {} of {} tokens, a step is under way: {}",
+                "S2: {id:?} is at {} + {} of {} tokens; steps under way compute {scheduled} and choose {pending}",
                 sequence.computed,
                 sequence.scheduled,
                 sequence.len(),
-                self.step_under_way
             ));
         }
         for block in &sequence.table[sequence.computed / block_size..] {
@@ -121,8 +123,7 @@ impl Scheduler {
 
 /// A waiting sequence has its tokens and nothing else.
 fn check_waiting(sequence: &Sequence) -> Result<(), String> {
-    if sequence.computed + sequence.scheduled + sequence.table.len() > 0
-        || sequence.cancelled
+    if sequence.planned() + sequence.pending + sequence.share + sequence.table.len() > 0
         || (!sequence.started && !sequence.generated.is_empty())
     {
         return Err(format!(

@@ -30,6 +30,8 @@ pub struct SchedulerConfig {
     pub long_prefill_token_threshold: u32,
     /// Whether computed blocks are kept for sequences that begin the same.
     pub enable_prefix_caching: bool,
+    /// Whether a step is planned while the one before it is computed.
+    pub async_scheduling: bool,
 }
 
 /// No step could be planned with this configuration.
@@ -193,6 +195,7 @@ mod tests {
             max_num_queued_tokens: 30,
             long_prefill_token_threshold: 0,
             enable_prefix_caching: true,
+            async_scheduling: true,
         }
     }
 

@@ -1,15 +1,15 @@
 //! Decides what every step computes.
 //!
-//! A value: no clock, no chance, no I/O. The caller asks for a plan, has it computed, and hands
-//! back what came of it; between the two it may add and cancel. There are no phases: a sequence
+//! A value: no clock, no chance, no I/O. The caller asks for plans, has them computed, and hands
+//! back what came of each, in order; in between it may add and cancel. There are no phases: a sequence
 //! has tokens, some of them computed, and every step spends one budget of tokens on closing gaps.
 //! A new prompt, a prompt's next chunk, the token chosen last, a sequence that was preempted and
 //! one that lost its blocks to a fault differ only in the size of the gap.
 //!
-//! It does not know text, streams, shards or time.
+//! It does not know text, streams, shards or time. What a step under way changes is in
+//! [`under_way`].
 //!
-//! Invariant: between operations [`Scheduler::check`] holds, and the rows of the plan under way
-//! are `running`, one by one and in order.
+//! Invariant: between operations [`Scheduler::check`] holds, and `running` is in order of service.
 
 mod blocks;
 mod check;
@@ -24,6 +24,7 @@ mod stats;
 mod suspects;
 #[cfg(test)]
 mod tests;
+mod under_way;
 
 pub use config::{BadConfig, SchedulerConfig};
 pub use plan::BadAnswer;
@@ -34,9 +35,10 @@ use queue::Queue;
 use request::{Event, EventKind, FinishReason, Refusal, Request, SequenceId};
 use room::Room;
 use sequence::{Rank, Sequence};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use topology::ids::{BlockId, Epoch, Step};
-use topology::wire::{RowOutput, StepPlan};
+use topology::wire::StepPlan;
+use under_way::UnderWay;
 
 /// Waiting sequences that one step may pass over because another computes their prefix just now.
 /// A burst of equal prompts is rarely larger, and looking at each costs a lookup of its prefix.
@@ -57,7 +59,8 @@ pub struct Scheduler {
     next_arrival: u64,
     epoch: Epoch,
     next_step: Step,
-    step_under_way: bool,
+    /// Plans that were not answered, the oldest first.
+    under_way: VecDeque<UnderWay>,
     /// The sequence that did not fit last, and the pool's count of releases then: until that
     /// changes, there is no use in looking again.
     blocked: Option<(SequenceId, u64)>,
@@ -88,7 +91,7 @@ impl Scheduler {
             next_arrival: 0,
             epoch: Epoch::default(),
             next_step: Step::default(),
-            step_under_way: false,
+            under_way: VecDeque::new(),
             blocked: None,
             events: Vec::new(),
             last_prefill_tokens: 0,
@@ -116,8 +119,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Ends a sequence: its last event is `Finished(Cancelled)`. Blocks that the step under way
-    /// writes are given back when that step is over. Says whether there was such a sequence.
+    /// Ends a sequence: its last event is `Finished(Cancelled)`. What steps under way still compute for
+    /// it is passed over. Says whether there was such a sequence.
     pub fn cancel(&mut self, id: SequenceId) -> bool {
         let Some(rank) = self.ranks.remove(&id) else {
             return false;
@@ -131,20 +134,15 @@ impl Scheduler {
             .running
             .binary_search_by_key(&rank, Sequence::rank)
             .expect("a sequence with a rank waits or runs");
-        if self.step_under_way {
-            self.running[index].cancelled = true;
-        } else {
-            let mut sequence = self.running.remove(index);
-            self.pool.release(&mut sequence.table);
-        }
+        let mut sequence = self.running.remove(index);
+        self.pool.release(&mut sequence.table);
         true
     }
 
-    /// The next step, or `None` if there is nothing to compute. Must be answered by
-    /// [`Self::apply`] or ended by [`Self::reset`] before the next call.
+    /// The next step, or `None` if there is nothing to compute before the steps under way are answered.
+    /// Each is answered by [`Self::apply`], in order, or all are ended by [`Self::reset`].
     pub fn schedule(&mut self) -> Option<StepPlan> {
-        debug_assert!(!self.step_under_way, "one step at a time");
-        if self.step_under_way {
+        if !self.may_plan() {
             return None;
         }
         let mut room = Room::new(&self.config);
@@ -154,64 +152,22 @@ impl Scheduler {
             // What was just taken from one sequence is not for a new one.
             self.admit_waiting(room);
         }
-        if self.running.is_empty() {
-            return None;
-        }
-        self.count_step();
-        self.step_under_way = true;
-        let step = self.next_step;
-        self.next_step = step.next();
-        let block_size = self.config.block_size as usize;
-        Some(StepPlan {
-            epoch: self.epoch,
-            step,
-            rows: self
-                .running
-                .iter()
-                .map(|s| plan::row(s, block_size))
-                .collect(),
-        })
+        self.send()
     }
 
-    /// Takes in what the step under way gave: one output for each row.
-    ///
-    /// # Errors
-    /// [`BadAnswer`] if the outputs do not answer the plan; nothing is changed then, and the step
-    /// is still under way.
-    pub fn apply(&mut self, outputs: &[RowOutput]) -> Result<(), BadAnswer> {
-        self.validate(outputs)?;
-        self.step_under_way = false;
-        let mut running = std::mem::take(&mut self.running);
-        let mut outputs = outputs.iter();
-        running.retain_mut(|sequence| {
-            let output = outputs.next().expect("the outputs were counted");
-            let stays = self.advance(sequence, output);
-            if !stays {
-                self.ranks.remove(&sequence.request.id);
-                self.suspects.remove(&sequence.rank());
-                self.pool.release(&mut sequence.table);
-            }
-            stays
-        });
-        self.running = running;
-        Ok(())
-    }
-
-    /// A new epoch: the step under way is forgotten, all blocks lost their content, and running
+    /// A new epoch: steps under way are forgotten, all blocks lost their content, and running
     /// sequences wait in front with the tokens they have. One that killed the shards again and again,
     /// also when it ran alone, ends with `Finished(Error)`.
     pub fn reset(&mut self, epoch: Epoch) {
         self.epoch = epoch;
         self.next_step = Step::default();
-        let in_step = std::mem::take(&mut self.step_under_way);
+        let steps = std::mem::take(&mut self.under_way);
+        let in_step: BTreeSet<Rank> = steps.iter().flat_map(UnderWay::ranks).collect();
         self.pool.clear();
         for mut sequence in std::mem::take(&mut self.running) {
-            if sequence.cancelled {
-                continue;
-            }
             self.counters.recomputations += 1;
             sequence.forget_computation();
-            if !in_step || !self.suspect(&mut sequence) {
+            if !in_step.contains(&sequence.rank()) || !self.suspect(&mut sequence) {
                 self.waiting.insert(sequence);
             }
         }
@@ -222,21 +178,21 @@ impl Scheduler {
         std::mem::take(&mut self.events)
     }
 
-    /// Whether any sequence has not ended.
+    /// Whether any sequence has not ended, or a plan was not answered.
     pub fn has_work(&self) -> bool {
-        !self.ranks.is_empty()
+        !self.ranks.is_empty() || !self.under_way.is_empty()
     }
 
-    /// Whether a plan is out that was not answered.
-    pub fn step_under_way(&self) -> bool {
-        self.step_under_way
+    /// Plans that were not answered.
+    pub fn steps_under_way(&self) -> usize {
+        self.under_way.len()
     }
 
     /// Where it stands, in numbers.
     pub fn stats(&self) -> Stats {
         let gaps = self.running.iter().filter(|s| s.in_prefill());
         Stats {
-            running: self.running.iter().filter(|s| !s.cancelled).count(),
+            running: self.running.len(),
             waiting: self.waiting.len(),
             waiting_tokens: self.waiting.num_tokens() + gaps.map(Sequence::gap).sum::<usize>(),
             queued: self.waiting.num_fresh(),
@@ -254,37 +210,43 @@ impl Scheduler {
     }
 
     /// Gives every running sequence its share of the step, in order; where blocks or bytes run out,
-    /// the last in order gives its own up. Says whether one did.
+    /// the last in order gives its own up. Says whether one did, which may not be while a step is under
+    /// way.
     ///
     /// A sequence never takes so much that one behind it gets nothing: all running sequences
-    /// progress in every step.
+    /// progress in every step, but those whose last token is under way.
     fn continue_running(&mut self, room: &mut Room) -> bool {
         let block_size = self.config.block_size;
-        let rows = self.running.iter();
-        let told = rows.take_while(|s| room.take_row(s, block_size)).count();
+        let told = |s: &&Sequence| !s.continues() || room.take_row(s, block_size);
+        let told = self.running.iter().take_while(told).count();
         let mut preempted = told < self.running.len();
         while told < self.running.len() {
             self.preempt_last();
         }
+        let mut behind = self.running.iter().filter(|s| s.continues()).count();
         let mut index = 0;
         while index < self.running.len() {
             let sequence = &mut self.running[index];
+            index += 1;
+            if !sequence.continues() {
+                continue;
+            }
             let len = sequence.len();
+            behind -= 1;
             if !self.pool.extend(&mut sequence.table, len) {
                 // Never in favour of a lower class: the victim is behind the sequence or is it.
                 self.preempt_last();
                 preempted = true;
+                index -= 1;
                 continue;
             }
-            let behind = self.running.len() - index - 1;
-            let sequence = &mut self.running[index];
-            sequence.scheduled = room.take_tokens(sequence, behind, &self.config);
-            index += 1;
+            sequence.share = room.take_tokens(sequence, behind, &self.config);
         }
         preempted
     }
 
     fn preempt_last(&mut self) {
+        debug_assert!(self.under_way.is_empty(), "its next token would be lost");
         let mut victim = self
             .running
             .pop()
@@ -363,7 +325,7 @@ impl Scheduler {
         let len = sequence.len();
         let fits = self.pool.extend(&mut sequence.table, len);
         assert!(fits, "a sequence is started only if it fits");
-        sequence.scheduled = room.take_tokens(&sequence, 0, &self.config);
+        sequence.share = room.take_tokens(&sequence, 0, &self.config);
         if !sequence.started {
             sequence.started = true;
             if sequence.may_hit() {
@@ -379,10 +341,12 @@ impl Scheduler {
         self.running.insert(index, sequence);
     }
 
-    /// The blocks of prefixes that this step computes: who needs the same ones better waits.
+    /// The blocks of prefixes that this step and the one under way compute: who needs the same ones
+    /// better waits.
     fn prefixes_under_way(&self) -> BTreeSet<u64> {
         let block_size = self.config.block_size as usize;
-        let prefilling = self.running.iter().filter(|s| s.gap() > 1);
+        let prefilling = self.running.iter();
+        let prefilling = prefilling.filter(|s| s.tokens().len() > s.computed + 1);
         prefilling
             .filter_map(|s| self.next_place(s, &s.table[..s.computed / block_size]))
             .collect()
@@ -392,82 +356,6 @@ impl Scheduler {
     fn next_place(&self, sequence: &Sequence, first: &[BlockId]) -> Option<u64> {
         let salt = sequence.request.cache_salt;
         self.pool.next_place(salt, sequence.tokens(), first)
-    }
-
-    fn count_step(&mut self) {
-        let prefilling = self.running.iter().filter(|s| s.in_prefill());
-        self.last_prefill_tokens = prefilling.map(|s| s.scheduled).sum();
-        let all: usize = self.running.iter().map(|s| s.scheduled).sum();
-        self.last_decode_tokens = all - self.last_prefill_tokens;
-        self.counters.steps += 1;
-        self.counters.prefill_tokens += self.last_prefill_tokens as u64;
-        self.counters.decode_tokens += self.last_decode_tokens as u64;
-    }
-
-    fn validate(&self, outputs: &[RowOutput]) -> Result<(), BadAnswer> {
-        if !self.step_under_way {
-            return Err(BadAnswer::NoStep);
-        }
-        if outputs.len() != self.running.len() {
-            return Err(BadAnswer::RowCount {
-                got: outputs.len(),
-                expected: self.running.len(),
-            });
-        }
-        for (row, (sequence, output)) in self.running.iter().zip(outputs).enumerate() {
-            plan::validate(row, sequence, output, self.config.vocab_size)?;
-        }
-        Ok(())
-    }
-
-    /// Moves a sequence on by its step, and says whether it goes on. What was computed can be
-    /// found by others from here on, also if the sequence was cancelled meanwhile.
-    fn advance(&mut self, sequence: &mut Sequence, output: &RowOutput) -> bool {
-        let block_size = self.config.block_size as usize;
-        let before = sequence.computed / block_size;
-        sequence.computed += std::mem::take(&mut sequence.scheduled);
-        let computed = before..sequence.computed / block_size;
-        let tokens = sequence::Tokens {
-            prompt: &sequence.request.prompt,
-            generated: &sequence.generated,
-        };
-        let salt = sequence.request.cache_salt;
-        self.pool
-            .register(salt, tokens, &mut sequence.table, computed);
-        if sequence.cancelled {
-            return false;
-        }
-        let id = sequence.request.id;
-        if let Some(scores) = &mut sequence.scores {
-            scores.extend_from_slice(&output.targets);
-            if scores.len() + 1 == sequence.request.prompt.len() {
-                let scores = sequence.scores.take().expect("there are scores");
-                self.emit(id, EventKind::PromptScores(scores));
-            }
-        }
-        if sequence.gap() > 0 {
-            return true;
-        }
-        if let Some(sampled) = &output.sampled {
-            let index = u32::try_from(sequence.generated.len()).expect("at most max_tokens");
-            let token = sampled.token;
-            let score = sampled.score.clone();
-            sequence.generated.push(token);
-            self.clear(sequence);
-            self.emit(
-                id,
-                EventKind::Token {
-                    index,
-                    token,
-                    score,
-                },
-            );
-        }
-        let end = sequence.end();
-        if let Some(reason) = end {
-            self.emit(id, EventKind::Finished(reason));
-        }
-        end.is_none()
     }
 
     fn emit(&mut self, id: SequenceId, kind: EventKind) {

@@ -60,7 +60,7 @@ impl Room {
 
     /// Takes the bytes of a row with one token, or nothing and says `false`.
     pub(super) fn take_row(&mut self, sequence: &Sequence, block_size: u32) -> bool {
-        let generated = sequence.generated.len();
+        let generated = sequence.num_generated();
         let Some(left) = self
             .bytes
             .less(needs(&sequence.request, generated, block_size))
@@ -183,6 +183,7 @@ mod tests {
             max_num_queued_tokens: usize::MAX,
             long_prefill_token_threshold: 0,
             enable_prefix_caching: true,
+            async_scheduling: true,
         }
     }
 
@@ -233,6 +234,7 @@ mod tests {
                 step: plan.step,
                 digest: [0xff; 16],
                 outputs: answer(&plan),
+                chosen: Some([0xff; 16]),
                 timings: topology::wire::StepTimings::default(),
             }));
             let bytes = encode(&ran).expect("the answer fits a frame");

@@ -1,10 +1,11 @@
 //! One sequence as the scheduler sees it: what was asked, how far it is, which blocks it holds.
 //!
 //! There is no "prefill" and no "decode" state. A sequence has tokens, some of them computed; a
-//! step closes part of the gap, and when the gap is closed the next token is chosen. It makes no
-//! decision about others.
+//! step closes part of the gap, and when the gap is closed the next token is chosen. Tokens that
+//! steps under way will choose count already, though only their number is known. It makes no decision
+//! about others.
 //!
-//! Invariant: `computed + scheduled <= len()`, and `generated` only ever grows.
+//! Invariant: `computed + scheduled + share <= len()`, and `generated` only ever grows.
 
 use super::request::{FinishReason, Request};
 use topology::ids::BlockId;
@@ -32,16 +33,18 @@ pub(super) struct Sequence {
     pub generated: Vec<u32>,
     /// Tokens whose keys and values are in the blocks.
     pub computed: usize,
-    /// Tokens that the step under way computes; 0 between steps.
+    /// Tokens that the steps under way compute.
     pub scheduled: usize,
+    /// Tokens that the steps under way choose: they follow `generated` and are not known yet.
+    pub pending: usize,
+    /// Tokens of the step that is being planned; 0 but while it is.
+    pub share: usize,
     /// Blocks held, in order of position.
     pub table: Vec<BlockId>,
     /// Scores of prompt tokens so far; `None` when none are wanted or all are reported.
     pub scores: Option<Vec<TokenScore>>,
     /// Computation was planned at least once.
     pub started: bool,
-    /// Cancelled during the step under way: ends when the step does.
-    pub cancelled: bool,
     /// Steps with it that ended in a fault since its last new token.
     pub faults: u32,
 }
@@ -79,10 +82,11 @@ impl Sequence {
             generated: Vec::new(),
             computed: 0,
             scheduled: 0,
+            pending: 0,
+            share: 0,
             table: Vec::new(),
             scores: request.prompt_logprobs.map(|_| Vec::new()),
             started: false,
-            cancelled: false,
             faults: 0,
             request,
         }
@@ -102,39 +106,68 @@ impl Sequence {
         }
     }
 
-    /// Tokens that are known.
+    /// Tokens that it has, those that steps under way choose included.
     pub(super) fn len(&self) -> usize {
-        self.request.prompt.len() + self.generated.len()
+        self.request.prompt.len() + self.num_generated()
     }
 
-    /// Tokens that are known and not computed.
+    /// Generated tokens, those that steps under way choose included.
+    pub(super) fn num_generated(&self) -> usize {
+        self.generated.len() + self.pending
+    }
+
+    /// Tokens that are computed when the steps under way are over.
+    pub(super) fn planned(&self) -> usize {
+        self.computed + self.scheduled
+    }
+
+    /// Tokens that no step so far computes.
     pub(super) fn gap(&self) -> usize {
-        self.len() - self.computed
+        self.len() - self.planned()
     }
 
     /// Whether what remains is more than the token chosen last.
     pub(super) fn in_prefill(&self) -> bool {
-        self.gap() > 1 || self.generated.is_empty()
+        self.gap() > 1 || self.num_generated() == 0
     }
 
-    /// Whether the step under way ends with a new token.
+    /// Whether another step is of use: not if the steps under way choose its last token.
+    pub(super) fn continues(&self) -> bool {
+        let is_last = self.pending > 0 && self.num_generated() >= self.max_tokens();
+        self.gap() > 0 && !is_last
+    }
+
+    fn max_tokens(&self) -> usize {
+        self.request.max_tokens as usize
+    }
+
+    /// Whether the step that is being planned ends with a new token.
     pub(super) fn samples(&self) -> bool {
-        self.scheduled > 0
-            && self.computed + self.scheduled == self.len()
-            && self.request.max_tokens > 0
+        self.share > 0 && self.share == self.gap() && self.request.max_tokens > 0
     }
 
-    /// Prompt positions (not tokens) that the step under way scores: position `p` predicts the
-    /// token at `p + 1`.
+    /// Whether the last token of the step that is being planned is chosen by the step before it.
+    pub(super) fn awaits_token(&self) -> bool {
+        self.pending > 0 && self.share == self.gap()
+    }
+
+    /// Prompt positions (not tokens) that the step that is being planned scores: position `p`
+    /// predicts the token at `p + 1`.
     pub(super) fn scored_positions(&self) -> std::ops::Range<usize> {
         match self.scores {
             Some(_) => {
                 let last = self.request.prompt.len() - 1;
-                let end = self.computed + self.scheduled;
-                self.computed.min(last)..end.min(last)
+                let end = self.planned() + self.share;
+                self.planned().min(last)..end.min(last)
             }
             None => 0..0,
         }
+    }
+
+    /// The share becomes part of a step under way.
+    pub(super) fn send_share(&mut self) {
+        self.pending += usize::from(self.samples());
+        self.scheduled += std::mem::take(&mut self.share);
     }
 
     /// Whether cached blocks may stand for computing: not while prompt tokens are to be scored, as
@@ -151,17 +184,20 @@ impl Sequence {
         });
         if stopped {
             Some(FinishReason::Stop)
-        } else if self.generated.len() >= self.request.max_tokens as usize {
+        } else if self.generated.len() >= self.max_tokens() {
             Some(FinishReason::Length)
         } else {
             None
         }
     }
 
-    /// Its blocks are gone: everything is to be computed again. Tokens stay.
+    /// Its blocks are gone, and with them the steps under way: everything is to be computed again.
+    /// Tokens stay.
     pub(super) fn forget_computation(&mut self) {
         self.computed = 0;
         self.scheduled = 0;
+        self.pending = 0;
+        self.share = 0;
         self.table.clear();
         if let Some(scores) = &mut self.scores {
             scores.clear();

@@ -52,6 +52,8 @@ pub struct Counters {
     pub prefill_tokens: u64,
     /// Tokens computed that had been chosen in the step before.
     pub decode_tokens: u64,
+    /// Of those, tokens computed for sequences that had ended meanwhile.
+    pub discarded_tokens: u64,
 }
 
 impl Stats {

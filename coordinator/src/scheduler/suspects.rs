@@ -73,11 +73,7 @@ impl Scheduler {
 
     /// The invariant.
     pub(super) fn check_suspects(&self) -> Result<(), String> {
-        let all = self
-            .running
-            .iter()
-            .filter(|s| !s.cancelled)
-            .chain(self.waiting.iter());
+        let all = self.running.iter().chain(self.waiting.iter());
         let found = all
             .filter(|s| s.faults >= SUSPECT_AFTER)
             .map(Sequence::rank);

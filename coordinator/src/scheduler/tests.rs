@@ -17,6 +17,7 @@ fn config() -> SchedulerConfig {
         max_num_queued_tokens: usize::MAX,
         long_prefill_token_threshold: 0,
         enable_prefix_caching: true,
+        async_scheduling: true,
     }
 }
 

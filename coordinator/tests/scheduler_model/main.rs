@@ -57,6 +57,9 @@ fn a_million_operations_keep_every_invariant() {
         seen.hit_tokens,
         seen.bad_answers,
         seen.scored_prompts,
+        seen.ahead,
+        seen.left_to_shard,
+        seen.discarded,
     ];
     let rarest = rarest.iter().min().copied().unwrap_or(0);
     assert!(

@@ -6,7 +6,7 @@
 use crate::oracle::{EMPTY, VOCAB_SIZE, chain, choose, score};
 use std::collections::{BTreeMap, BTreeSet};
 use topology::ids::BlockId;
-use topology::wire::{PlanRow, RowOutput, StepPlan};
+use topology::wire::{PlanRow, RowOutput, Sampling, StepPlan};
 
 /// What one slot holds.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +22,8 @@ struct Slot {
 pub(crate) struct Shard {
     block_size: usize,
     slots: Vec<Option<Slot>>,
+    /// What the last step chose, by row.
+    chosen: Vec<Option<u32>>,
 }
 
 /// What a row turned out to be.
@@ -30,6 +32,8 @@ pub(crate) struct Row {
     /// All tokens from the first to the last that the row computes.
     pub(crate) tokens: Vec<u32>,
     pub(crate) output: RowOutput,
+    /// How its token was chosen, with what the plan left to the step before.
+    pub(crate) sampling: Option<Sampling>,
 }
 
 impl Shard {
@@ -38,22 +42,46 @@ impl Shard {
         Self {
             block_size,
             slots: vec![None; blocks * block_size],
+            chosen: Vec::new(),
         }
     }
 
     /// The memory's content is lost.
     pub(crate) fn wipe(&mut self) {
         self.slots.fill(None);
+        self.chosen.clear();
     }
 
     /// Computes a plan; panics where it asks for what no shard could do.
     pub(crate) fn run(&mut self, plan: &StepPlan) -> Vec<Row> {
         check_writers(plan, self.block_size);
+        let plan = &self.known(plan);
         // All rows read before any writes: nothing may lean on this very step.
         let prefixes: Vec<Vec<u32>> = plan.rows.iter().map(|row| self.read(row)).collect();
         let rows = plan.rows.iter().zip(prefixes);
-        rows.map(|(row, prefix)| self.compute(row, prefix))
-            .collect()
+        let rows: Vec<Row> = rows
+            .map(|(row, prefix)| self.compute(row, prefix))
+            .collect();
+        let sampled = rows.iter().map(|row| row.output.sampled.as_ref());
+        self.chosen = sampled.map(|sampled| sampled.map(|s| s.token)).collect();
+        rows
+    }
+
+    /// The plan with the tokens that it leaves to the step before.
+    fn known(&self, plan: &StepPlan) -> StepPlan {
+        let mut plan = plan.clone();
+        for row in &mut plan.rows {
+            let Some(from) = row.last_from else {
+                continue;
+            };
+            let token = self.chosen.get(from as usize).copied().flatten();
+            let token = token.unwrap_or_else(|| panic!("row {from} chose no token: {row:?}"));
+            *row.tokens.last_mut().expect("a row has tokens") = token;
+            if let Some(sampling) = row.sampling.as_mut().filter(|s| s.penalises_generated()) {
+                sampling.generated.push(token);
+            }
+        }
+        plan
     }
 
     /// The tokens before a row's, from the memory.
@@ -111,7 +139,11 @@ impl Shard {
                 .map(|sampling| choose(prefix, sampling)),
             targets,
         };
-        Row { tokens, output }
+        Row {
+            tokens,
+            output,
+            sampling: row.sampling.as_deref().cloned(),
+        }
     }
 
     fn slot(&self, row: &PlanRow, position: usize) -> usize {

@@ -7,6 +7,7 @@ use crate::oracle::{Rng, VOCAB_SIZE};
 use crate::requests::{Requests, config};
 use crate::shard::Shard;
 use coordinator::scheduler::{Scheduler, SchedulerConfig, Stats};
+use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hasher};
 use std::ops::AddAssign;
 use topology::ids::{Epoch, Step};
@@ -28,6 +29,12 @@ pub(crate) struct Seen {
     pub(crate) bad_answers: u64,
     pub(crate) scored_prompts: u64,
     pub(crate) given_up: u64,
+    /// Steps planned while another was under way.
+    pub(crate) ahead: u64,
+    /// Rows that left a token to the step before.
+    pub(crate) left_to_shard: u64,
+    /// Tokens computed for sequences that had ended.
+    pub(crate) discarded: u64,
 }
 
 /// One run.
@@ -39,7 +46,8 @@ pub(crate) struct World {
     shard: Shard,
     requests: Requests,
     ledger: Ledger,
-    plan: Option<StepPlan>,
+    /// Plans that were not answered.
+    plans: VecDeque<StepPlan>,
     epoch: Epoch,
     next_step: Step,
     seen: Seen,
@@ -56,7 +64,7 @@ impl World {
             requests: Requests::new(&mut rng, &config),
             ledger: Ledger::new(&config),
             config,
-            plan: None,
+            plans: VecDeque::new(),
             epoch: Epoch(0),
             next_step: Step(0),
             seen: Seen::default(),
@@ -84,6 +92,7 @@ impl World {
         self.seen.preemptions = counters.preemptions;
         self.seen.recomputations = counters.recomputations;
         self.seen.hit_tokens = counters.prefix_cache_hits;
+        self.seen.discarded = counters.discarded_tokens;
         assert_eq!(counters.steps, self.seen.steps);
         (self.seen, self.trace.finish())
     }
@@ -101,8 +110,10 @@ impl World {
                 "S4: {operations} operations and no rest"
             );
         }
-        // A cancelled sequence's step may still be out.
-        self.step();
+        // Steps of sequences that have ended may still be out.
+        while self.scheduler.has_work() {
+            self.step();
+        }
         let stats = self.scheduler.stats();
         assert_eq!(
             (stats.running, stats.waiting, stats.waiting_tokens),
@@ -133,9 +144,8 @@ impl World {
         let before = self.scheduler.stats();
         let known = self.scheduler.cancel(id);
         assert_eq!(known, self.ledger.cancel(id), "S1: {id:?}");
-        if self.plan.is_some() {
+        if !self.plans.is_empty() {
             let after = self.scheduler.stats();
-            assert_eq!(before.blocks_used, after.blocks_used, "K8");
             self.seen.cancelled_in_step += u64::from(before.running > after.running);
         }
         self.seen.cancelled += u64::from(known);
@@ -144,9 +154,10 @@ impl World {
 
     /// A fault: whatever the shard did, its memory is lost.
     fn reset(&mut self) {
-        if let Some(plan) = self.plan.take()
-            && self.rng.one_in(2)
-        {
+        for plan in std::mem::take(&mut self.plans) {
+            if self.rng.one_in(2) {
+                break;
+            }
             self.shard.run(&plan);
         }
         self.shard.wipe();
@@ -161,43 +172,55 @@ impl World {
         self.after_operation();
     }
 
-    /// Plans a step, or computes the one that is planned.
+    /// Plans a step, or computes the oldest that is planned.
     fn step(&mut self) {
-        match self.plan.take() {
-            Some(plan) => self.apply(&plan),
-            None => self.schedule(),
+        let ahead = !self.plans.is_empty();
+        if ahead && self.rng.one_in(2) || !self.schedule() {
+            match self.plans.pop_front() {
+                Some(plan) => self.apply(&plan),
+                None => assert_eq!(
+                    self.ledger.len(),
+                    0,
+                    "S4: sequences wait and no step is planned"
+                ),
+            }
         }
         self.after_operation();
     }
 
-    fn schedule(&mut self) {
+    /// Says whether there was a step to plan.
+    fn schedule(&mut self) -> bool {
         let before = self.scheduler.stats();
-        self.plan = self.scheduler.schedule();
-        let Some(plan) = &self.plan else {
-            assert_eq!(
-                self.ledger.len(),
-                0,
-                "S4: sequences wait and no step is planned"
-            );
-            return;
+        let under_way = self.plans.len();
+        let Some(plan) = self.scheduler.schedule() else {
+            let after = self.scheduler.stats();
+            assert_eq!(before, after, "no step was planned and something changed");
+            return false;
         };
         let after = self.scheduler.stats();
+        assert!(
+            under_way == 0 || under_way == 1 && self.config.async_scheduling,
+            "{under_way} steps were under way"
+        );
+        self.seen.ahead += under_way as u64;
+        let left = plan.rows.iter().filter(|row| row.last_from.is_some());
+        self.seen.left_to_shard += left.count() as u64;
         let tokens: usize = plan.rows.iter().map(|row| row.tokens.len()).sum();
         assert!(tokens <= self.config.max_num_batched_tokens as usize, "S3");
         assert!(
             (1..=self.config.max_num_seqs as usize).contains(&plan.rows.len()),
             "S3"
         );
-        assert_eq!(
-            plan.rows.len(),
-            after.running,
+        assert!(
+            plan.rows.len() == after.running || under_way == 1 && plan.rows.len() < after.running,
             "S4: a running sequence has no row"
         );
         assert_eq!(after.last_prefill_tokens + after.last_decode_tokens, tokens);
         assert_eq!((plan.epoch, plan.step), (self.epoch, self.next_step));
         let preempted = after.counters.preemptions - before.counters.preemptions;
+        assert!(preempted == 0 || under_way == 0);
         if before.suspects > 0 {
-            assert_eq!(plan.rows.len(), 1, "a suspect runs alone");
+            assert_eq!((plan.rows.len(), under_way), (1, 0), "a suspect runs alone");
         } else if preempted > 0 {
             let left = before.running - usize::try_from(preempted).expect("small");
             assert_eq!(
@@ -207,13 +230,15 @@ impl World {
         }
         self.next_step = self.next_step.next();
         self.seen.steps += 1;
-        self.ledger.step_planned(plan);
-        hash_plan(&mut self.trace, plan);
+        self.ledger.step_planned(&plan);
+        hash_plan(&mut self.trace, &plan);
+        self.plans.push_back(plan);
+        true
     }
 
     fn apply(&mut self, plan: &StepPlan) {
         let rows = self.shard.run(plan);
-        self.ledger.check_rows(plan, &rows);
+        self.ledger.check_rows(&rows);
         let outputs: Vec<RowOutput> = rows.into_iter().map(|row| row.output).collect();
         if self.rng.one_in(16) {
             self.answer_badly(&outputs);
@@ -284,6 +309,9 @@ impl AddAssign for Seen {
         self.bad_answers += other.bad_answers;
         self.scored_prompts += other.scored_prompts;
         self.given_up += other.given_up;
+        self.ahead += other.ahead;
+        self.left_to_shard += other.left_to_shard;
+        self.discarded += other.discarded;
     }
 }
 

@@ -295,6 +295,7 @@ fn load(options: &Options) -> Load {
         max_model_len: most(&options.prefill).max(decoded) + 1,
         max_num_batched_tokens: most(&options.prefill).max(most(&options.decode)),
         max_num_seqs: most(&options.decode),
+        async_scheduling: true,
     }
 }
 

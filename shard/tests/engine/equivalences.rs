@@ -43,6 +43,7 @@ const ALL: Ways = Ways {
     batched: true,
     chunked: true,
     scattered: true,
+    ahead: true,
 };
 
 #[test]
@@ -71,6 +72,10 @@ fn company_cuts_and_places_change_no_bit() {
                 },
                 Ways {
                     scattered: true,
+                    ..Ways::default()
+                },
+                Ways {
+                    ahead: true,
                     ..Ways::default()
                 },
                 ALL,

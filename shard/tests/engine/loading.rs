@@ -212,4 +212,12 @@ fn an_epoch_can_end_and_weights_and_blocks_stay() {
         .step(&plan(8, 1, 0, (30..42).collect()))
         .expect("a valid plan");
     assert_eq!(recomputed.outputs, prefill.outputs);
+
+    let mut beyond = plan(8, 2, 12, vec![0]);
+    beyond.rows[0].last_from = Some(1);
+    assert!(matches!(engine.step(&beyond), Err(StepError::Plan(_))));
+    assert!(
+        stale(engine.step(&plan(8, 2, 12, vec![99]))),
+        "nothing follows a step that came to no end"
+    );
 }

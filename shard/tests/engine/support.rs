@@ -68,6 +68,7 @@ pub(crate) fn load(world_size: u32, max_tokens: u32, dtype: &str) -> Load {
         max_model_len: 128,
         max_num_batched_tokens: max_tokens,
         max_num_seqs: 16,
+        async_scheduling: true,
     }
 }
 
@@ -163,6 +164,7 @@ impl<B: Tested> Group<B> {
         for answer in &answers[1..] {
             assert_eq!(answer.digest, answers[0].digest);
             assert!(answer.outputs.is_empty(), "rank 0 alone reports");
+            assert!(answer.chosen.is_some() && answer.chosen == answers[0].chosen);
         }
         answers.swap_remove(0).outputs
     }
@@ -185,6 +187,8 @@ pub(crate) struct Ways {
     pub(crate) chunked: bool,
     /// Blocks are taken in random order.
     pub(crate) scattered: bool,
+    /// A token that the last step chose is left to it.
+    pub(crate) ahead: bool,
 }
 
 struct Sequence {
@@ -192,6 +196,8 @@ struct Sequence {
     computed: usize,
     blocks: Vec<BlockId>,
     answers: Vec<ScoredToken>,
+    /// Its row in the last step, if that chose a token.
+    chosen_in: Option<u32>,
 }
 
 /// Generates for all requests, and gives what each got.
@@ -209,6 +215,7 @@ pub(crate) fn generate<B: Tested>(
             computed: 0,
             blocks: Vec::new(),
             answers: Vec::new(),
+            chosen_in: None,
         })
         .collect();
     loop {
@@ -235,8 +242,10 @@ pub(crate) fn generate<B: Tested>(
             rows.push(sequence.next_row(request, ways, &mut free, random));
         }
         let outputs = cluster.step(rows);
-        for (i, output) in chosen.iter().zip(outputs) {
+        sequences.iter_mut().for_each(|s| s.chosen_in = None);
+        for ((i, output), row) in chosen.iter().zip(outputs).zip(0..) {
             if let Some(token) = output.sampled {
+                sequences[*i].chosen_in = Some(row);
                 sequences[*i].tokens.push(token.token);
                 sequences[*i].answers.push(token);
             }
@@ -271,16 +280,32 @@ impl Sequence {
             let position = u32::try_from(end).expect("short sequences");
             Box::new(Sampling {
                 position,
+                generated: if request.sampling.penalises_generated() {
+                    self.tokens[request.prompt.len()..].to_vec()
+                } else {
+                    Vec::new()
+                },
                 ..request.sampling.clone()
             })
         });
-        let row = PlanRow {
+        let mut row = PlanRow {
             tokens: self.tokens[self.computed..end].to_vec(),
             position: u32::try_from(self.computed).expect("short sequences"),
             blocks: self.blocks.clone(),
             sampling,
             ..PlanRow::default()
         };
+        if let (true, Some(last)) = (
+            ways.ahead && end == self.tokens.len(),
+            row.tokens.last_mut(),
+        ) && self.chosen_in.is_some()
+        {
+            *last = 0;
+            row.last_from = self.chosen_in;
+            if let Some(sampling) = &mut row.sampling {
+                sampling.generated.pop();
+            }
+        }
         self.computed = end;
         row
     }

@@ -66,8 +66,12 @@ pub(crate) fn a_killed_rank_is_replaced() {
             let computed = tokens.len() - 1;
             let plan = group.plan(&tokens, computed);
             let (epoch, left) = (group.epoch, 1 - killed);
+            let mut ahead = group.plan(&[&tokens[..], &[0]].concat(), tokens.len());
+            ahead.rows[0].last_from = Some(0);
             let alone = &mut group.ranks[left];
             alone.say(ToShard::Run(Box::new(plan))).await;
+            // This one is over before it begins: nothing may come of it.
+            alone.say(ToShard::Run(Box::new(ahead))).await;
             tokio::time::sleep(Duration::from_millis(100)).await;
             let aborted = Instant::now();
             alone
@@ -99,6 +103,43 @@ pub(crate) fn a_killed_rank_is_replaced() {
                 "rank {killed} was killed"
             );
         }
+        group.stop().await;
+    });
+}
+
+pub(crate) fn steps_sent_ahead_give_the_same() {
+    run(async {
+        let mut group = Group::start(FIXTURE).await;
+        group.form().await;
+        let undisturbed = group.generate(&mut PROMPT.to_vec(), 12).await;
+        let mut tokens = PROMPT.to_vec();
+        let mut computed = 0;
+        let mut answers = Vec::new();
+        let mut chosen = Vec::new();
+        for sent in 0..=undisturbed.len() {
+            if sent < undisturbed.len() {
+                let mut plan = group.plan(&tokens, computed);
+                plan.rows[0].last_from = (sent > 0).then_some(0);
+                computed = tokens.len();
+                tokens.push(0);
+                for rank in &mut group.ranks {
+                    rank.say(ToShard::Run(Box::new(plan.clone()))).await;
+                }
+            }
+            if sent == 0 {
+                continue; // two are under way from here on
+            }
+            for rank in &mut group.ranks {
+                let FromShard::Ran(ran) = rank.hear().await else {
+                    panic!("no result");
+                };
+                chosen.push(ran.chosen.expect("every rank samples"));
+                let outputs = ran.outputs.into_iter();
+                answers.extend(outputs.filter_map(|output| output.sampled));
+            }
+        }
+        assert_eq!(comparable(&answers), comparable(&undisturbed));
+        assert!(chosen.chunks(2).all(|ranks| ranks[0] == ranks[1]));
         group.stop().await;
     });
 }

@@ -19,7 +19,7 @@ mod testing;
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 
-const CHECKS: [(&str, fn()); 9] = [
+const CHECKS: [(&str, fn()); 10] = [
     (
         "sums_are_the_same_in_all_processes",
         collectives::sums_are_the_same_in_all_processes,
@@ -39,6 +39,10 @@ const CHECKS: [(&str, fn()); 9] = [
     (
         "a_late_plan_of_an_old_epoch_changes_nothing",
         life::a_late_plan_changes_nothing,
+    ),
+    (
+        "steps_sent_ahead_give_the_same",
+        life::steps_sent_ahead_give_the_same,
     ),
     (
         "stop_ends_with_0_and_a_lost_parent_with_1",

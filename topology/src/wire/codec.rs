@@ -204,6 +204,15 @@ impl StepPlan {
     }
 }
 
+/// Identifies what a rank sampled, row by row: equal on all ranks, or the next step would differ.
+pub fn digest_of_tokens(tokens: impl IntoIterator<Item = u32>) -> PlanDigest {
+    let mut hasher = Sha256::new();
+    for token in tokens {
+        hasher.update(token.to_le_bytes());
+    }
+    shorten(&hasher.finalize())
+}
+
 fn shorten(hash: &[u8]) -> PlanDigest {
     let mut digest = PlanDigest::default();
     let length = digest.len();

@@ -16,7 +16,7 @@
 //! shard ── Allocated ▶
 //!       ◀─ MakeComm ──  (rank 0 only)  ── CommMade ─▶
 //!       ◀─ JoinComm ──                 ── Joined ───▶
-//!       ◀─ Run(plan) ─                 ── Ran ──────▶   one per step
+//!       ◀─ Run(plan) ─                 ── Ran ──────▶   one per step; the next plan may come before it
 //!       ◀─ Abort ─────                 ── Aborted ──▶   at any time: leave the collective
 //!       ◀─ Stop ──────                 the shard exits with 0
 //! ```
@@ -27,13 +27,13 @@ pub mod plan;
 use crate::ids::{Epoch, Rank, Step};
 use bincode::{Decode, Encode};
 
-pub use codec::{Preamble, WireError, build_text, decode, encode};
+pub use codec::{Preamble, WireError, build_text, decode, digest_of_tokens, encode};
 pub use plan::{
     LogitBias, PlanDigest, PlanRow, RowOutput, Sampling, ScoredToken, StepPlan, TokenScore,
 };
 
 /// Raised with every change of a message's meaning or layout.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 
 /// Largest frame in bytes. A plan of 1,024 rows with 32,768 positions each in blocks of 16 is
 /// about 6 MB; logits never travel this way.
@@ -157,6 +157,9 @@ pub struct Load {
     pub max_num_batched_tokens: u32,
     /// Most rows in one step.
     pub max_num_seqs: u32,
+    /// A plan may be sent while the one before it is computed, and may leave tokens to it
+    /// ([`PlanRow::last_from`]): every rank samples then, not the first alone.
+    pub async_scheduling: bool,
 }
 
 /// Where a model's files are.
@@ -194,6 +197,8 @@ pub struct Ran {
     pub digest: PlanDigest,
     /// Rank 0: one entry for each row of the plan, in order. Other ranks: empty.
     pub outputs: Vec<RowOutput>,
+    /// Digest of the tokens that this rank chose, if it samples; the coordinator compares all ranks'.
+    pub chosen: Option<PlanDigest>,
     /// Where the time went.
     pub timings: StepTimings,
 }
@@ -203,6 +208,9 @@ pub struct Ran {
 pub struct StepTimings {
     /// From the plan's arrival at the device thread to its end.
     pub step_us: u64,
+    /// From the end of the step before to this one's begin, while the device had nothing to do; 0 for the
+    /// first of an epoch.
+    pub idle_us: u64,
     /// Inside collectives, waiting for other ranks included.
     pub collective_us: u64,
     /// The part of `collective_us` spent waiting for a slower rank.

@@ -1,8 +1,9 @@
 //! The plan of one step: everything a shard needs to compute it, and what comes back.
 //!
 //! A plan is complete: positions, tokens, block tables and sampling parameters are all here, so a
-//! shard keeps nothing about a request and can die at any moment. Parameters that are off cost a
-//! byte.
+//! shard keeps nothing about a request and can die at any moment. The one thing it may leave to the
+//! shard is the token that the step before chose ([`PlanRow::last_from`]), so that a step can be sent
+//! while the one before it is computed. Parameters that are off cost a byte.
 
 use crate::ids::{BlockId, Epoch, Step};
 use bincode::{Decode, Encode};
@@ -37,6 +38,10 @@ pub struct PlanRow {
     pub targets: Vec<u32>,
     /// Alternatives to report with each scored target.
     pub target_alternatives: u32,
+    /// The last of `tokens` is what this row of the step before sampled, and stands as 0 here. Where a
+    /// penalty needs the generated tokens, it belongs to them too. Only with
+    /// [`Load::async_scheduling`](super::Load::async_scheduling).
+    pub last_from: Option<u32>,
 }
 
 /// How to choose the next token. The fields have the names and neutral values of `vllm`.
@@ -72,6 +77,23 @@ pub struct Sampling {
     pub generated: Vec<u32>,
     /// `None`: no log-probability. `Some(n)`: the chosen token's, and the `n` likeliest.
     pub logprobs: Option<u32>,
+}
+
+impl Sampling {
+    /// Whether a penalty needs [`Self::generated`].
+    pub fn penalises_generated(&self) -> bool {
+        self.penalises_prompt() || is_on(self.presence_penalty) || is_on(self.frequency_penalty)
+    }
+
+    /// Whether a penalty needs [`Self::prompt`].
+    pub fn penalises_prompt(&self) -> bool {
+        is_on(self.repetition_penalty - 1.0)
+    }
+}
+
+/// Exact, because off is one exact value.
+fn is_on(penalty: f32) -> bool {
+    penalty.abs() > 0.0
 }
 
 impl Default for Sampling {

@@ -52,6 +52,7 @@ pub(crate) fn commands() -> Vec<ToShard> {
             max_model_len: 131_072,
             max_num_batched_tokens: 2048,
             max_num_seqs: 256,
+            async_scheduling: true,
         })
     };
     vec![
@@ -117,8 +118,10 @@ pub(crate) fn replies() -> Vec<FromShard> {
                     targets: vec![score],
                 },
             ],
+            chosen: Some([8; 16]),
             timings: StepTimings {
                 step_us: 1000,
+                idle_us: 30,
                 collective_us: 300,
                 wait_us: 20,
                 sample_us: 4,
@@ -159,12 +162,14 @@ fn plan() -> StepPlan {
         sampling: None,
         targets: vec![250, 251, 70_000, 3],
         target_alternatives: 5,
+        last_from: None,
     };
     let decode = PlanRow {
         tokens: vec![42],
         position: 999,
         blocks: (0..63).map(BlockId).collect(),
         sampling: Some(Box::new(sampling)),
+        last_from: Some(300),
         ..PlanRow::default()
     };
     StepPlan {
@@ -196,6 +201,7 @@ pub(crate) fn random_plan(random: &mut Random) -> StepPlan {
         }),
         targets: tokens(random),
         target_alternatives: number(random),
+        last_from: (random.below(2) == 0).then(|| number(random)),
     };
     let rows = random.below(20) * random.below(20);
     StepPlan {

@@ -7,9 +7,10 @@ use crate::fleet::{Cause, Fault, Group, StepOutcome};
 use crate::metrics::{Metrics, Subject};
 use crate::scheduler::request::{Request, SamplingParams};
 use crate::scheduler::{Scheduler, SchedulerConfig};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use topology::ids::{Epoch, Rank};
@@ -30,16 +31,35 @@ struct Counting {
     /// How many faults can be mended.
     mendable: u32,
     epoch: Epoch,
+    sent: VecDeque<(StepPlan, Instant)>,
+    /// When the last step was answered.
+    free_at: Option<Instant>,
+    /// What it chose.
+    sampled: Vec<Option<u32>>,
     ended: watch::Sender<Option<&'static str>>,
 }
 
 impl Group for Counting {
-    async fn step(&mut self, plan: StepPlan) -> Result<StepOutcome, Fault> {
-        let sent = now();
+    async fn send(&mut self, plan: StepPlan) -> Result<(), Fault> {
+        assert_eq!(plan.epoch, self.epoch);
+        self.sent.push_back((plan, now()));
+        assert!(self.sent.len() <= 2, "two steps are under way at most");
+        Ok(())
+    }
+
+    async fn receive(&mut self) -> Result<StepOutcome, Fault> {
+        let (mut plan, sent) = self.sent.pop_front().expect("a plan was sent");
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
         self.rows.store(plan.rows.len() as u64, Ordering::SeqCst);
-        tokio::time::sleep(self.step_takes).await;
-        assert_eq!(plan.epoch, self.epoch);
+        let begun = self.free_at.max(Some(sent)).unwrap_or(sent);
+        let answered = begun + self.step_takes;
+        tokio::time::sleep_until(answered.into()).await;
+        self.free_at = Some(answered);
+        for row in &mut plan.rows {
+            if let (Some(from), Some(last)) = (row.last_from, row.tokens.last_mut()) {
+                *last = self.sampled[from as usize].expect("the step before chose a token");
+            }
+        }
         let poison =
             |row: &topology::wire::PlanRow| row.tokens.iter().any(|t| Some(*t) == self.poison);
         if self.fails_at.contains(&step) || plan.rows.iter().any(poison) {
@@ -48,18 +68,21 @@ impl Group for Counting {
                 Cause::Exited("signal: 9 (SIGKILL)".into()),
             ));
         }
-        let answer = |row: &topology::wire::PlanRow| RowOutput {
-            sampled: row.sampling.as_ref().map(|_| ScoredToken {
-                token: (row.tokens.last().expect("rows have tokens") + 1) % VOCAB,
-                score: None,
-            }),
+        let choose = |row: &topology::wire::PlanRow| {
+            let last = row.tokens.last().expect("rows have tokens");
+            row.sampling.as_ref().map(|_| (last + 1) % VOCAB)
+        };
+        self.sampled = plan.rows.iter().map(choose).collect();
+        let answer = |token: &Option<u32>| RowOutput {
+            sampled: token.map(|token| ScoredToken { token, score: None }),
             targets: Vec::new(),
         };
         Ok(StepOutcome {
-            outputs: plan.rows.iter().map(answer).collect(),
+            outputs: self.sampled.iter().map(answer).collect(),
             timings: vec![StepTimings::default(); 2],
+            tokens: plan.rows.iter().map(|row| row.tokens.len()).sum(),
             took: self.step_takes,
-            answered: sent + self.step_takes,
+            answered,
         })
     }
 
@@ -71,6 +94,7 @@ impl Group for Counting {
         tokio::time::sleep(self.step_takes).await;
         self.mendable = self.mendable.checked_sub(1).ok_or(fault.clone())?;
         self.epoch = self.epoch.next();
+        self.sent.clear();
         Ok(self.epoch)
     }
 
@@ -121,6 +145,7 @@ pub(super) async fn rig_of(
         max_num_queued_tokens: 10_000,
         long_prefill_token_threshold: 0,
         enable_prefix_caching: true,
+        async_scheduling: true,
     })
     .expect("the configuration is valid");
     let metrics = Arc::new(Metrics::new(&Subject {
@@ -143,6 +168,9 @@ pub(super) async fn rig_of(
         poison,
         mendable,
         epoch: Epoch::default(),
+        sent: VecDeque::new(),
+        free_at: None,
+        sampled: Vec::new(),
         ended,
     };
     let connections = Connections {

@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep};
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::wire::{
     FromShard, Load, Loaded, PlanDigest, PlanRow, Ran, RowOutput, ScoredToken, StepPlan,
-    StepTimings,
+    StepTimings, digest_of_tokens,
 };
 
 /// How long ranks wait for each other when they join.
@@ -57,6 +57,8 @@ struct Joined {
     next: Step,
     group: usize,
     abort: Arc<AtomicBool>,
+    /// What the last step chose; `None` if it came to no end: those behind it are over too.
+    chosen: Option<Vec<Option<u32>>>,
 }
 
 #[derive(Debug)]
@@ -207,6 +209,7 @@ impl Device {
             next: Step(0),
             group,
             abort,
+            chosen: Some(Vec::new()),
         });
         self.world.lock().procs[self.proc].joined = Some(epoch);
         Ok(FromShard::Joined { epoch })
@@ -215,16 +218,19 @@ impl Device {
     async fn step(&mut self, plan: &StepPlan) -> Answer {
         self.world.at(self.proc, Moment::Step).await;
         let (epoch, step) = (plan.epoch, plan.step);
-        let Some(joined) = self.joined.as_mut().filter(|joined| joined.epoch == epoch) else {
+        let current = |joined: &&mut Joined| joined.epoch == epoch && joined.chosen.is_some();
+        let Some(joined) = self.joined.as_mut().filter(current) else {
             return Err(NoAnswer::Over);
         };
         if joined.next != step {
             return impossible(format!("step {step} came, {} was due", joined.next));
         }
         joined.next = step.next();
+        let before = joined.chosen.take().unwrap_or_default();
         let (group, abort) = (joined.group, Arc::clone(&joined.abort));
         self.check(plan)?;
         let digest = plan.digest();
+        let plan = &known(plan, &before)?;
         let tokens: usize = plan.rows.iter().map(|row| row.tokens.len()).sum();
         sleep(MS + MS * u32::try_from(tokens / 16).unwrap_or(0)).await;
         let prefixes: Vec<u64> = plan.rows.iter().map(|row| self.read(epoch, row)).collect();
@@ -239,16 +245,23 @@ impl Device {
         }
         let lies = self.world.at(self.proc, Moment::Answer).await;
         self.world.lock().compute(plan, self.rank, digest);
+        let rows = plan.rows.iter().zip(sums);
+        let outputs: Vec<RowOutput> = rows.map(|(row, sum)| sample(row, sum)).collect();
+        let tokens = outputs.iter().map(|row| row.sampled.as_ref());
+        let chosen: Vec<_> = tokens.map(|sampled| sampled.map(|s| s.token)).collect();
         let mut ran = Ran {
             epoch,
             step,
             digest,
             outputs: Vec::new(),
+            chosen: Some(digest_of_tokens(chosen.iter().copied().flatten())),
             timings: StepTimings::default(),
         };
+        if let Some(joined) = &mut self.joined {
+            joined.chosen = Some(chosen);
+        }
         if self.rank == Rank(0) {
-            let rows = plan.rows.iter().zip(sums);
-            ran.outputs = rows.map(|(row, sum)| sample(row, sum)).collect();
+            ran.outputs = outputs;
         }
         if lies {
             self.world.lock().lie(&mut ran);
@@ -353,6 +366,22 @@ impl Device {
     }
 }
 
+/// The plan with the tokens that it leaves to the step before, which chose these.
+fn known(plan: &StepPlan, before: &[Option<u32>]) -> Result<StepPlan, NoAnswer> {
+    let mut plan = plan.clone();
+    for row in &mut plan.rows {
+        let Some(from) = row.last_from else {
+            continue;
+        };
+        let token = before.get(from as usize).copied().flatten();
+        match (token, row.tokens.last_mut()) {
+            (Some(token), Some(last)) => *last = token,
+            _ => return impossible(format!("no token in row {from} of the step before")),
+        }
+    }
+    Ok(plan)
+}
+
 fn sum(parts: &Parts) -> Vec<u64> {
     let rows = parts.values().map(|(_, shares)| shares.len()).max();
     let row = |row: usize| {
@@ -422,9 +451,13 @@ impl State {
         self.lied = true;
         let place = (ran.epoch, ran.step);
         let sampled = ran.outputs.iter_mut().find_map(|row| row.sampled.as_mut());
-        match (self.rng.u32(0..4), sampled) {
+        match (self.rng.u32(0..5), sampled) {
             (0, Some(sampled)) => sampled.token = VOCAB_SIZE + self.rng.u32(0..9),
             (1, Some(_)) => drop(ran.outputs.pop()),
+            (4, Some(_)) => {
+                self.lies.insert(place);
+                ran.chosen = Some([1; 16]);
+            }
             // These the fleet itself has to see; those above, the scheduler.
             (2, _) => {
                 self.lies.insert(place);

@@ -17,6 +17,7 @@ use crate::metrics::{Metrics, Subject};
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use fastrand::Rng;
 use futures_util::future::join_all;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -121,6 +122,7 @@ impl Case {
                 max_model_len: config.max_model_len,
                 max_num_batched_tokens: config.max_num_batched_tokens,
                 max_num_seqs: config.max_num_seqs,
+                async_scheduling: config.async_scheduling,
             },
             limits: Limits {
                 startup: Duration::from_secs(60),
@@ -203,6 +205,7 @@ impl Cluster {
             world: Arc::clone(world),
             world_size: case.world_size,
             epoch: Epoch::default(),
+            sent: VecDeque::new(),
             recoveries: Arc::clone(&recoveries),
         };
         let metrics = Arc::new(Metrics::new(&Subject {

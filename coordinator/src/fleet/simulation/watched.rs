@@ -6,10 +6,11 @@
 use super::host::SimHost;
 use super::world::World;
 use crate::fleet::{Cause, Fault, Fleet, Group, StepOutcome};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use topology::ids::{Epoch, Rank};
-use topology::wire::StepPlan;
+use topology::ids::{Epoch, Rank, Step};
+use topology::wire::{PlanDigest, StepPlan};
 
 #[derive(Debug)]
 pub(super) struct Watched {
@@ -17,21 +18,33 @@ pub(super) struct Watched {
     pub(super) world: Arc<World>,
     pub(super) world_size: u32,
     pub(super) epoch: Epoch,
+    /// Plans under way.
+    pub(super) sent: VecDeque<(Epoch, Step, PlanDigest)>,
     /// How often the group was formed again.
     pub(super) recoveries: Arc<AtomicU32>,
 }
 
 impl Group for Watched {
-    async fn step(&mut self, plan: StepPlan) -> Result<StepOutcome, Fault> {
+    async fn send(&mut self, plan: StepPlan) -> Result<(), Fault> {
         let (epoch, step, digest) = (plan.epoch, plan.step, plan.digest());
         let rows = plan.rows.len();
         self.world
             .note(format_args!("plan {epoch}/{step} of {rows} rows"));
-        let outcome = self.fleet.step(plan).await;
+        self.sent.push_back((epoch, step, digest));
+        let sent = self.fleet.send(plan).await;
+        if let Err(fault) = &sent {
+            self.judge(fault);
+        }
+        sent
+    }
+
+    async fn receive(&mut self) -> Result<StepOutcome, Fault> {
+        let outcome = self.fleet.receive().await;
         if let Err(fault) = &outcome {
             self.judge(fault);
             return outcome;
         }
+        let (epoch, step, digest) = self.sent.pop_front().expect("a plan was sent");
         let mut state = self.world.lock();
         let ranks = state.computed.get(&(epoch, step));
         let agreed = |rank| ranks.is_some_and(|ranks| ranks.get(&Rank(rank)) == Some(&digest));
@@ -64,6 +77,7 @@ impl Group for Watched {
             }
         };
         self.recoveries.fetch_add(1, Ordering::Relaxed);
+        self.sent.clear();
         let mut state = self.world.lock();
         state.note(format_args!("epoch {epoch} begins"));
         if epoch <= self.epoch {
@@ -99,7 +113,10 @@ impl Watched {
         let mut state = self.world.lock();
         state.note(format_args!("fault: {fault}"));
         let possible = match &fault.cause {
-            Cause::Diverged | Cause::Answer(_) | Cause::Unexpected { .. } => state.lied,
+            Cause::Diverged
+            | Cause::ChoseOtherwise
+            | Cause::Answer(_)
+            | Cause::Unexpected { .. } => state.lied,
             Cause::Failed(_) | Cause::NoRoom(_) | Cause::Coordinator(_) => false,
             Cause::Launch(_) | Cause::Exited(_) | Cause::LinkLost(_) | Cause::Deadline { .. } => {
                 state.plan.struck > 0 || state.plan.no_launch
