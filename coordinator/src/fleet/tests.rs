@@ -4,6 +4,7 @@
 use super::{
     Cause, Fault, Fleet, Limits, LocalHost, Phase, Program, RankSite, Setup, check_agreement,
 };
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use topology::ids::{Epoch, Rank, Step};
@@ -21,6 +22,7 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
         sites: vec![RankSite::here(cpu.clone()), RankSite::here(cpu)],
         address: std::net::Ipv4Addr::LOCALHOST.into(),
         alive,
+        witness: Arc::new(()),
     });
     let setup = Setup {
         load: Load {

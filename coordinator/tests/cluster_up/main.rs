@@ -7,6 +7,7 @@ mod client;
 mod hosts;
 mod lifecycle;
 mod network;
+mod operator;
 mod process;
 mod recovery;
 mod serving;
