@@ -32,6 +32,19 @@ pub fn utc(unix_seconds: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
+/// Microseconds since 1970, for comparing the clocks of nodes; never for measuring.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "what is asked for is the clock itself"
+)]
+pub fn unix_micros() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |elapsed| {
+            u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX)
+        })
+}
+
 /// Seconds since 1970 in UTC, for time stamps in answers; never for measuring.
 #[expect(
     clippy::disallowed_methods,

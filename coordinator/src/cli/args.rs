@@ -23,7 +23,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0    stopped as asked: running requests finished or --shutdown-timeout passed
   1    the cluster could not start or could not go on; the log says which rank and why. `status`: it is
-       not ready; `down`: it did not end
+       not ready; `down`: it did not end; `doctor`: something will not work
   2    a flag, the configuration, the model or the port is wrong; nothing was started;
        `status`, `logs`, `down`: there is no such cluster
   130  a second Ctrl-C or SIGTERM, or `down --now`, ended it at once";
@@ -41,6 +41,8 @@ pub enum Command {
     Logs(Logs),
     /// End a running cluster: its requests finish first.
     Down(Down),
+    /// Find what would go wrong with a topology file, or on this machine, before anything is loaded.
+    Doctor(Doctor),
     /// Measure a server: latency, throughput, overhead.
     #[command(disable_help_flag = true)]
     Bench(Rest),
@@ -53,6 +55,9 @@ pub enum Command {
         /// Print what GPUs this host has, and exit.
         #[arg(long)]
         probe: bool,
+        /// Answer what `cluster doctor` asks about this host.
+        #[arg(long)]
+        examine: bool,
     },
 }
 
@@ -115,6 +120,23 @@ pub struct Down {
     /// Do not wait for running requests.
     #[arg(long)]
     pub now: bool,
+}
+
+/// Flags of `cluster doctor`.
+#[derive(Args, Clone, Debug)]
+pub struct Doctor {
+    /// TOML file of the nodes; without it, this machine is looked at.
+    #[arg(long, env = "CLUSTER_TOPOLOGY", value_name = "FILE")]
+    pub topology: Option<PathBuf>,
+    /// Directory of the model, where the file names none.
+    #[arg(long, env = "CLUSTER_MODEL", value_name = "DIR", value_parser = NonEmpty::new())]
+    pub model: Option<String>,
+    /// Read the weights whole and compare them by SHA-256; takes as long as reading them does.
+    #[arg(long)]
+    pub deep: bool,
+    /// Print it as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What the API's element type of weights may be.

@@ -4,6 +4,7 @@
 //! environment and writes to standard output and error.
 
 pub mod args;
+mod doctor;
 mod down;
 mod find;
 pub mod layers;
@@ -87,6 +88,7 @@ pub fn run(command: &Command) -> ExitCode {
         Command::Status(status) => return status::run(status),
         Command::Logs(logs) => return logs::run(logs),
         Command::Down(down) => return down::run(down),
+        Command::Doctor(doctor) => return doctor::run(doctor),
         Command::Bench(_) | Command::Shard { .. } => {
             unreachable!("the binary runs these itself")
         }

@@ -1,0 +1,529 @@
+//! What the nodes' answers mean: a finding for each thing that was looked at, with what to do.
+//!
+//! Pure: answers in, findings out. Invariant: `fail` only for what would keep a cluster from starting or
+//! from saying the same on all nodes.
+
+use super::nodes::{Place, Seen, groups};
+use super::{EVERYWHERE, Finding, Level};
+use topology::examine::Speed;
+use topology::examine::host::{HostReport, Interface};
+use topology::fit::Bytes;
+use topology::placement::Device;
+
+/// A clock that is further off puts lines of `cluster logs` in a wrong order.
+const CLOCK_SECONDS: f64 = 0.5;
+/// Connections, files of a model, pipes to shards.
+const LEAST_NOFILE: u64 = 1024;
+/// What NCCL and network cards lock.
+const LEAST_GPU_MEMLOCK: u64 = 1 << 30;
+/// What collectives of one host need of `/dev/shm`: a few MiB for CPU ranks, NCCL's buffers for GPUs.
+const LEAST_SHM: u64 = 64 << 20;
+const LEAST_GPU_SHM: u64 = 1 << 30;
+/// An all-reduce slower than that is what a step spends its time on.
+const SLOW_SECONDS: f64 = 1e-3;
+const SLOW_BYTES_PER_SECOND: f64 = 100e6;
+
+/// What is to be said of one node.
+pub(super) fn node(place: &Place, seen: &Seen) -> Vec<Finding> {
+    let say = |level, check, text: String| Finding::new(level, &place.name, check, text);
+    let mut findings = vec![say(
+        Level::Ok,
+        "program",
+        format!("{}, Linux {}", seen.host.version, seen.host.kernel),
+    )];
+    if let Some(reach) = &seen.reach {
+        let (level, text) = match reach {
+            Ok(seconds) => (
+                Level::Ok,
+                format!(
+                    "the coordinator answers over UDP in {:.2} ms",
+                    seconds * 1e3
+                ),
+            ),
+            Err(why) => (
+                Level::Fail,
+                format!(
+                    "no datagram comes back from the coordinator ({why}); let UDP through between this \
+                     node and `address` of [coordinator]"
+                ),
+            ),
+        };
+        findings.push(say(level, "control", text));
+    }
+    for (check, (level, text)) in [
+        ("device", device(place, &seen.host)),
+        ("memory", memory(&seen.host)),
+        ("limits", limits(place, &seen.host)),
+        ("clock", clock(seen.clock)),
+    ] {
+        findings.push(say(level, check, text));
+    }
+    if place.address.is_some() {
+        let (level, text) = interface(place, &seen.host);
+        findings.push(say(level, "interface", text));
+    }
+    if let Some(Err(why)) = &seen.model {
+        let text = format!("{why}; put the model there, or change `path` of [[model]]");
+        findings.push(say(Level::Fail, "model", text));
+    }
+    findings
+}
+
+fn has_gpu(place: &Place) -> bool {
+    let is_gpu = |device: &Device| matches!(device, Device::Gpu { .. });
+    place.devices.iter().any(is_gpu)
+}
+
+fn device(place: &Place, host: &HostReport) -> (Level, String) {
+    if has_gpu(place) {
+        return match &host.gpus {
+            Err(why) => (Level::Fail, why.clone()),
+            Ok(gpus) => match gpus.memory_of(&place.devices) {
+                Err(why) => (Level::Fail, why),
+                Ok(bytes) => {
+                    let driver = host.driver.as_deref().unwrap_or("of unknown version");
+                    let least = Bytes(bytes.into_iter().min().unwrap_or_default());
+                    let count = place.devices.len();
+                    (
+                        Level::Ok,
+                        format!("{count} GPUs of {least} or more, driver {driver}"),
+                    )
+                }
+            },
+        };
+    }
+    let (mut threads, mut missing) = (0, Vec::<u32>::new());
+    for device in &place.devices {
+        if let Device::Cpu {
+            threads: own,
+            cores,
+        } = device
+        {
+            threads += own;
+            missing.extend(
+                cores
+                    .iter()
+                    .copied()
+                    .filter(|core| !host.cores.contains(core)),
+            );
+        }
+    }
+    let has = host.cores.len();
+    if !missing.is_empty() {
+        let missing: Vec<_> = missing.iter().map(ToString::to_string).collect();
+        let text = format!(
+            "core {} may not be used there ({has} may); change `cpus`",
+            missing.join(", ")
+        );
+        return (Level::Fail, text);
+    }
+    if threads > host.parallelism {
+        let text = format!(
+            "{threads} threads on {} cores take turns; lower `cpus`",
+            host.parallelism
+        );
+        return (Level::Warn, text);
+    }
+    let gpus = match &host.gpus {
+        Ok(gpus) => format!(", {} GPUs", gpus.gpus.len()),
+        Err(_) if host.driver.is_some() => ", an NVIDIA driver".to_owned(),
+        Err(_) => String::new(),
+    };
+    (Level::Ok, format!("{has} cores{gpus}; {threads} taken"))
+}
+
+fn memory(host: &HostReport) -> (Level, String) {
+    let (free, total) = (Bytes(host.free_bytes), Bytes(host.total_bytes));
+    let text = format!("{free} of {total} free");
+    // Below a twentieth the next allocation of anyone brings the machine to its knees.
+    if host.free_bytes < host.total_bytes / 20 {
+        return (Level::Warn, text + "; end what takes the rest");
+    }
+    (Level::Ok, text)
+}
+
+fn limits(place: &Place, host: &HostReport) -> (Level, String) {
+    let shown = |limit: Option<u64>| limit.map_or_else(|| "unlimited".into(), |n| n.to_string());
+    let bytes = |n: Option<u64>| n.map_or_else(|| "unlimited".into(), |n| Bytes(n).to_string());
+    let mut advice = Vec::new();
+    if host.nofile.is_some_and(|limit| limit < LEAST_NOFILE) {
+        advice.push(format!(
+            "raise `ulimit -n` (LimitNOFILE) to {LEAST_NOFILE} or more"
+        ));
+    }
+    let gpu = has_gpu(place);
+    if gpu && host.memlock.is_some_and(|limit| limit < LEAST_GPU_MEMLOCK) {
+        advice.push("set `ulimit -l` (LimitMEMLOCK) to unlimited".to_owned());
+    }
+    let needed = if gpu { LEAST_GPU_SHM } else { LEAST_SHM };
+    if place.devices.len() > 1 && host.shm_free_bytes.is_none_or(|free| free < needed) {
+        advice.push(format!("give /dev/shm {} or more", Bytes(needed)));
+    }
+    let shm = host
+        .shm_free_bytes
+        .map_or_else(|| "missing".into(), |free| Bytes(free).to_string());
+    let text = format!(
+        "{} open files, {} locked memory, /dev/shm {shm}",
+        shown(host.nofile),
+        bytes(host.memlock)
+    );
+    match advice.is_empty() {
+        true => (Level::Ok, text),
+        false => (Level::Warn, format!("{text}; {}", advice.join("; "))),
+    }
+}
+
+fn clock((ahead, exact): (f64, f64)) -> (Level, String) {
+    let off = ahead.abs();
+    let side = if ahead < 0.0 { "behind" } else { "ahead" };
+    if off > CLOCK_SECONDS + exact {
+        let text = format!(
+            "{off:.1} s {side}; set it (chrony, systemd-timesyncd), or logs of nodes cannot be compared"
+        );
+        return (Level::Warn, text);
+    }
+    let text = format!(
+        "{:.1} ms {side}, give or take {:.1} ms",
+        off * 1e3,
+        exact * 1e3
+    );
+    (Level::Ok, text)
+}
+
+fn interface(place: &Place, host: &HostReport) -> (Level, String) {
+    let address = place
+        .address
+        .map_or_else(String::new, |address| address.to_string());
+    let names: Vec<_> = host.interfaces.iter().map(|i| i.name.as_str()).collect();
+    let names = names.join(", ");
+    if !host.has_address {
+        let text = format!("{address} is not its own; change `address` (it has {names})");
+        return (Level::Fail, text);
+    }
+    let find = |name: &str| host.interfaces.iter().find(|i| i.name == name);
+    let carrier = host.carrier.as_deref();
+    if let Some(wanted) = &place.interface {
+        match find(wanted) {
+            None => {
+                let text = format!("there is no {wanted}; change `interface` (it has {names})");
+                return (Level::Fail, text);
+            }
+            Some(Interface { is_up: false, .. }) => {
+                return (Level::Fail, format!("{wanted} is down; see `ip link`"));
+            }
+            Some(_) if carrier.is_some_and(|carrier| carrier != wanted) => {
+                let text = format!(
+                    "NCCL takes {wanted}, but {address} is on {}; make `address` and `interface` agree",
+                    carrier.unwrap_or_default()
+                );
+                return (Level::Warn, text);
+            }
+            Some(_) => {}
+        }
+    }
+    let about = place.interface.as_deref().or(carrier).and_then(find);
+    let about = about.map_or_else(String::new, |interface| {
+        let mtu = interface
+            .mtu
+            .map_or_else(String::new, |mtu| format!(", MTU {mtu}"));
+        let speed = interface.speed_mbit;
+        let speed = speed.map_or_else(String::new, |speed| format!(", {speed} Mbit/s"));
+        format!("{mtu}{speed}")
+    });
+    let text = format!(
+        "{address} is on {}{about}",
+        carrier.unwrap_or("an interface")
+    );
+    (Level::Ok, text)
+}
+
+/// What is to be said of all nodes together.
+pub(super) fn together(nodes: &[(&Place, &Seen)]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    findings.extend(model(nodes));
+    findings.extend(libraries(nodes));
+    findings.extend(all_reduce(nodes));
+    findings
+}
+
+fn model(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
+    let say = |level, text: String| Some(Finding::new(level, EVERYWHERE, "model", text));
+    let digests = nodes.iter().map(|(place, seen)| {
+        let digest = seen.model.as_ref()?.as_ref().ok()?;
+        Some((place.name.as_str(), digest))
+    });
+    let Some(digests) = digests.collect::<Option<Vec<_>>>() else {
+        let is_built_in = nodes.iter().all(|(_, seen)| seen.model.is_none());
+        return is_built_in.then(|| {
+            say(
+                Level::Ok,
+                "the built-in one, a part of the program".to_owned(),
+            )
+        })?;
+    };
+    let (first, rest) = digests.split_first()?;
+    let differing = rest.iter().filter_map(|(name, digest)| {
+        let files = first.1.differences(digest);
+        (!files.is_empty()).then(|| format!("{name} has another {}", files.join(", ")))
+    });
+    let differing: Vec<_> = differing.collect();
+    if differing.is_empty() {
+        let (count, summary) = (first.1.files.len(), first.1.summary());
+        let text = format!("the same on every node: {count} files, {summary}");
+        return say(Level::Ok, text);
+    }
+    let text = format!(
+        "not the same on every node: compared with {}, {}; copy the model anew",
+        first.0,
+        differing.join("; ")
+    );
+    say(Level::Fail, text)
+}
+
+/// NCCL refuses ranks with another version; drivers only should be the same.
+fn libraries(nodes: &[(&Place, &Seen)]) -> Vec<Finding> {
+    let gpus: Vec<_> = nodes.iter().filter(|(place, _)| has_gpu(place)).collect();
+    let mut findings = Vec::new();
+    for (place, seen) in &gpus {
+        if let Err(why) = &seen.host.nccl {
+            findings.push(Finding::new(Level::Fail, &place.name, "nccl", why.clone()));
+        }
+    }
+    if gpus.len() < 2 {
+        return findings;
+    }
+    let named = |value: fn(&HostReport) -> Option<String>| {
+        let values = gpus
+            .iter()
+            .filter_map(move |(place, seen)| Some((place.name.as_str(), value(&seen.host)?)));
+        groups(values)
+    };
+    for (check, versions, bad) in [
+        ("nccl", named(|host| host.nccl.clone().ok()), Level::Fail),
+        ("driver", named(|host| host.driver.clone()), Level::Warn),
+    ] {
+        let all = versions
+            .iter()
+            .map(|(version, nodes)| format!("{version} on {}", nodes.join(", ")));
+        let all: Vec<_> = all.collect();
+        let (level, advice) = match versions.len() {
+            0 => continue,
+            1 => (Level::Ok, ""),
+            _ => (bad, "; install the same version on every node"),
+        };
+        let text = format!("{}{advice}", all.join("; "));
+        findings.push(Finding::new(level, EVERYWHERE, check, text));
+    }
+    findings
+}
+
+fn all_reduce(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
+    let say = |level, text: String| Some(Finding::new(level, EVERYWHERE, "all-reduce", text));
+    if nodes.len() == 1 && nodes[0].0.address.is_some() {
+        let text = "all ranks are on one host and share its memory".to_owned();
+        return say(Level::Ok, text);
+    }
+    let results = nodes
+        .iter()
+        .map(|(place, seen)| (place, seen.all_reduce.as_ref()));
+    let mut slowest: Option<Speed> = None;
+    for (place, result) in results {
+        match result? {
+            Err(why) => {
+                let text = format!(
+                    "{}: {why}; let TCP through between the nodes' `address`es, on any port",
+                    place.name
+                );
+                return say(Level::Fail, text);
+            }
+            Ok(speed) => {
+                let so_far = slowest.unwrap_or(*speed);
+                slowest = Some(Speed {
+                    latency_seconds: so_far.latency_seconds.max(speed.latency_seconds),
+                    bytes_per_second: so_far.bytes_per_second.min(speed.bytes_per_second),
+                });
+            }
+        }
+    }
+    let speed = slowest?;
+    let text = format!(
+        "over {} nodes: {:.3} ms for 1 KiB, {:.0} MB/s for 4 MiB",
+        nodes.len(),
+        speed.latency_seconds * 1e3,
+        speed.bytes_per_second / 1e6
+    );
+    if speed.latency_seconds > SLOW_SECONDS || speed.bytes_per_second < SLOW_BYTES_PER_SECOND {
+        let advice =
+            "every layer needs two of them: take a faster network (`address`), or fewer nodes";
+        return say(Level::Warn, format!("{text}; {advice}"));
+    }
+    say(Level::Ok, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use topology::examine::model::ModelDigest;
+    use topology::gpus::{Gpu, GpuHost};
+
+    fn place(name: &str, device: Device) -> Place {
+        Place {
+            name: name.into(),
+            address: Some([10, 0, 0, 1].into()),
+            interface: Some("eth0".into()),
+            devices: vec![device.clone(), device],
+            ..Place::here()
+        }
+    }
+
+    fn cpu() -> Device {
+        let (threads, cores) = (1, vec![0]);
+        Device::Cpu { threads, cores }
+    }
+
+    fn seen() -> Seen {
+        let nic = |name: &str| Interface {
+            name: name.into(),
+            is_up: true,
+            mtu: Some(1500),
+            speed_mbit: None,
+        };
+        let gpu = Gpu {
+            name: "GPU".into(),
+            total_bytes: 80 << 30,
+        };
+        Seen {
+            host: HostReport {
+                version: "1".into(),
+                kernel: "6".into(),
+                cores: vec![0, 1],
+                parallelism: 2,
+                free_bytes: 8 << 30,
+                total_bytes: 16 << 30,
+                gpus: Ok(GpuHost {
+                    gpus: vec![gpu],
+                    visible: None,
+                    nccl: Ok("/libnccl.so.2".into()),
+                }),
+                nccl: Ok("2.30.7".into()),
+                driver: Some("580.1".into()),
+                memlock: None,
+                nofile: Some(1 << 20),
+                shm_free_bytes: Some(8 << 30),
+                interfaces: vec![nic("eth0"), nic("ib0")],
+                has_address: true,
+                carrier: Some("eth0".into()),
+            },
+            clock: (0.001, 0.002),
+            model: Some(Ok(ModelDigest {
+                files: BTreeMap::from([("config.json".into(), "a".into())]),
+            })),
+            reach: Some(Ok(0.0002)),
+            all_reduce: Some(Ok(Speed {
+                latency_seconds: 1e-4,
+                bytes_per_second: 1e9,
+            })),
+        }
+    }
+
+    /// What is found on two nodes of which the second is like this.
+    fn found(device: &Device, spoil: impl FnOnce(&mut Place, &mut Seen)) -> Vec<Finding> {
+        let (one, mut other) = (place("a", device.clone()), place("b", device.clone()));
+        let (seen_one, mut seen_other) = (seen(), seen());
+        spoil(&mut other, &mut seen_other);
+        let mut findings = node(&other, &seen_other);
+        findings.extend(together(&[(&one, &seen_one), (&other, &seen_other)]));
+        findings.retain(|finding| finding.level != Level::Ok);
+        findings
+    }
+
+    #[test]
+    fn good_nodes_are_good() {
+        assert_eq!(found(&cpu(), |_, _| {}), []);
+        assert_eq!(found(&Device::Gpu { index: 0, ranks: 1 }, |_, _| {}), []);
+    }
+
+    #[test]
+    fn each_thing_that_is_wrong_is_one_finding_that_says_what_to_do() {
+        type Spoil = fn(&mut Place, &mut Seen);
+        let gpu = Device::Gpu { index: 0, ranks: 1 };
+        let cases: [(&Device, Level, &str, &str, Spoil); 16] = [
+            (&cpu(), Level::Fail, "control", "UDP", |_, s| {
+                s.reach = Some(Err("no".into()))
+            }),
+            (&cpu(), Level::Fail, "device", "change `cpus`", |_, s| {
+                s.host.cores = vec![1]
+            }),
+            (&cpu(), Level::Warn, "device", "lower `cpus`", |_, s| {
+                s.host.parallelism = 1
+            }),
+            (&cpu(), Level::Warn, "memory", "free", |_, s| {
+                s.host.free_bytes = 1
+            }),
+            (&cpu(), Level::Warn, "limits", "ulimit -n", |_, s| {
+                s.host.nofile = Some(256)
+            }),
+            (&cpu(), Level::Warn, "limits", "/dev/shm", |_, s| {
+                s.host.shm_free_bytes = None
+            }),
+            (&gpu, Level::Warn, "limits", "ulimit -l", |_, s| {
+                s.host.memlock = Some(65536)
+            }),
+            (&gpu, Level::Fail, "device", "no driver", |_, s| {
+                s.host.gpus = Err("no driver".into())
+            }),
+            (&gpu, Level::Fail, "nccl", "2.30.7 on a", |_, s| {
+                s.host.nccl = Ok("2.29.1".into())
+            }),
+            (&gpu, Level::Warn, "driver", "580.1 on a", |_, s| {
+                s.host.driver = Some("570".into())
+            }),
+            (&cpu(), Level::Warn, "clock", "60.0 s behind", |_, s| {
+                s.clock = (-60.0, 0.1)
+            }),
+            (
+                &cpu(),
+                Level::Fail,
+                "interface",
+                "change `address`",
+                |_, s| s.host.has_address = false,
+            ),
+            (
+                &cpu(),
+                Level::Fail,
+                "interface",
+                "there is no eth9",
+                |p, _| p.interface = Some("eth9".into()),
+            ),
+            (&cpu(), Level::Warn, "interface", "is on eth0", |p, _| {
+                p.interface = Some("ib0".into())
+            }),
+            (&cpu(), Level::Fail, "all-reduce", "TCP", |_, s| {
+                s.all_reduce = Some(Err("no".into()))
+            }),
+            (
+                &cpu(),
+                Level::Fail,
+                "model",
+                "b has another config.json",
+                |_, s| {
+                    let files = BTreeMap::from([("config.json".into(), "b".into())]);
+                    s.model = Some(Ok(ModelDigest { files }));
+                },
+            ),
+        ];
+        for (device, level, check, said, spoil) in cases {
+            let findings = found(device, spoil);
+            let [finding] = findings.as_slice() else {
+                panic!("{check} {said}: {findings:?}");
+            };
+            assert_eq!(
+                (finding.level, finding.check),
+                (level, check),
+                "{finding:?}"
+            );
+            assert!(finding.text.contains(said), "{finding:?}");
+        }
+    }
+}
