@@ -147,7 +147,13 @@ fn all_reduce(
     let mut comm = TcpComm::join(&backend, &seat)?;
     let speed = measure(&mut comm, world_size);
     drop(done);
-    speed
+    speed.map_err(|error| match error {
+        CommError::Aborted => CommError::Failed(format!(
+            "it was not done within {} s: the network is very slow, or a node is gone",
+            (JOIN_LIMIT + MEASURE_LIMIT).as_secs()
+        )),
+        other => other,
+    })
 }
 
 /// A collective does not notice that another node is gone.
@@ -164,9 +170,10 @@ fn measure(comm: &mut TcpComm, world_size: u32) -> Result<Speed, CommError> {
     let mut large = vec![1.0; LARGE_ELEMENTS];
     let best = timed(LARGE_ROUNDS, || comm.all_reduce(&mut large))?;
     let best = best.into_iter().fold(f64::INFINITY, f64::min);
-    // Every round multiplies ones by the number of nodes.
-    let expected = f64::from(world_size).powi(i32::try_from(LARGE_ROUNDS).unwrap_or(0));
-    if large.iter().any(|x| f64::from(*x) != expected) {
+    // Every round multiplies ones by the number of nodes, which is exact up to 64 of them.
+    let nodes = f32::from(u8::try_from(world_size).unwrap_or(u8::MAX));
+    let expected: f32 = (0..LARGE_ROUNDS).map(|_| nodes).product();
+    if large.iter().any(|x| x.to_bits() != expected.to_bits()) {
         let why = "the sum over the nodes is wrong: something on the way changes data";
         return Err(CommError::Failed(why.to_owned()));
     }

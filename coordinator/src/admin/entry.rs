@@ -203,7 +203,9 @@ impl std::fmt::Display for State {
 impl Entry {
     /// All entries of `places`, those that live first, newest first.
     pub fn all(places: &[PathBuf]) -> Vec<Self> {
-        let dirs = places.iter().filter(|place| check_private(place).is_ok());
+        // Whoever may do everything may look at everyone's; nothing is written there.
+        let is_trusted = |place: &&PathBuf| own_uid() == 0 || check_private(place).is_ok();
+        let dirs = places.iter().filter(is_trusted);
         let dirs = dirs.filter_map(|place| fs::read_dir(place).ok()).flatten();
         let entries = dirs.filter_map(|dir| Self::at(dir.ok()?.path()));
         let mut entries: Vec<_> = entries.collect();

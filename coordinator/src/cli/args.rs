@@ -320,7 +320,7 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_NAME", value_name = "NAME", value_parser = cluster_name, help_heading = SERVER)]
     pub name: Option<String>,
     /// Where this user's clusters leave their logs and are reached by `cluster status`, `logs` and `down`
-    /// [default: cluster/ in $XDG_RUNTIME_DIR or /run/user/UID, or /tmp/cluster-UID].
+    /// [default: cluster in the user's runtime directory, or /tmp/cluster-UID].
     #[arg(long, env = "CLUSTER_RUN_DIR", value_name = "DIR", help_heading = SERVER)]
     pub run_dir: Option<PathBuf>,
     /// How log lines look.

@@ -85,7 +85,7 @@ fn merge(ranks: Vec<(usize, Vec<String>)>) -> Vec<(usize, String)> {
         let mut last = String::new();
         for line in lines {
             if let Some(time) = time(&line) {
-                last = time.to_owned();
+                time.clone_into(&mut last);
             }
             all.push((last.clone(), rank, line));
         }
@@ -99,12 +99,12 @@ fn merge(ranks: Vec<(usize, Vec<String>)>) -> Vec<(usize, String)> {
 /// The time a line begins with, to the second: their writers' digits differ beyond.
 fn time(line: &str) -> Option<&str> {
     let time = line.get(..19)?;
-    let shape = time.bytes().zip(*b"0000-00-00T00:00:00");
+    let mut shape = time.bytes().zip(*b"0000-00-00T00:00:00");
     let fits = |(byte, like): (u8, u8)| match like {
         b'0' => byte.is_ascii_digit(),
         mark => byte == mark,
     };
-    shape.map(fits).all(|fits| fits).then_some(time)
+    shape.all(fits).then_some(time)
 }
 
 /// A rank's file, read up to somewhere.

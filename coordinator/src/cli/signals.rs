@@ -61,7 +61,7 @@ impl Signals {
 /// Waits until at least that was asked for; for ever where nobody can ask any more.
 async fn asked_for(asked: &mut watch::Receiver<Asked>, least: Asked) {
     if asked.wait_for(|asked| *asked >= least).await.is_err() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

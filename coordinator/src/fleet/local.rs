@@ -381,14 +381,11 @@ async fn watch(
         tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
     }
     process.kill();
-    let how = match timeout(KILL_LIMIT, process.wait()).await {
-        Ok(status) => said(status),
-        Err(_) => {
-            tracing::error!(%rank, "the system does not end the shard's process");
-            "it was killed and has not ended".to_owned()
-        }
+    let Ok(status) = timeout(KILL_LIMIT, process.wait()).await else {
+        tracing::error!(%rank, "the system does not end the shard's process");
+        return (true, "it was killed and has not ended".to_owned());
     };
-    (true, how)
+    (true, said(status))
 }
 
 fn said(status: Result<ExitStatus, LaunchError>) -> String {

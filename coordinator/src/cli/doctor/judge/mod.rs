@@ -129,7 +129,11 @@ fn device(place: &Place, host: &HostReport) -> (Level, String) {
         Err(_) if host.driver.is_some() => ", an NVIDIA driver".to_owned(),
         Err(_) => String::new(),
     };
-    (Level::Ok, format!("{has} cores{gpus}; {threads} taken"))
+    let taken = match threads {
+        0 => String::new(),
+        threads => format!("; {threads} taken"),
+    };
+    (Level::Ok, format!("{has} cores{gpus}{taken}"))
 }
 
 fn memory(host: &HostReport) -> (Level, String) {
@@ -167,10 +171,10 @@ fn limits(place: &Place, host: &HostReport) -> (Level, String) {
         shown(host.nofile),
         bytes(host.memlock)
     );
-    match advice.is_empty() {
-        true => (Level::Ok, text),
-        false => (Level::Warn, format!("{text}; {}", advice.join("; "))),
+    if advice.is_empty() {
+        return (Level::Ok, text);
     }
+    (Level::Warn, format!("{text}; {}", advice.join("; ")))
 }
 
 fn clock((ahead, exact): (f64, f64)) -> (Level, String) {
@@ -361,169 +365,4 @@ fn all_reduce(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeMap;
-    use topology::examine::model::ModelDigest;
-    use topology::gpus::{Gpu, GpuHost};
-
-    fn place(name: &str, device: Device) -> Place {
-        Place {
-            name: name.into(),
-            address: Some([10, 0, 0, 1].into()),
-            interface: Some("eth0".into()),
-            devices: vec![device.clone(), device],
-            ..Place::here()
-        }
-    }
-
-    fn cpu() -> Device {
-        let (threads, cores) = (1, vec![0]);
-        Device::Cpu { threads, cores }
-    }
-
-    fn seen() -> Seen {
-        let nic = |name: &str| Interface {
-            name: name.into(),
-            is_up: true,
-            mtu: Some(1500),
-            speed_mbit: None,
-        };
-        let gpu = Gpu {
-            name: "GPU".into(),
-            total_bytes: 80 << 30,
-        };
-        Seen {
-            host: HostReport {
-                version: "1".into(),
-                kernel: "6".into(),
-                cores: vec![0, 1],
-                parallelism: 2,
-                free_bytes: 8 << 30,
-                total_bytes: 16 << 30,
-                gpus: Ok(GpuHost {
-                    gpus: vec![gpu],
-                    visible: None,
-                    nccl: Ok("/libnccl.so.2".into()),
-                }),
-                nccl: Ok("2.30.7".into()),
-                driver: Some("580.1".into()),
-                memlock: None,
-                nofile: Some(1 << 20),
-                shm_free_bytes: Some(8 << 30),
-                interfaces: vec![nic("eth0"), nic("ib0")],
-                has_address: true,
-                carrier: Some("eth0".into()),
-            },
-            clock: (0.001, 0.002),
-            model: Some(Ok(ModelDigest {
-                files: BTreeMap::from([("config.json".into(), "a".into())]),
-            })),
-            reach: Some(Ok(0.0002)),
-            all_reduce: Some(Ok(Speed {
-                latency_seconds: 1e-4,
-                bytes_per_second: 1e9,
-            })),
-        }
-    }
-
-    /// What is found on two nodes of which the second is like this.
-    fn found(device: &Device, spoil: impl FnOnce(&mut Place, &mut Seen)) -> Vec<Finding> {
-        let (one, mut other) = (place("a", device.clone()), place("b", device.clone()));
-        let (seen_one, mut seen_other) = (seen(), seen());
-        spoil(&mut other, &mut seen_other);
-        let mut findings = node(&other, &seen_other);
-        findings.extend(together(&[(&one, &seen_one), (&other, &seen_other)]));
-        findings.retain(|finding| finding.level != Level::Ok);
-        findings
-    }
-
-    #[test]
-    fn good_nodes_are_good() {
-        assert_eq!(found(&cpu(), |_, _| {}), []);
-        assert_eq!(found(&Device::Gpu { index: 0, ranks: 1 }, |_, _| {}), []);
-    }
-
-    #[test]
-    fn each_thing_that_is_wrong_is_one_finding_that_says_what_to_do() {
-        type Spoil = fn(&mut Place, &mut Seen);
-        let gpu = Device::Gpu { index: 0, ranks: 1 };
-        let cases: [(&Device, Level, &str, &str, Spoil); 16] = [
-            (&cpu(), Level::Fail, "control", "UDP", |_, s| {
-                s.reach = Some(Err("no".into()))
-            }),
-            (&cpu(), Level::Fail, "device", "change `cpus`", |_, s| {
-                s.host.cores = vec![1]
-            }),
-            (&cpu(), Level::Warn, "device", "lower `cpus`", |_, s| {
-                s.host.parallelism = 1
-            }),
-            (&cpu(), Level::Warn, "memory", "free", |_, s| {
-                s.host.free_bytes = 1
-            }),
-            (&cpu(), Level::Warn, "limits", "ulimit -n", |_, s| {
-                s.host.nofile = Some(256)
-            }),
-            (&cpu(), Level::Warn, "limits", "/dev/shm", |_, s| {
-                s.host.shm_free_bytes = None
-            }),
-            (&gpu, Level::Warn, "limits", "ulimit -l", |_, s| {
-                s.host.memlock = Some(65536)
-            }),
-            (&gpu, Level::Fail, "device", "no driver", |_, s| {
-                s.host.gpus = Err("no driver".into())
-            }),
-            (&gpu, Level::Fail, "nccl", "2.30.7 on a", |_, s| {
-                s.host.nccl = Ok("2.29.1".into())
-            }),
-            (&gpu, Level::Warn, "driver", "580.1 on a", |_, s| {
-                s.host.driver = Some("570".into())
-            }),
-            (&cpu(), Level::Warn, "clock", "60.0 s behind", |_, s| {
-                s.clock = (-60.0, 0.1)
-            }),
-            (
-                &cpu(),
-                Level::Fail,
-                "interface",
-                "change `address`",
-                |_, s| s.host.has_address = false,
-            ),
-            (
-                &cpu(),
-                Level::Fail,
-                "interface",
-                "there is no eth9",
-                |p, _| p.interface = Some("eth9".into()),
-            ),
-            (&cpu(), Level::Warn, "interface", "is on eth0", |p, _| {
-                p.interface = Some("ib0".into())
-            }),
-            (&cpu(), Level::Fail, "all-reduce", "TCP", |_, s| {
-                s.all_reduce = Some(Err("no".into()))
-            }),
-            (
-                &cpu(),
-                Level::Fail,
-                "model",
-                "b has another config.json",
-                |_, s| {
-                    let files = BTreeMap::from([("config.json".into(), "b".into())]);
-                    s.model = Some(Ok(ModelDigest { files }));
-                },
-            ),
-        ];
-        for (device, level, check, said, spoil) in cases {
-            let findings = found(device, spoil);
-            let [finding] = findings.as_slice() else {
-                panic!("{check} {said}: {findings:?}");
-            };
-            assert_eq!(
-                (finding.level, finding.check),
-                (level, check),
-                "{finding:?}"
-            );
-            assert!(finding.text.contains(said), "{finding:?}");
-        }
-    }
-}
+mod tests;
