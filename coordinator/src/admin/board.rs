@@ -213,3 +213,67 @@ impl Witness for Board {
         self.write(rank, line);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::entry::{Entry, tests::state};
+    use crate::fleet::Fault;
+    use crate::metrics::Subject;
+
+    fn hello(rank: Rank, pid: u32) -> Hello {
+        Hello {
+            rank,
+            pid,
+            device: "cpu".into(),
+            free_bytes: 0,
+            total_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn the_end_of_an_old_process_is_not_its_successors() {
+        let place = tempfile::tempdir().unwrap();
+        let claim = Claim::take(place.path(), state("a", 1)).unwrap();
+        let metrics = Arc::new(Metrics::new(&Subject {
+            model_name: "m".into(),
+            max_model_len: 8,
+            world_size: 2,
+            build: "b".into(),
+        }));
+        let (readiness, state) = watch::channel(Readiness::Ready);
+        let board = Board::new(claim, state, metrics);
+        let rank = Rank(1);
+        let source = |incarnation| Source { rank, incarnation };
+        let pid = || board.status().ranks[1].pid;
+        board.launched(source(0), 10);
+        board.admitted(&hello(rank, 100));
+        board.line(rank, "hello");
+        assert_eq!(pid(), Some(100));
+        // It was cut off: its end is heard of after its successor is there.
+        board.launched(source(1), 11);
+        board.admitted(&hello(rank, 101));
+        board.ended(source(0), "signal: 9");
+        assert_eq!(pid(), Some(101));
+        board.ended(source(1), "signal: 9");
+        let status = board.status();
+        assert_eq!(
+            (status.ranks[1].pid, status.ranks[1].state),
+            (None, Stand::Starting)
+        );
+        assert_eq!(status.ranks[1].reason.as_deref(), Some("signal: 9"));
+        let entries = Entry::all(&[place.path().to_owned()]);
+        assert_eq!(entries[0].state.ranks[1].pid, None);
+        let log = std::fs::read_to_string(&status.ranks[1].log).unwrap();
+        for part in ["process 10 ", "hello\n", "process 11 ", "(signal: 9)"] {
+            assert!(log.contains(part), "{part} is not in {log}");
+        }
+        let fault = Fault::of(rank, crate::fleet::Cause::Diverged).to_string();
+        readiness.send_replace(Readiness::Failed(fault.clone()));
+        let status = board.status();
+        assert_eq!((status.state, status.reason), (Stand::Failed, Some(fault)));
+        board.close("it failed");
+        let entries = Entry::all(&[place.path().to_owned()]);
+        assert_eq!(entries[0].state.ended.as_deref(), Some("it failed"));
+    }
+}

@@ -97,7 +97,7 @@ mod tests {
                 assert!(kept.len() <= 1000 + 32 && before.len() <= 1000 + 32);
                 let all = before + &kept;
                 assert!(all.ends_with(&format!("part {part} line {line}\n")));
-                let expected = 900.min((part * 100 + line + 1) * 15);
+                let expected = 900.min((part * 100 + line + 1) * 14);
                 assert!(all.len() >= expected, "{} of {expected}", all.len());
             }
         }

@@ -17,6 +17,7 @@ use nodes::{Place, Seen};
 use serde::Serialize;
 use std::ffi::OsString;
 use std::process::ExitCode;
+use topology::examine::model::ModelDigest;
 use topology::placement::Device;
 use topology::spec::cluster::Topology;
 
@@ -113,8 +114,18 @@ fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
         deep: flags.deep,
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
-    let (mut findings, seen) = runtime.block_on(nodes::ask_all(&places, &asking))?;
+    let own = own_model(&places, &asking);
+    let (asked, own) = runtime.block_on(async {
+        let own = tokio::task::spawn_blocking(own);
+        (nodes::ask_all(&places, &asking).await, own.await)
+    });
     runtime.shutdown_background();
+    let (mut findings, seen) = asked?;
+    let own = own.context("reading the model panicked")?;
+    if let Some(Err(why)) = &own {
+        let text = format!("{why}; the coordinator reads it too: put it here as well");
+        findings.push(Finding::new(Level::Fail, EVERYWHERE, "model", text));
+    }
     let reached: Vec<(&Place, &Seen)> = places
         .iter()
         .zip(&seen)
@@ -123,7 +134,7 @@ fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
     for (place, seen) in &reached {
         findings.extend(judge::node(place, seen));
     }
-    findings.extend(judge::together(&reached));
+    findings.extend(judge::together(&reached, own.and_then(Result::ok).as_ref()));
     // By node, each in the order of its checks; what concerns all comes last.
     let order = |finding: &Finding| places.iter().position(|p| p.name == finding.place);
     findings.sort_by_key(|finding| order(finding).unwrap_or(usize::MAX));
@@ -131,6 +142,17 @@ fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
         findings.push(plan(&up));
     }
     Ok(findings)
+}
+
+/// Reads the model of this machine, where the coordinator needs it and no node is to be asked for it.
+fn own_model(
+    places: &[Place],
+    asking: &nodes::Asking,
+) -> impl FnOnce() -> Option<Result<ModelDigest, String>> + Send + use<> {
+    let is_a_node = places.iter().any(|place| place.ssh.is_none());
+    let directory = asking.model.clone().filter(|_| !is_a_node);
+    let deep = asking.deep;
+    move || directory.map(|directory| ModelDigest::read(&directory, deep))
 }
 
 /// The flags of an `up` that would start what is examined.

@@ -7,6 +7,7 @@ use super::nodes::{Place, Seen, groups};
 use super::{EVERYWHERE, Finding, Level};
 use topology::examine::Speed;
 use topology::examine::host::{HostReport, Interface};
+use topology::examine::model::ModelDigest;
 use topology::fit::Bytes;
 use topology::placement::Device;
 
@@ -241,21 +242,23 @@ fn interface(place: &Place, host: &HostReport) -> (Level, String) {
     (Level::Ok, text)
 }
 
-/// What is to be said of all nodes together.
-pub(super) fn together(nodes: &[(&Place, &Seen)]) -> Vec<Finding> {
+/// What is to be said of all nodes together. `own` is the model of this machine, if it is none of them.
+pub(super) fn together(nodes: &[(&Place, &Seen)], own: Option<&ModelDigest>) -> Vec<Finding> {
     let mut findings = Vec::new();
-    findings.extend(model(nodes));
+    findings.extend(model(nodes, own));
     findings.extend(libraries(nodes));
     findings.extend(all_reduce(nodes));
     findings
 }
 
-fn model(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
+fn model(nodes: &[(&Place, &Seen)], own: Option<&ModelDigest>) -> Option<Finding> {
     let say = |level, text: String| Some(Finding::new(level, EVERYWHERE, "model", text));
     let digests = nodes.iter().map(|(place, seen)| {
         let digest = seen.model.as_ref()?.as_ref().ok()?;
         Some((place.name.as_str(), digest))
     });
+    let own = own.map(|own| Some(("this machine", own)));
+    let digests = own.into_iter().chain(digests);
     let Some(digests) = digests.collect::<Option<Vec<_>>>() else {
         let is_built_in = nodes.iter().all(|(_, seen)| seen.model.is_none());
         return is_built_in.then(|| {

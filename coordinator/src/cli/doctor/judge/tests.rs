@@ -2,7 +2,6 @@
 
 use super::*;
 use std::collections::BTreeMap;
-use topology::examine::model::ModelDigest;
 use topology::gpus::{Gpu, GpuHost};
 
 fn place(name: &str, device: Device) -> Place {
@@ -71,7 +70,7 @@ fn found(device: &Device, spoil: impl FnOnce(&mut Place, &mut Seen)) -> Vec<Find
     let (seen_one, mut seen_other) = (seen(), seen());
     spoil(&mut other, &mut seen_other);
     let mut findings = node(&other, &seen_other);
-    findings.extend(together(&[(&one, &seen_one), (&other, &seen_other)]));
+    findings.extend(together(&[(&one, &seen_one), (&other, &seen_other)], None));
     findings.retain(|finding| finding.level != Level::Ok);
     findings
 }
@@ -152,4 +151,17 @@ fn each_thing_that_is_wrong_is_one_finding_that_says_what_to_do() {
         assert_eq!((finding.level, finding.check), expected, "{finding:?}");
         assert!(finding.text.contains(said), "{finding:?}");
     }
+}
+
+#[test]
+fn the_coordinators_own_model_is_compared_too() {
+    let node = place("a", cpu());
+    let files = BTreeMap::from([("tokenizer.json".into(), "x".into())]);
+    let own = ModelDigest { files };
+    let findings = together(&[(&node, &seen())], Some(&own));
+    let said = findings.iter().find(|finding| finding.check == "model");
+    let said = said.expect("models were compared");
+    assert_eq!(said.level, Level::Fail);
+    let expected = "compared with this machine, a has another config.json, tokenizer.json";
+    assert!(said.text.contains(expected), "{said:?}");
 }
