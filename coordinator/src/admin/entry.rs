@@ -10,7 +10,7 @@
 //!
 //! Invariants: two clusters never share an entry; what belongs to another user, or can be written by one,
 //! is not used; an entry that is over stays readable until its name is taken again or
-//! [`MAX_ENDED`] newer ones have ended.
+//! eight newer ones have ended.
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{FlockOperation, flock};
