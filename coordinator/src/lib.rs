@@ -1,5 +1,6 @@
 //! The library behind the users' process: HTTP facade, scheduler, fleet of shards.
 
+pub mod admin;
 pub mod builtin;
 pub mod cli;
 pub mod clock;

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Shard { probe: true, .. } => shard::probe(),
+        Command::Shard { examine: true, .. } => shard::examine(),
         Command::Shard { log, .. } => shard::run(&shard::Options { log }, builtin::FILES),
         Command::Bench(rest) => bench(rest),
         command => cli::run(&command),

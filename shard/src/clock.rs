@@ -23,3 +23,16 @@ pub(crate) fn micros_since(start: Instant) -> u64 {
 pub(crate) fn micros(start: Instant, end: Instant) -> u64 {
     u64::try_from(end.duration_since(start).as_micros()).unwrap_or(u64::MAX)
 }
+
+/// Microseconds since 1970, for comparing the clocks of nodes; never for measuring.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "what is asked for is the clock itself"
+)]
+pub(crate) fn unix_micros() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| {
+            u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+        })
+}

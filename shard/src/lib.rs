@@ -9,6 +9,7 @@ mod clock;
 pub mod comm;
 mod device;
 pub mod engine;
+mod examine;
 mod layers;
 pub mod models;
 mod probe;
@@ -23,6 +24,7 @@ use anyhow::{Context, Result};
 use comm::nccl::NcclComm;
 use comm::{Comm, shm::ShmComm, tcp::TcpComm};
 use engine::Place;
+pub use examine::examine;
 use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cpu::CpuBackend;
 #[cfg(feature = "cuda")]

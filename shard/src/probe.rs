@@ -20,7 +20,7 @@ pub fn probe() -> ExitCode {
 }
 
 #[cfg(feature = "cuda")]
-fn host() -> Probe {
+pub(crate) fn host() -> Probe {
     use topology::gpus::{Gpu, GpuHost};
     let gpus = kernels::cuda::gpus()?;
     let gpu = |info: kernels::cuda::GpuInfo| Gpu {
@@ -36,6 +36,6 @@ fn host() -> Probe {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn host() -> Probe {
+pub(crate) fn host() -> Probe {
     Err(crate::CPU_ONLY.to_owned())
 }

@@ -2,10 +2,11 @@
 //! that carries it; how shard processes are started.
 //!
 //! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`model_shape`],
-//! [`partition`], [`checkpoint`] for models; [`spec`], [`placement`], [`gpus`], [`fit`] for machines; [`wire`],
+//! [`partition`], [`checkpoint`] for models; [`spec`], [`placement`], [`gpus`], [`fit`], [`examine`] for machines; [`wire`],
 //! [`link`], [`launch`] for processes.
 
 pub mod checkpoint;
+pub mod examine;
 pub mod fit;
 pub mod gpus;
 pub mod host;

@@ -3,7 +3,7 @@
 //! Says nothing of what the values mean for each other (`check` does) or where else they may come
 //! from (`layers` does). Flags that `vllm serve` has keep its names and meaning.
 
-use super::values::{AutoTokens, bytes, part, positive_tokens, tokens};
+use super::values::{AutoTokens, bytes, cluster_name, part, positive_tokens, tokens};
 use clap::builder::{BoolishValueParser, NonEmptyStringValueParser as NonEmpty};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -22,9 +22,11 @@ pub struct Cli {
 const EXIT_CODES: &str = "\
 Exit codes:
   0    stopped as asked: running requests finished or --shutdown-timeout passed
-  1    the cluster could not start or could not go on; the log says which rank and why
-  2    a flag, the configuration, the model or the port is wrong; nothing was started
-  130  a second Ctrl-C or SIGTERM ended it at once";
+  1    the cluster could not start or could not go on; the log says which rank and why. `status`: it is
+       not ready; `down`: it did not end; `doctor`: something will not work
+  2    a flag, the configuration, the model or the port is wrong; nothing was started;
+       `status`, `logs`, `down`: there is no such cluster
+  130  a second Ctrl-C or SIGTERM, or `down --now`, ended it at once";
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
@@ -33,6 +35,14 @@ pub enum Command {
     Up(Box<Up>),
     /// Show how a model would be placed and how many KV blocks fit, and start nothing.
     Plan(Box<Up>),
+    /// Say where a running cluster stands; exit code 0 only if it is ready.
+    Status(Status),
+    /// Show what shards print, also those that are gone.
+    Logs(Logs),
+    /// End a running cluster: its requests finish first.
+    Down(Down),
+    /// Find what would go wrong with a topology file, or on this machine, before anything is loaded.
+    Doctor(Doctor),
     /// Measure a server: latency, throughput, overhead.
     #[command(disable_help_flag = true)]
     Bench(Rest),
@@ -45,6 +55,9 @@ pub enum Command {
         /// Print what GPUs this host has, and exit.
         #[arg(long)]
         probe: bool,
+        /// Answer what `cluster doctor` asks about this host.
+        #[arg(long)]
+        examine: bool,
     },
 }
 
@@ -54,6 +67,76 @@ pub struct Rest {
     /// As given.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub args: Vec<OsString>,
+}
+
+/// Which cluster of this user on this machine is meant; needed only where there are several.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Which {
+    /// The one that was started with this --name.
+    #[arg(long, env = "CLUSTER_NAME", value_name = "NAME", value_parser = cluster_name)]
+    pub name: Option<String>,
+    /// The one that serves on this port.
+    #[arg(long, env = "CLUSTER_PORT")]
+    pub port: Option<u16>,
+    /// Where it was started with this --run-dir.
+    #[arg(long, env = "CLUSTER_RUN_DIR", value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+}
+
+/// Flags of `cluster status`.
+#[derive(Args, Clone, Debug)]
+pub struct Status {
+    /// Which cluster.
+    #[command(flatten)]
+    pub which: Which,
+    /// Print it as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Flags of `cluster logs`.
+#[derive(Args, Clone, Debug)]
+pub struct Logs {
+    /// One rank's; without it, all in the order of their times.
+    #[arg(value_name = "SHARD")]
+    pub shard: Option<u32>,
+    /// Go on with what is printed from now, until the cluster has ended.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only the last lines of each shard.
+    #[arg(short = 'n', long, value_name = "LINES")]
+    pub tail: Option<usize>,
+    /// Which cluster; one that has ended is found too.
+    #[command(flatten)]
+    pub which: Which,
+}
+
+/// Flags of `cluster down`.
+#[derive(Args, Clone, Debug)]
+pub struct Down {
+    /// Which cluster.
+    #[command(flatten)]
+    pub which: Which,
+    /// Do not wait for running requests.
+    #[arg(long)]
+    pub now: bool,
+}
+
+/// Flags of `cluster doctor`.
+#[derive(Args, Clone, Debug)]
+pub struct Doctor {
+    /// TOML file of the nodes; without it, this machine is looked at.
+    #[arg(long, env = "CLUSTER_TOPOLOGY", value_name = "FILE")]
+    pub topology: Option<PathBuf>,
+    /// Directory of the model, where the file names none.
+    #[arg(long, env = "CLUSTER_MODEL", value_name = "DIR", value_parser = NonEmpty::new())]
+    pub model: Option<String>,
+    /// Read the weights whole and compare them by SHA-256; takes as long as reading them does.
+    #[arg(long)]
+    pub deep: bool,
+    /// Print it as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What the API's element type of weights may be.
@@ -239,6 +322,13 @@ pub struct Up {
     /// How often in a row, without a new token in between, the group of shards may be formed again after a fault.
     #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 10, value_name = "N", help_heading = SERVER)]
     pub max_recovery_attempts: u32,
+    /// What `cluster status`, `logs` and `down` call it [default: the port].
+    #[arg(long, env = "CLUSTER_NAME", value_name = "NAME", value_parser = cluster_name, help_heading = SERVER)]
+    pub name: Option<String>,
+    /// Where this user's clusters leave their logs and are reached by `cluster status`, `logs` and `down`
+    /// [default: cluster in the user's runtime directory, or /tmp/cluster-UID].
+    #[arg(long, env = "CLUSTER_RUN_DIR", value_name = "DIR", help_heading = SERVER)]
+    pub run_dir: Option<PathBuf>,
     /// How log lines look.
     #[arg(long, env = "CLUSTER_LOG_FORMAT", default_value = "text", help_heading = SERVER)]
     pub log_format: LogFormat,

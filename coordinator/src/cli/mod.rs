@@ -4,11 +4,18 @@
 //! environment and writes to standard output and error.
 
 pub mod args;
+mod doctor;
+mod down;
+mod find;
 pub mod layers;
+mod logs;
 pub mod nodes;
 pub mod prepare;
+mod presence;
 mod progress;
 mod report;
+mod signals;
+mod status;
 pub mod up;
 pub mod values;
 
@@ -74,10 +81,17 @@ pub fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
     }
 }
 
-/// Runs a command of the coordinator's own: `up` or `plan`.
+/// Runs a command of the coordinator's own.
 pub fn run(command: &Command) -> ExitCode {
-    let (Command::Up(up) | Command::Plan(up)) = command else {
-        unreachable!("the binary runs the other commands itself");
+    let up = match command {
+        Command::Up(up) | Command::Plan(up) => up,
+        Command::Status(status) => return status::run(status),
+        Command::Logs(logs) => return logs::run(logs),
+        Command::Down(down) => return down::run(down),
+        Command::Doctor(doctor) => return doctor::run(doctor),
+        Command::Bench(_) | Command::Shard { .. } => {
+            unreachable!("the binary runs these itself")
+        }
     };
     if up.print_config {
         return say(&layers::print(command));

@@ -7,9 +7,13 @@
 use super::args::Up;
 use super::nodes;
 use super::prepare::Prepared;
+use super::presence;
 use super::progress::{Notes, Progress};
 use super::report::Report;
+use super::signals::Signals;
 use super::{EXIT_FAULT, EXIT_INPUT, EXIT_NOW, complain};
+use crate::admin::board::Board;
+use crate::admin::server::{self as admin, Asked, Desk};
 use crate::clock::{now, since};
 use crate::engine::handle::{EngineHandle, Readiness, Submission};
 use crate::engine::{Connections, DrainDeadline, Engine};
@@ -26,7 +30,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -92,11 +95,10 @@ async fn serve(
     for warning in &prepared.placement.warnings {
         Notes(up.log_format).warn(warning);
     }
-    let listener = bind(prepared.address).await.map_err(Failure::Input)?;
+    let listener = bind(up, prepared.address).await.map_err(Failure::Input)?;
     let address = listener
         .local_addr()
         .map_err(|e| Failure::Input(e.into()))?;
-    let mut signals = Signals::new().map_err(Failure::Input)?;
     let metrics = Arc::new(Metrics::new(&Subject {
         model_name: prepared.model.names[0].clone(),
         max_model_len: prepared.load.max_model_len,
@@ -105,20 +107,88 @@ async fn serve(
     }));
     tokio::spawn(upkeep(metrics.clone()));
     let (readiness, state) = watch::channel(Readiness::Loading);
+    let claim = presence::claim(up, &prepared, reachable(address)).map_err(Failure::Input)?;
+    let socket = claim.socket();
+    let board = Arc::new(Board::new(claim, state.clone(), metrics.clone()));
+    let (asked, wishes) = watch::channel(Asked::Nothing);
+    let signals = Signals::new(wishes).map_err(Failure::Input)?;
+    let desk = Desk {
+        board: board.clone(),
+        asked,
+    };
+    let socket = admin::bind(&socket).map_err(Failure::Input)?;
+    tokio::spawn(admin::serve(socket, desk));
     let (handle, submissions) = EngineHandle::new(state);
     let site = Site {
+        handle,
+        metrics,
+        listener,
+        readiness,
+        submissions,
+    };
+    let ended = attend(
+        up,
+        &prepared,
+        (begun, alive),
+        (site, board.clone()),
+        signals,
+    )
+    .await;
+    board.close(&how(&ended, board.unfinished()));
+    ended
+}
+
+/// How it ended, for whoever asks later.
+fn how(ended: &Result<(), Failure>, unfinished: u64) -> String {
+    let cut = match unfinished {
+        0 => "no request was cut off".to_owned(),
+        1 => "1 request was cut off".to_owned(),
+        many => format!("{many} requests were cut off"),
+    };
+    match ended {
+        Ok(()) => format!("it ended as asked; {cut}"),
+        Err(Failure::Now) => format!("it was ended at once; {cut}"),
+        Err(Failure::Input(error)) => format!("it failed: {error:#}"),
+        Err(Failure::Fault(fault)) => format!("it failed: {fault}"),
+    }
+}
+
+/// Starts shards and serves, until a signal or a fault.
+async fn attend(
+    up: &Up,
+    prepared: &Prepared,
+    (begun, alive): (Instant, mpsc::Sender<()>),
+    (site, board): (Site, Arc<Board>),
+    mut signals: Signals,
+) -> Result<(), Failure> {
+    let Site {
+        handle,
+        metrics,
+        listener,
+        readiness,
+        submissions,
+    } = site;
+    let address = listener
+        .local_addr()
+        .map_err(|e| Failure::Input(e.into()))?;
+    let front = Front {
         handle,
         metrics: metrics.clone(),
         listener,
     };
     // Both begin now; whichever fails ends the other.
-    let starting =
-        async { tokio::try_join!(open(up, &prepared, site), start(up, &prepared, alive)) };
+    let starting = async {
+        tokio::try_join!(
+            open(up, prepared, front),
+            start(up, prepared, (alive, board.clone()))
+        )
+    };
     let (door, (fleet, ready)) = tokio::select! {
         started = starting => started?,
         () = signals.next() => return Ok(()),
     };
-    record_start(&metrics, &prepared, &ready, since(begun));
+    record_start(&metrics, prepared, &ready, since(begun));
+    board.loaded(&ready.ranks);
     let scheduler = SchedulerConfig {
         num_blocks: ready.num_blocks,
         ..prepared.scheduler.clone()
@@ -212,8 +282,17 @@ async fn run_engine(
     }
 }
 
-/// What the HTTP server is made of.
+/// What there is before a shard is started.
 struct Site {
+    handle: EngineHandle,
+    metrics: Arc<Metrics>,
+    listener: TcpListener,
+    readiness: watch::Sender<Readiness>,
+    submissions: mpsc::Receiver<Submission>,
+}
+
+/// What the HTTP server is made of.
+struct Front {
     handle: EngineHandle,
     metrics: Arc<Metrics>,
     listener: TcpListener,
@@ -237,7 +316,7 @@ impl Door {
 }
 
 /// Reads what text needs and opens the door: until shards are ready it answers 503.
-async fn open(up: &Up, prepared: &Prepared, site: Site) -> Result<Door, Failure> {
+async fn open(up: &Up, prepared: &Prepared, site: Front) -> Result<Door, Failure> {
     let (owned_up, owned) = (up.clone(), prepared.clone());
     let text = tokio::task::spawn_blocking(move || owned.load_text(&owned_up)).await;
     let text = text.context("reading the tokenizer panicked");
@@ -280,9 +359,9 @@ async fn open(up: &Up, prepared: &Prepared, site: Site) -> Result<Door, Failure>
 async fn start(
     up: &Up,
     prepared: &Prepared,
-    alive: mpsc::Sender<()>,
+    watchers: (mpsc::Sender<()>, Arc<Board>),
 ) -> Result<(Fleet, Ready), Failure> {
-    let program = program(up, prepared, alive).await;
+    let program = program(up, prepared, watchers).await;
     let host = LocalHost::new(program.map_err(Failure::Input)?)?;
     let setup = Setup {
         load: prepared.load.clone(),
@@ -303,7 +382,11 @@ async fn start(
 }
 
 /// What is started, and where.
-async fn program(up: &Up, prepared: &Prepared, alive: mpsc::Sender<()>) -> Result<Program> {
+async fn program(
+    up: &Up,
+    prepared: &Prepared,
+    (alive, witness): (mpsc::Sender<()>, Arc<Board>),
+) -> Result<Program> {
     let path = std::env::current_exe().context("cannot find this program's own file")?;
     let (sites, address) = match &prepared.topology {
         None => {
@@ -321,10 +404,11 @@ async fn program(up: &Up, prepared: &Prepared, alive: mpsc::Sender<()>) -> Resul
     };
     Ok(Program {
         path: path.into(),
-        log_level: up.log_level.clone(),
+        log_level: presence::shard_log_level(&up.log_level),
         sites,
         address,
         alive,
+        witness,
     })
 }
 
@@ -353,13 +437,17 @@ fn record_start(metrics: &Metrics, prepared: &Prepared, ready: &Ready, total: Du
     metrics.engine.ranks_ready.set(ready.ranks.len() as f64);
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener> {
+async fn bind(up: &Up, address: SocketAddr) -> Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|error| {
         let (ip, port) = (address.ip(), address.port());
         match error.kind() {
-            io::ErrorKind::AddrInUse => anyhow::anyhow!(
-                "port {port} of {ip} is in use; give another --port, or 0 for a free one"
-            ),
+            io::ErrorKind::AddrInUse => {
+                let holder = presence::holder(up, port);
+                let by = holder.map_or_else(String::new, |holder| format!(" by {holder}"));
+                anyhow::anyhow!(
+                    "port {port} of {ip} is in use{by}; give another --port, or 0 for a free one"
+                )
+            }
             io::ErrorKind::PermissionDenied => anyhow::anyhow!(
                 "port {port} may not be used by this user; give a --port above 1023"
             ),
@@ -378,57 +466,6 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     } else {
         address
     }
-}
-
-/// Ctrl-C, SIGTERM, and the end of the terminal.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    /// Under `nohup` the cluster is to outlive its terminal.
-    hangup: Option<Signal>,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        let listen = |kind| signal(kind).context("cannot listen for signals");
-        let hangup = !hangup_is_ignored();
-        Ok(Self {
-            interrupt: listen(SignalKind::interrupt())?,
-            terminate: listen(SignalKind::terminate())?,
-            hangup: hangup.then(|| listen(SignalKind::hangup())).transpose()?,
-        })
-    }
-
-    /// A signal that asks for the end.
-    async fn next(&mut self) {
-        let hangup = async {
-            match &mut self.hangup {
-                Some(hangup) => hangup.recv().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            _ = hangup => {}
-        }
-    }
-
-    /// A signal that somebody sends who does not want to wait: one terminal hangs up several times.
-    async fn urgent(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-}
-
-fn hangup_is_ignored() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    // Signal 1 is the lowest bit.
-    mask.is_some_and(|mask| mask & 1 != 0)
 }
 
 async fn upkeep(metrics: Arc<Metrics>) {

@@ -56,6 +56,19 @@ fn scaled(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`{text}` is not a number such as 4096, 32k or 4G"))
 }
 
+/// What a cluster may be called: it is the name of a directory, and no port.
+pub fn cluster_name(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let is_plain = (1..=40).contains(&text.len()) && text.chars().all(plain);
+    if !is_plain || text.starts_with('.') {
+        return Err("use up to 40 letters, digits, `-`, `_` and `.`, the last not first".into());
+    }
+    if text.chars().all(|c| c.is_ascii_digit()) {
+        return Err("a number is what a cluster without a name is called; add a letter".into());
+    }
+    Ok(text.to_owned())
+}
+
 /// `auto`, or a number of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AutoTokens {
@@ -134,6 +147,16 @@ mod tests {
         }
         assert_eq!(AutoTokens::parse("-1"), Ok(AutoTokens::Auto));
         assert!(AutoTokens::parse("0").is_err());
+    }
+
+    #[test]
+    fn names_of_clusters_are_names_of_directories() {
+        for good in ["a", "prod-1", "A.b_c", "8000a"] {
+            assert_eq!(cluster_name(good).as_deref(), Ok(good));
+        }
+        for bad in ["", ".", "..", ".a", "a/b", "a b", "8000", &"x".repeat(41)] {
+            assert!(cluster_name(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

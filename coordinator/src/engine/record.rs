@@ -36,6 +36,7 @@ impl<G> Engine<G> {
         let engine = &self.metrics.engine;
         let requests = &self.metrics.requests;
         let stats = self.scheduler.stats();
+        self.metrics.live.record(&stats);
         engine.num_requests_running.set(stats.running as f64);
         engine.num_requests_waiting.set(stats.waiting as f64);
         engine

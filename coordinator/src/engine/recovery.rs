@@ -87,6 +87,7 @@ impl<G: Group> Engine<G> {
         engine.epoch.set(f64::from(epoch.0));
         engine.ranks_ready.set(self.metrics.world_size() as f64);
         engine.recoveries_total.increment(1);
+        self.metrics.live.recovered(epoch);
         engine.recovery_seconds.record(took);
         tracing::warn!(%epoch, "requests go on after {took:.1?}");
         self.change(&Readiness::Recovering(String::new()), Readiness::Ready);

@@ -9,14 +9,17 @@ use super::fault::{Cause, Fault, Phase};
 use super::host::{Host, Launched, Shard};
 use super::inbox::{Heard, Outlet, Source};
 use super::start::StartEvent;
+use super::witness::Witness;
 use crate::clock::{now, since};
 use futures_util::future::{join_all, select_all};
 use std::ffi::OsString;
 use std::net::IpAddr;
+use std::process::ExitStatus;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use topology::ids::Rank;
 use topology::launch::local::{self, Process};
@@ -32,6 +35,9 @@ const ADMIT_LIMIT: Duration = Duration::from_secs(20);
 /// How long the system may take to end a process that was killed.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long the last lines of a process that is gone are waited for.
+const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
+
 /// What to start.
 #[derive(Debug)]
 pub struct Program {
@@ -46,6 +52,8 @@ pub struct Program {
     /// Held for as long as any shard process may exist: closed when all are gone, whatever became
     /// of the fleet.
     pub alive: mpsc::Sender<()>,
+    /// Who is told of processes and their output.
+    pub witness: Arc<dyn Witness>,
 }
 
 /// Where a rank is.
@@ -144,7 +152,8 @@ impl LocalHost {
         // Those that did start are killed when they are dropped with the others' fault.
         let processes: Result<Vec<_>, Fault> = join_all(launches).await.into_iter().collect();
         let child = |(source, process): (&Source, Process)| {
-            Child::watch(*source, process, outlet.clone(), self.program.alive.clone())
+            let after = (self.program.alive.clone(), self.program.witness.clone());
+            Child::watch(*source, process, outlet.clone(), after)
         };
         Ok(sources.iter().zip(processes?).map(child).collect())
     }
@@ -168,6 +177,7 @@ impl LocalHost {
                 let why = "no such rank was started".to_owned();
                 return Err(Fault::of(rank, Cause::Launch(why)));
             };
+            self.program.witness.admitted(&next.hello);
             tell(StartEvent::Admitted { rank, device });
             admitted[place] = Some(next);
         }
@@ -189,6 +199,7 @@ impl Host for LocalHost {
         let launching = since(begun);
         for child in &children {
             let (rank, pid) = (child.source.rank, child.pid);
+            self.program.witness.launched(child.source, pid);
             tell(StartEvent::Launched { rank, pid });
         }
         let admitted = match self.admit(&mut children, tell).await {
@@ -243,20 +254,22 @@ fn not_admitted(error: LinkError, missing: Rank) -> Fault {
 
 impl Child {
     /// Watches `process`; its log lines and its exit are reported under `source`. `alive` is held until
-    /// the process is gone.
+    /// the process is gone and its last lines are kept.
     fn watch(
         source: Source,
         mut process: Process,
         outlet: Outlet,
-        alive: mpsc::Sender<()>,
+        (alive, witness): (mpsc::Sender<()>, Arc<dyn Witness>),
     ) -> Self {
-        let lines = process.lines.take();
-        let log = lines.map(|lines| tokio::spawn(forward_log(source.rank, lines)).abort_handle());
+        let log = Log::forward(source.rank, process.lines.take(), witness.clone());
         let pid = process.pid().unwrap_or_default();
         let (end, ending) = oneshot::channel();
         let (exit, exited) = watch::channel(None);
         let watcher = tokio::spawn(async move {
-            let killed = watch((process, log), (source, outlet, exit), ending).await;
+            let reports = (source, outlet, exit);
+            let (killed, how) = watch((process, &log), reports, ending).await;
+            log.finish().await;
+            witness.ended(source, &how);
             drop(alive);
             killed
         });
@@ -336,65 +349,112 @@ async fn read(source: Source, mut receiver: LinkReceiver<FromShard>, outlet: Out
     }
 }
 
+/// Whether it had to be killed, and how it ended.
 async fn watch(
-    (mut process, log): (Process, Option<AbortHandle>),
+    (mut process, log): (Process, &Log),
     (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
     mut ending: oneshot::Receiver<Duration>,
-) -> bool {
+) -> (bool, String) {
     let rank = source.rank;
     let limit = tokio::select! {
         status = process.wait() => {
-            let how = match status {
-                Ok(status) => status.to_string(),
-                Err(error) => error.to_string(),
-            };
+            let how = said(status);
             exit.send_replace(Some(how.clone()));
-            let heard = Heard::Gone(Cause::Exited(how));
+            let heard = Heard::Gone(Cause::Exited(how.clone()));
             tokio::select! {
                 _ = outlet.send((source, heard)) => {}
                 _ = &mut ending => {}
             }
-            return false;
+            return (false, how);
         }
         limit = &mut ending => limit.unwrap_or_else(|_| {
             // The fleet was dropped on demand. That its link ends is no news from the shard.
-            log.iter().for_each(AbortHandle::abort);
+            log.hush();
             Duration::ZERO
         }),
     };
     // It was told to stop; its pipe stays open, or it would take its parent for dead.
-    let killed = timeout(limit, process.wait()).await.is_err();
-    if killed {
-        if !limit.is_zero() {
-            tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
-        }
-        process.kill();
-        if timeout(KILL_LIMIT, process.wait()).await.is_err() {
-            tracing::error!(%rank, "the system does not end the shard's process");
+    if let Ok(status) = timeout(limit, process.wait()).await {
+        return (false, said(status));
+    }
+    if !limit.is_zero() {
+        tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
+    }
+    process.kill();
+    let Ok(status) = timeout(KILL_LIMIT, process.wait()).await else {
+        tracing::error!(%rank, "the system does not end the shard's process");
+        return (true, "it was killed and has not ended".to_owned());
+    };
+    (true, said(status))
+}
+
+fn said(status: Result<ExitStatus, LaunchError>) -> String {
+    status.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+/// A process's output on its way to whoever keeps it and to this process's own log.
+#[derive(Debug)]
+struct Log {
+    task: Option<JoinHandle<()>>,
+    hushed: Arc<AtomicBool>,
+}
+
+impl Log {
+    fn forward(
+        rank: Rank,
+        lines: Option<mpsc::Receiver<String>>,
+        witness: Arc<dyn Witness>,
+    ) -> Self {
+        let hushed = Arc::new(AtomicBool::new(false));
+        let silent = hushed.clone();
+        // A thread of its own: whoever keeps lines writes files.
+        let forward = |mut lines: mpsc::Receiver<String>| {
+            tokio::task::spawn_blocking(move || {
+                while let Some(line) = lines.blocking_recv() {
+                    witness.line(rank, &line);
+                    if !silent.load(Ordering::Relaxed) {
+                        log_line(rank, &line);
+                    }
+                }
+            })
+        };
+        Self {
+            task: lines.map(forward),
+            hushed,
         }
     }
-    killed
+
+    /// From now on lines are kept, but are no news of this process.
+    fn hush(&self) {
+        self.hushed.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the process's last lines are kept.
+    async fn finish(self) {
+        if let Some(task) = self.task {
+            // A grandchild may hold the pipe open; its lines are still kept as they come.
+            let _ = timeout(LAST_LINES_LIMIT, task).await;
+        }
+    }
 }
 
 /// Shards write lines such as `2026-01-01T00:00:00Z  INFO shard::session: text`; here they keep
 /// level and text.
-async fn forward_log(rank: Rank, mut lines: mpsc::Receiver<String>) {
+fn log_line(rank: Rank, line: &str) {
     let rank = rank.0;
-    while let Some(line) = lines.recv().await {
-        let mut words = line.split_ascii_whitespace();
-        let level = words.by_ref().nth(1).unwrap_or_default();
-        let target = words.next().filter(|word| word.ends_with(':'));
-        let text = line
-            .split_once(target.unwrap_or(level))
-            .map_or(&*line, |(_, text)| text.trim_start());
-        match level {
-            "ERROR" => tracing::error!(target: "shard", rank, "{text}"),
-            "WARN" => tracing::warn!(target: "shard", rank, "{text}"),
-            "INFO" => tracing::info!(target: "shard", rank, "{text}"),
-            "DEBUG" => tracing::debug!(target: "shard", rank, "{text}"),
-            "TRACE" => tracing::trace!(target: "shard", rank, "{text}"),
-            // Not a log line: a panic, or a library that prints.
-            _ => tracing::warn!(target: "shard", rank, "{line}"),
-        }
+    let mut words = line.split_ascii_whitespace();
+    let level = words.by_ref().nth(1).unwrap_or_default();
+    let target = words.next().filter(|word| word.ends_with(':'));
+    let text = line
+        .split_once(target.unwrap_or(level))
+        .map_or(line, |(_, text)| text.trim_start());
+    match level {
+        "ERROR" => tracing::error!(target: "shard", rank, "{text}"),
+        "WARN" => tracing::warn!(target: "shard", rank, "{text}"),
+        "INFO" => tracing::info!(target: "shard", rank, "{text}"),
+        "DEBUG" => tracing::debug!(target: "shard", rank, "{text}"),
+        "TRACE" => tracing::trace!(target: "shard", rank, "{text}"),
+        // Not a log line: a panic, or a library that prints.
+        _ => tracing::warn!(target: "shard", rank, "{line}"),
     }
 }

@@ -19,12 +19,14 @@ mod start;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod witness;
 
 pub use fault::{Cause, Fault, Phase};
 pub use host::{Host, Launched, Shard, Took};
 pub use inbox::{Heard, Outlet, Source};
 pub use local::{LocalHost, LocalShard, Program, RankSite};
 pub use start::{Limits, RankReport, Ready, Setup, StartEvent};
+pub use witness::Witness;
 
 use futures_util::future::join_all;
 use inbox::Inbox;

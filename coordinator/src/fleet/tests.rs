@@ -1,7 +1,8 @@
-//! What a fleet refuses: programs that are no shards, answers that do not agree. The rest needs real
+//! What a fleet refuses: programs that are no shards. The rest needs real
 //! shards, and is tested with the binary.
 
 use super::{Cause, Fleet, Limits, LocalHost, Program, RankSite, Setup};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use topology::placement::Device;
@@ -18,6 +19,7 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
         sites: vec![RankSite::here(cpu.clone()), RankSite::here(cpu)],
         address: std::net::Ipv4Addr::LOCALHOST.into(),
         alive,
+        witness: Arc::new(()),
     });
     let setup = Setup {
         load: Load {

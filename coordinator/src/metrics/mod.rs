@@ -10,8 +10,10 @@
 //! event; label values come from fixed lists and ranks, never from requests.
 
 mod lint;
+pub mod live;
 mod registrar;
 
+use live::Live;
 use metrics::{Counter, Gauge, Histogram, Label};
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
@@ -154,6 +156,8 @@ pub struct Metrics {
     ranks: Vec<RankMetrics>,
     finished: BTreeMap<Outcome, Counter>,
     rejected: BTreeMap<Rejection, Counter>,
+    /// What `cluster status` reads.
+    pub live: Live,
 }
 
 handles! {
@@ -325,6 +329,7 @@ impl Metrics {
                 .collect(),
             finished: finished.into(),
             rejected: rejected.into(),
+            live: Live::new(subject.world_size),
             handle: recorder.handle(),
             recorder,
             labels,
@@ -408,6 +413,7 @@ impl Metrics {
         let Some(metrics) = self.ranks.get(rank) else {
             return;
         };
+        self.live.stepped(rank, timings.step_us);
         let seconds = |us: u64| us as f64 / 1e6;
         let elsewhere = timings.collective_us + timings.sample_us;
         metrics.step.record(seconds(timings.step_us));

@@ -108,10 +108,26 @@ fn shards_end_when_their_coordinator_is_killed() {
     };
     let topology = network.topology(&nodes(1));
     let cluster = Cluster::start(&["--topology", topology.to_str().expect("UTF-8")]);
+    let port = cluster.address.port().to_string();
+    let (code, table, stderr) = run(&["status", "--port", &port]);
+    assert_eq!(code, 0, "{stderr}");
+    for (node, rank) in [("a", 0), ("b", 1)] {
+        let row = table.lines().map(|line| line.split_whitespace().collect());
+        let row = row.collect::<Vec<Vec<_>>>();
+        let pid = network.shards(node)[0].to_string();
+        let expected = [&rank.to_string(), node, &pid, "ready"];
+        assert!(row.iter().any(|row| row.starts_with(&expected)), "{table}");
+    }
     cluster.signal(Signal::KILL);
     until("no shard is left on any node", || {
         network.shards("a").is_empty() && network.shards("b").is_empty()
     });
+    // What they printed over there is here, also now.
+    for (node, rank) in [("a", "0"), ("b", "1")] {
+        let (_, logs, _) = run(&["logs", "--port", &port, rank]);
+        assert!(logs.contains(&format!(" on {node}, cpu")), "{logs}");
+        assert!(logs.contains("shard: admitted to the cluster"), "{logs}");
+    }
 }
 
 #[test]

@@ -4,9 +4,11 @@
 //! cores has room for one cluster at a time; what runs out of time fails.
 
 mod client;
+mod doctor;
 mod hosts;
 mod lifecycle;
 mod network;
+mod operator;
 mod process;
 mod recovery;
 mod serving;

@@ -32,7 +32,7 @@ impl Network {
             println!("skipped: network namespaces need root");
             return None;
         }
-        for program in ["ip", "ssh", "ssh-keygen", "/usr/sbin/sshd"] {
+        for program in ["ip", "ssh", "ssh-keygen", "nsenter", "/usr/sbin/sshd"] {
             let found = Command::new(program)
                 .arg("-V")
                 .stdout(Stdio::null())
@@ -40,7 +40,7 @@ impl Network {
                 .status();
             if found.is_err() {
                 println!(
-                    "skipped: {program} is missing (iproute2, openssh-client, openssh-server)"
+                    "skipped: {program} is missing (iproute2, openssh-client, openssh-server, util-linux)"
                 );
                 return None;
             }
@@ -201,6 +201,17 @@ impl Network {
         let server = &self.servers[usize::from(node == "b")];
         let of_node = fs::read_link(format!("/proc/{}/ns/net", server.id()));
         of_process.expect("it runs") == of_node.expect("it runs")
+    }
+
+    /// Lays a directory over another one, for a node alone.
+    pub(crate) fn mount(&self, node: &str, from: &Path, over: &Path) {
+        // `ip netns exec` gave the server mounts of its own.
+        let server = self.servers[usize::from(node == "b")].id().to_string();
+        let mut nsenter = Command::new("nsenter");
+        let nsenter = nsenter
+            .args(["--target", &server, "--mount", "mount", "--bind"])
+            .args([from, over]);
+        assert!(nsenter.status().expect("nsenter runs").success());
     }
 
     /// Cuts a node off, or joins it again.

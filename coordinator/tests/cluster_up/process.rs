@@ -23,6 +23,9 @@ pub(crate) struct Cluster {
     stderr: Arc<Mutex<String>>,
 }
 
+/// The run directory of all clusters of these tests.
+pub(crate) const RUN_DIR: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/run");
+
 /// The binary with these arguments, its environment free of settings.
 pub(crate) fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cluster"));
@@ -32,6 +35,7 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
             command.env_remove(name);
         }
     }
+    command.env("CLUSTER_RUN_DIR", RUN_DIR);
     command
 }
 

@@ -1,7 +1,8 @@
-//! What listens: one TCP socket for the API and one UDP socket per process, all on loopback.
+//! What listens: one TCP socket for the API, one UDP socket per process, all on loopback, and the admin
+//! socket in the run directory.
 
 use crate::client::get;
-use crate::process::Cluster;
+use crate::process::{Cluster, RUN_DIR};
 use crate::turn;
 use std::collections::BTreeSet;
 use std::fs;
@@ -42,6 +43,19 @@ fn waiting(table: &str, state: &str, inodes: &BTreeSet<String>) -> Vec<SocketAdd
     .collect()
 }
 
+/// Paths of the Unix sockets among these on which somebody waits for connections.
+fn waiting_here(inodes: &BTreeSet<String>) -> Vec<String> {
+    let text = fs::read_to_string("/proc/net/unix").expect("the kernel lists sockets");
+    let rows = text
+        .lines()
+        .skip(1)
+        .map(|row| row.split_ascii_whitespace().collect::<Vec<_>>());
+    // Flag 0x10000: it accepts.
+    let ours = rows.filter(|row| row[3] == "00010000" && inodes.contains(row[6]));
+    ours.map(|row| row.get(7).unwrap_or(&"").to_string())
+        .collect()
+}
+
 #[test]
 fn nothing_listens_but_the_api_and_the_control_plane_on_loopback() {
     let _turn = turn();
@@ -49,6 +63,8 @@ fn nothing_listens_but_the_api_and_the_control_plane_on_loopback() {
     get(cluster.address, "/health");
     let coordinator = socket_inodes(cluster.pid());
     assert_eq!(waiting("tcp", "0A", &coordinator), [cluster.address]);
+    let admin = format!("{RUN_DIR}/{}/admin.sock", cluster.address.port());
+    assert_eq!(waiting_here(&coordinator), [admin]);
     let control = waiting("udp", "07", &coordinator);
     assert_eq!(
         control.len(),
@@ -59,6 +75,7 @@ fn nothing_listens_but_the_api_and_the_control_plane_on_loopback() {
     for shard in &cluster.shards {
         let own = socket_inodes(*shard);
         assert_eq!(waiting("tcp", "0A", &own), [], "a shard listens on TCP");
+        assert_eq!(waiting_here(&own), [""; 0]);
         assert_eq!(
             waiting("udp", "07", &own).len(),
             1,

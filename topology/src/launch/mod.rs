@@ -17,6 +17,7 @@
 
 pub mod child;
 mod environment;
+pub mod errand;
 pub mod local;
 pub mod probe;
 pub mod ssh;

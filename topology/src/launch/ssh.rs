@@ -8,6 +8,7 @@
 //! Invariants: no text of the operator is ever read by a shell as more than one word; a program that
 //! runs on a node is byte for byte this one, because its file's name is its hash.
 
+use super::errand::Errand;
 use super::local::{self, Started};
 use super::{LaunchError, within};
 use sha2::{Digest, Sha256};
@@ -40,6 +41,8 @@ trap 'rm -f -- "$new"' EXIT
 cat > "$new" && [ "$(sha256sum < "$new")" = "$3  -" ] && chmod 700 "$new" && mv -f -- "$new" "$2""#;
 /// Becomes the shard. `$1`: the program, `$2`: what it logs.
 const SHARD: &str = r#"exec "$1" shard --log "$2""#;
+/// Becomes the process that answers questions about the node. `$1`: the program.
+const EXAMINE: &str = r#"exec "$1" shard --examine"#;
 /// Ends a process for good if it is that program. `$1`: its id, `$2`: the program's name.
 const KILL: &str = r#"case "$(readlink "/proc/$1/exe")" in */"$2") kill -9 "$1";; esac"#;
 /// Says how much memory there is.
@@ -220,8 +223,8 @@ impl Image {
         Ok(Self { path, hash })
     }
 
-    /// Another hash is another file: a program that runs is never written to.
-    fn name(&self) -> String {
+    /// Its file's name on nodes. Another hash is another file: a program that runs is never written to.
+    pub fn name(&self) -> String {
         format!("cluster-{}", &self.hash[..16])
     }
 }
@@ -296,6 +299,16 @@ impl Remote {
         let arguments = self.target.arguments(SHARD, &[&self.program(), log]);
         let started = local::start("ssh".as_ref(), arguments).await;
         started.map_err(|error| self.target.explain(error))
+    }
+
+    /// Starts a process on the node that answers questions about it. The program must be there
+    /// ([`Self::install`]).
+    ///
+    /// # Errors
+    /// [`LaunchError`] if there is no `ssh`; what else goes wrong, its first answer says.
+    pub fn examine(&self) -> Result<Errand, LaunchError> {
+        let arguments = self.target.arguments(EXAMINE, &[&self.program()]);
+        Errand::start("ssh".as_ref(), arguments)
     }
 
     /// Ends a shard that may not notice anything: a frozen one. `pid` is what it said in its `Hello`.

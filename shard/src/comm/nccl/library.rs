@@ -221,7 +221,7 @@ fn open_alias() -> Result<Library, String> {
 }
 
 /// `23007` as `2.30.7`.
-fn dotted(version: i32) -> String {
+pub(crate) fn dotted(version: i32) -> String {
     format!(
         "{}.{}.{}",
         version / 10_000,

@@ -1,0 +1,142 @@
+//! A short-lived process that answers questions, here or behind `ssh`.
+//!
+//! A question is a line to its standard input, an answer a line of its standard output; it ends when this value
+//! is dropped. Secrets, such as a group's identity, cross only these pipes. Invariant: every answer comes
+//! within its deadline, or the errand has failed.
+
+use super::local::without_private_variables;
+use super::{LaunchError, to_line, within};
+use crate::examine::{Answer, Question};
+use std::ffi::OsStr;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::time::timeout;
+
+/// Longest answer in bytes: the digests of thousands of files fit.
+const MAX_ANSWER_BYTES: u64 = 4 << 20;
+
+/// Most lines before an answer: what a login shell or a library may print.
+const MAX_NOISE_LINES: usize = 100;
+
+/// Longest wait for what a process wrote that ended, and the most of it that is shown.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
+const MAX_LAST_WORDS: u64 = 2 << 10;
+
+/// A process that answers.
+#[derive(Debug)]
+pub struct Errand {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Errand {
+    /// Starts `program arguments…`.
+    ///
+    /// # Errors
+    /// [`LaunchError`] if it does not start.
+    pub fn start<A: AsRef<OsStr>>(
+        program: &OsStr,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Self, LaunchError> {
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true);
+        without_private_variables(&mut command);
+        let mut child = command.spawn().map_err(|e| match program.to_str() {
+            Some("ssh") => super::ssh::no_ssh(&e),
+            _ => LaunchError::Io(format!("cannot start {}: {e}", program.display())),
+        })?;
+        let missing = || LaunchError::Io("the child's pipes are missing".to_owned());
+        Ok(Self {
+            stdin: child.stdin.take().ok_or_else(missing)?,
+            stdout: BufReader::new(child.stdout.take().ok_or_else(missing)?),
+            child,
+        })
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// [`LaunchError`] with what the process wrote, if it ended or says something else.
+    pub async fn ask(
+        &mut self,
+        question: &Question,
+        limit: Duration,
+    ) -> Result<Answer, LaunchError> {
+        let line = to_line(question)?;
+        let answer = within(limit, "an answer from the node", async {
+            let written = self.stdin.write_all(&line).await;
+            written.map_err(|e| LaunchError::Io(format!("it does not listen: {e}")))?;
+            self.answer().await
+        });
+        match answer.await {
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(self.with_last_words(error).await),
+        }
+    }
+
+    async fn answer(&mut self) -> Result<Answer, LaunchError> {
+        for _ in 0..MAX_NOISE_LINES {
+            let mut line = Vec::new();
+            let read = (&mut self.stdout).take(MAX_ANSWER_BYTES);
+            let read = { read }.read_until(b'\n', &mut line).await;
+            read.map_err(|e| LaunchError::Io(format!("cannot read its answer: {e}")))?;
+            if line.is_empty() {
+                let reason = "it ended without an answer".to_owned();
+                return Err(LaunchError::Handshake(reason));
+            }
+            if let Ok(answer) = serde_json::from_slice(&line) {
+                return Ok(answer);
+            }
+        }
+        let reason = format!("no answer in {MAX_NOISE_LINES} lines");
+        Err(LaunchError::Handshake(reason))
+    }
+
+    async fn with_last_words(&mut self, error: LaunchError) -> LaunchError {
+        // It may have ended already.
+        let _ = self.child.start_kill();
+        let mut text = Vec::new();
+        if let Some(stderr) = self.child.stderr.take() {
+            // What came until then is what there is to show.
+            let mut stderr = stderr.take(MAX_LAST_WORDS);
+            let _ = timeout(LAST_WORDS_LIMIT, stderr.read_to_end(&mut text)).await;
+        }
+        match String::from_utf8_lossy(&text).trim() {
+            "" => error,
+            words => LaunchError::Handshake(format!("{error}; it wrote: {words}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn ask(script: &str) -> Result<Answer, String> {
+        let mut errand = Errand::start("sh".as_ref(), ["-c", script]).unwrap();
+        let limit = Duration::from_secs(2);
+        let answer = errand.ask(&Question::Clock, limit).await;
+        answer.map_err(|error| error.to_string())
+    }
+
+    #[tokio::test]
+    async fn noise_before_an_answer_is_passed_over_and_silence_ends() {
+        let script = "read question; echo welcome; echo '{\"Clock\":7}'";
+        assert_eq!(ask(script).await, Ok(Answer::Clock(7)));
+        let failed = ask("echo broken >&2; exit 1").await.unwrap_err();
+        assert!(failed.contains("broken"), "{failed}");
+        let late = ask("exec sleep 60").await.unwrap_err();
+        assert!(late.contains("longer than 2s"), "{late}");
+        let missing = Errand::start("/no/such".as_ref(), [""; 0]).unwrap_err();
+        assert!(missing.to_string().contains("/no/such"));
+    }
+}
