@@ -15,6 +15,9 @@ pub(crate) mod device;
 #[cfg(all(test, feature = "cuda-emulation"))]
 mod emulation_test;
 mod gpus;
+#[cfg_attr(feature = "cuda-emulation", path = "emulated_graph.rs")]
+mod graph;
+mod graphs;
 mod kv_cache;
 pub(crate) mod launch;
 pub mod libraries;
@@ -26,6 +29,11 @@ mod tensor;
 #[cfg(test)]
 pub(crate) mod testing;
 mod transfer;
+#[cfg_attr(
+    all(feature = "cuda-emulation", not(test)),
+    expect(dead_code, reason = "the emulated products have one algorithm")
+)]
+mod trials;
 mod weight;
 
 pub use batch::CudaBatch;
@@ -39,7 +47,8 @@ use crate::backend::{DeviceError, Element};
 use crate::ops::sample::cuda::Space as Sampler;
 use blas::Blas;
 use device::Device;
-use std::cell::{Cell, OnceCell, RefCell, RefMut};
+use graphs::Graphs;
+use std::cell::{Cell, RefCell, RefMut};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -56,8 +65,9 @@ pub struct CudaBackend {
     blas: Blas,
     transfer: RefCell<Transfer>,
     sampler: RefCell<Sampler>,
+    graphs: Graphs,
     /// The first failure of an operation.
-    failure: OnceCell<String>,
+    failure: RefCell<Option<String>>,
     /// Whether an operation was not queued because a wait before it was interrupted.
     interrupted: Cell<bool>,
 }
@@ -76,7 +86,8 @@ impl CudaBackend {
             device,
             element: Element::F32,
             source: None,
-            failure: OnceCell::new(),
+            graphs: Graphs::default(),
+            failure: RefCell::default(),
             interrupted: Cell::new(false),
         })
     }
@@ -104,6 +115,11 @@ impl CudaBackend {
     /// [`DeviceError`], also where work that was queued earlier failed on the device.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         self.device.synchronize()
+    }
+
+    /// Whether what is queued now is recorded, to be done later and more than once.
+    pub fn is_recording(&self) -> bool {
+        self.graphs.is_recording()
     }
 
     /// What activations are stored as.
@@ -136,7 +152,7 @@ impl CudaBackend {
 
     /// Remembers why an operation was not queued. Only the first counts: those after it follow from it.
     pub(crate) fn fail(&self, reason: String) {
-        let _ = self.failure.set(reason);
+        self.failure.borrow_mut().get_or_insert(reason);
     }
 
     /// Remembers an error. An interruption ends the step it is in and not the device.
@@ -159,7 +175,8 @@ impl CudaBackend {
                 device: self.device.name().to_owned(),
             });
         }
-        self.failure.get().map_or(Ok(()), |reason| {
+        let failure = self.failure.borrow();
+        failure.as_ref().map_or(Ok(()), |reason| {
             Err(DeviceError::Failed {
                 device: self.device.name().to_owned(),
                 reason: reason.clone(),
