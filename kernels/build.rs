@@ -294,10 +294,7 @@ impl Compiler {
         if self.libraries.is_some() && !is_template {
             command.arg("-lineinfo");
         }
-        command
-            .arg(source)
-            .arg("-o")
-            .arg(&made);
+        command.arg(source).arg("-o").arg(&made);
         command.arg("-MMD").arg("-MF").arg(&dependencies);
         let said = run_quietly(&mut command)?;
         let place = || {

@@ -242,6 +242,15 @@ pub trait Backend: Send + 'static {
         None
     }
 
+    /// From here on, time that the device works is counted, with what is queued next.
+    fn start_clock(&self) {}
+
+    /// Microseconds from [`Self::start_clock`] to the end of what the last [`Self::sample`] waited for, as the device
+    /// counts them; `None` where it does not.
+    fn clock_us(&self) -> Option<u64> {
+        None
+    }
+
     /// Sets how many rows of `tensor` are in use.
     fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize);
 

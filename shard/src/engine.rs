@@ -10,6 +10,7 @@
 use crate::batch::{Batcher, Limits, PlanError};
 use crate::clock;
 use crate::comm::{Comm, CommError};
+use crate::ladder::{self, Spare};
 use crate::models::decoder::{Decoder, StepSize};
 use crate::sampler;
 use crate::weights::{self, DecoderWeights};
@@ -82,6 +83,8 @@ pub struct Engine<B: Backend, C> {
     /// Block count and blocks are filled in by [`Self::allocate`].
     limits: Limits,
     layout: KvLayout,
+    /// Whether steps are queued one operation after the other, always.
+    eager: bool,
     hidden_size: usize,
     loaded: Loaded,
     pool: Option<Pool<B>>,
@@ -92,6 +95,8 @@ pub struct Engine<B: Backend, C> {
 struct Pool<B: Backend> {
     cache: B::KvCache,
     batcher: Batcher,
+    /// Where decode steps are filled up.
+    spare: Option<Spare>,
 }
 
 #[derive(Debug)]
@@ -143,6 +148,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             weight_bytes,
             workspace_bytes,
             block_bytes: layout.block_bytes() as u64,
+            recording_bytes: recording_bytes(&backend, load, &layout),
             free_bytes: backend.memory().1,
             load_us: clock::micros_since(start),
         };
@@ -153,6 +159,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             batch,
             limits,
             layout,
+            eager: load.enforce_eager,
             hidden_size,
             loaded,
             pool: None,
@@ -178,9 +185,15 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             "{num_blocks} KV blocks are more than slots can count"
         );
         // The old pool goes first: both may not fit.
+        self.backend.forget();
         self.pool = None;
+        let spare = if self.eager || !self.backend.records() {
+            None
+        } else {
+            Spare::behind(blocks, self.limits.block_size)
+        };
         let layout = KvLayout {
-            blocks,
+            blocks: blocks + usize::from(spare.is_some()),
             ..self.layout
         };
         let limits = Limits {
@@ -191,6 +204,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         self.pool = Some(Pool {
             cache,
             batcher: Batcher::new(limits),
+            spare,
         });
         Ok(layout.block_bytes() as u64 * u64::from(num_blocks))
     }
@@ -219,6 +233,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
 
     /// Enters an epoch with its communicator; its first plan will be step 0.
     pub fn enter(&mut self, epoch: Epoch, comm: C) {
+        self.backend.forget();
         self.group = Some(Group {
             epoch,
             next: Step(0),
@@ -228,6 +243,8 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
 
     /// Drops the communicator of `epoch` and of any before it. Weights and KV memory stay.
     pub fn leave(&mut self, epoch: Epoch) {
+        // First: NCCL's abort waits until nothing recorded names the communicator.
+        self.backend.forget();
         self.group.take_if(|group| group.epoch <= epoch);
     }
 
@@ -267,6 +284,8 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             decoder: &mut self.decoder,
             batch: &mut self.batch,
             vocab: samples.then_some(self.limits.vocab_size),
+            spare: pool.spare,
+            max_rows: self.limits.max_rows,
             sample_us: 0,
         };
         let results = run.compute(host, &mut pool.cache, requests)?;
@@ -277,6 +296,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             Vec::new()
         };
         let collective = group.comm.take_timings();
+        let device_us = self.backend.clock_us();
         let step_us = clock::micros_since(start);
         let timings = StepTimings {
             step_us,
@@ -284,6 +304,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             collective_us: collective.total_us.min(step_us),
             wait_us: collective.wait_us,
             sample_us,
+            outside_us: device_us.map_or(0, |us| step_us.saturating_sub(us)),
         };
         Ok(Ran {
             epoch: plan.epoch,
@@ -303,6 +324,8 @@ struct Run<'a, B: Backend, C> {
     batch: &'a mut B::DeviceBatch,
     /// Tokens to choose among, on the rank that samples.
     vocab: Option<usize>,
+    spare: Option<Spare>,
+    max_rows: usize,
     sample_us: u64,
 }
 
@@ -317,12 +340,13 @@ impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
         // The head is applied to as many rows at a time as fit; the first piece of them goes with the
         // batch, so that there is one upload in the usual case.
         let wanted = std::mem::take(&mut host.logit_tokens);
+        let size = self.fill(host);
         let mut pieces = wanted.chunks(self.decoder.logit_rows());
         let first = pieces.next().unwrap_or_default();
         self.upload(host, first)?;
-        let tokens = (&*self.batch, host.num_tokens());
-        self.decoder
-            .forward(self.backend, self.comm, tokens, cache)?;
+        self.backend.start_clock();
+        self.decoder.set_tokens(self.backend, host.num_tokens());
+        self.forward(size, cache)?;
 
         let mut results = Vec::with_capacity(requests.len());
         if !first.is_empty() {
@@ -335,6 +359,36 @@ impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
         // Give the batch its memory back.
         host.logit_tokens = wanted;
         Ok(results)
+    }
+
+    /// Fills a decode step up to a size that comes again, where the backend and the communicator can make use of it.
+    fn fill(&mut self, host: &mut Batch) -> Option<usize> {
+        let spare = self.spare.filter(|_| ladder::is_decode(host))?;
+        let size = ladder::size(host.num_rows(), self.max_rows)?;
+        if !self.comm.is_recordable() {
+            return None;
+        }
+        ladder::fill(host, size, spare);
+        Some(size)
+    }
+
+    /// Queues the layers: as they come, or as what was recorded of a decode step of `size` rows.
+    fn forward(&mut self, size: Option<usize>, cache: &mut B::KvCache) -> Result<(), StepError> {
+        let (backend, batch) = (self.backend, &*self.batch);
+        let Some(rows) = size else {
+            return Ok(self.decoder.forward(backend, self.comm, batch, cache)?);
+        };
+        if backend.is_recorded(rows) {
+            return self.comm.replay(|| Ok(backend.replay(rows, batch)?));
+        }
+        let (decoder, comm) = (&mut *self.decoder, &mut *self.comm);
+        backend.queue(rows, batch, || {
+            Ok::<_, StepError>(decoder.forward(backend, comm, batch, cache)?)
+        })?;
+        if let Some(notice) = backend.take_notice() {
+            tracing::warn!("decode steps are queued one kernel at a time from now on: {notice}");
+        }
+        Ok(())
     }
 
     fn upload(&mut self, host: &mut Batch, logit_tokens: &[u32]) -> Result<(), DeviceError> {
@@ -407,6 +461,14 @@ fn limits(load: &Load, shape: &ModelShape) -> Result<(Limits, StepSize)> {
         vocab_size: shape.vocab_size as usize,
     };
     Ok((limits, size))
+}
+
+/// What recordings of steps may take later, with the block that fills them up.
+fn recording_bytes<B: Backend>(backend: &B, load: &Load, layout: &KvLayout) -> u64 {
+    if load.enforce_eager || !backend.records() {
+        return 0;
+    }
+    backend.recording_bytes() + layout.block_bytes() as u64
 }
 
 /// Before anything is read: the whole at once, with the arithmetic.

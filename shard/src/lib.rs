@@ -9,6 +9,7 @@ mod clock;
 pub mod comm;
 mod device;
 pub mod engine;
+mod ladder;
 mod layers;
 pub mod models;
 mod probe;

@@ -161,6 +161,9 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_BLOCK_SIZE", default_value_t = 16, value_name = "TOKENS",
           value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = DEVICES)]
     pub block_size: u32,
+    /// Queue every kernel of every step on its own: decode steps are not recorded as CUDA graphs.
+    #[arg(long, env = "CLUSTER_ENFORCE_EAGER", help_heading = DEVICES)]
+    pub enforce_eager: bool,
 
     /// Most sequences in one step [default: 256, or --max-num-batched-tokens if that is less].
     #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",

@@ -77,6 +77,7 @@ const HISTOGRAMS: &[(&str, &[f64])] = &[
     ("cluster_rank_collective_seconds", STEP),
     ("cluster_rank_wait_seconds", STEP),
     ("cluster_rank_sample_seconds", STEP),
+    ("cluster_rank_outside_kernels_seconds", STEP),
     ("cluster_recovery_seconds", RECOVERY),
     ("cluster_schedule_seconds", OVERHEAD),
     ("cluster_apply_seconds", OVERHEAD),
@@ -264,6 +265,8 @@ handles! {
             "The part of a rank's collectives spent waiting for a slower rank.";
         sample: Histogram = "cluster_rank_sample_seconds",
             "The part of a rank's step spent choosing and scoring tokens.";
+        outside: Histogram = "cluster_rank_outside_kernels_seconds",
+            "The part of a rank's step before its GPU's first kernel and after the last; 0 on CPUs.";
     }
 }
 
@@ -412,6 +415,7 @@ impl Metrics {
         metrics.collective.record(seconds(timings.collective_us));
         metrics.wait.record(seconds(timings.wait_us));
         metrics.sample.record(seconds(timings.sample_us));
+        metrics.outside.record(seconds(timings.outside_us));
     }
 
     fn registrar(&self) -> Registrar<'_> {

@@ -10,6 +10,7 @@
 mod batch;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated_blas.rs")]
 mod blas;
+mod clock;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated.rs")]
 pub(crate) mod device;
 #[cfg(all(test, feature = "cuda-emulation"))]
@@ -46,6 +47,7 @@ pub use weight::CudaWeight;
 use crate::backend::{DeviceError, Element};
 use crate::ops::sample::cuda::Space as Sampler;
 use blas::Blas;
+use clock::Clock;
 use device::Device;
 use graphs::Graphs;
 use std::cell::{Cell, RefCell, RefMut};
@@ -66,6 +68,7 @@ pub struct CudaBackend {
     transfer: RefCell<Transfer>,
     sampler: RefCell<Sampler>,
     graphs: Graphs,
+    clock: Clock,
     /// The first failure of an operation.
     failure: RefCell<Option<String>>,
     /// Whether an operation was not queued because a wait before it was interrupted.
@@ -87,6 +90,7 @@ impl CudaBackend {
             element: Element::F32,
             source: None,
             graphs: Graphs::default(),
+            clock: Clock::default(),
             failure: RefCell::default(),
             interrupted: Cell::new(false),
         })
@@ -125,6 +129,11 @@ impl CudaBackend {
     /// What activations are stored as.
     pub fn element(&self) -> Element {
         self.element
+    }
+
+    /// Marks the end of what is timed, so far.
+    pub(crate) fn stop_clock(&self) {
+        self.clock.stop(&self.device);
     }
 
     /// Memory for sampling.

@@ -146,6 +146,14 @@ impl Backend for CudaBackend {
         self.graphs.notice()
     }
 
+    fn start_clock(&self) {
+        self.clock.start(&self.device);
+    }
+
+    fn clock_us(&self) -> Option<u64> {
+        self.clock.elapsed_us()
+    }
+
     fn set_rows(&self, tensor: &mut CudaTensor, rows: usize) {
         tensor.set_rows(rows);
     }

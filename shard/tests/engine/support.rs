@@ -68,6 +68,7 @@ pub(crate) fn load(world_size: u32, max_tokens: u32, dtype: &str) -> Load {
         max_model_len: 128,
         max_num_batched_tokens: max_tokens,
         max_num_seqs: 16,
+        enforce_eager: false,
     }
 }
 

@@ -164,6 +164,7 @@ pub(crate) fn load(fixture: &str) -> Load {
         max_model_len: 100,
         max_num_batched_tokens: 64,
         max_num_seqs: 4,
+        enforce_eager: false,
     }
 }
 

@@ -157,6 +157,8 @@ pub struct Load {
     pub max_num_batched_tokens: u32,
     /// Most rows in one step.
     pub max_num_seqs: u32,
+    /// `--enforce-eager`: no step is recorded and replayed.
+    pub enforce_eager: bool,
 }
 
 /// Where a model's files are.
@@ -177,6 +179,8 @@ pub struct Loaded {
     pub workspace_bytes: u64,
     /// Bytes one KV block takes on this rank.
     pub block_bytes: u64,
+    /// Bytes that recordings of steps may take later.
+    pub recording_bytes: u64,
     /// Memory of the device in bytes that is free now.
     pub free_bytes: u64,
     /// Time spent, in microseconds.
@@ -209,4 +213,7 @@ pub struct StepTimings {
     pub wait_us: u64,
     /// Sampling and scoring.
     pub sample_us: u64,
+    /// The part of `step_us` that the device was not given: before the first kernel and after the last. 0 where the
+    /// device does not measure.
+    pub outside_us: u64,
 }

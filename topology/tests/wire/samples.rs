@@ -52,6 +52,7 @@ pub(crate) fn commands() -> Vec<ToShard> {
             max_model_len: 131_072,
             max_num_batched_tokens: 2048,
             max_num_seqs: 256,
+            enforce_eager: true,
         })
     };
     vec![
@@ -94,6 +95,7 @@ pub(crate) fn replies() -> Vec<FromShard> {
             weight_bytes: 1,
             workspace_bytes: 251,
             block_bytes: 1 << 16,
+            recording_bytes: 1 << 28,
             free_bytes: 1 << 32,
             load_us: 123_456,
         }),
@@ -122,6 +124,7 @@ pub(crate) fn replies() -> Vec<FromShard> {
                 collective_us: 300,
                 wait_us: 20,
                 sample_us: 4,
+                outside_us: 90,
             },
         })),
         FromShard::Aborted { epoch: Epoch(2) },

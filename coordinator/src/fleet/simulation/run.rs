@@ -121,6 +121,7 @@ impl Case {
                 max_model_len: config.max_model_len,
                 max_num_batched_tokens: config.max_num_batched_tokens,
                 max_num_seqs: config.max_num_seqs,
+                enforce_eager: false,
             },
             limits: Limits {
                 startup: Duration::from_secs(60),

@@ -136,15 +136,7 @@ fn index_words(max_tokens: usize, max_rows: usize, multiprocessors: usize) -> us
     // sequence may have a tile that is not full. Tiles times chunks are no more than fill the device.
     let tiles = max_tokens * MOST_GROUPED / 64 + 2 * max_rows + BLOCKS_EACH * multiprocessors;
     let valid = tiles.div_ceil(size_of::<u32>());
-    let arrays = [
-        tiles,
-        tiles,
-        tiles,
-        max_rows + 1,
-        1,
-        max_tokens + 1,
-        valid,
-    ];
+    let arrays = [tiles, tiles, tiles, max_rows + 1, 1, max_tokens + 1, valid];
     arrays
         .map(|words: usize| words.next_multiple_of(4))
         .iter()
