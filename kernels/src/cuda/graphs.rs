@@ -170,3 +170,149 @@ impl CudaBackend {
         ops()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Precision;
+    use crate::batch::Batch;
+    use crate::cuda::testing::{each_element, read, values};
+    use crate::cuda::{CudaTensor, CudaWeight};
+    use crate::testing::{Rng, tensor, weight};
+
+    const VOCAB: usize = 40;
+    const WIDTH: usize = 24;
+    const OUTPUTS: usize = 16;
+
+    /// A decode step: any tokens, any number of blocks for each.
+    fn step(rng: &mut Rng, rows: usize) -> Batch {
+        let mut batch = Batch {
+            row_starts: vec![0],
+            block_starts: vec![0],
+            ..Batch::default()
+        };
+        for row in 0..rows {
+            batch.token_ids.push(rng.within(0..VOCAB) as u32);
+            batch.positions.push(rng.within(0..9) as u32);
+            batch.slots.push(row as u32);
+            batch.row_starts.push(row as u32 + 1);
+            batch.context_lens.push(1);
+            for _ in 0..rng.within(1..4) {
+                batch.blocks.push(rng.within(0..9) as u32);
+            }
+            batch.block_starts.push(batch.blocks.len() as u32);
+        }
+        batch.logit_tokens = (0..rng.within(0..rows + 1) as u32).collect();
+        batch
+    }
+
+    /// Embeds tokens, and multiplies.
+    struct Model {
+        table: CudaWeight,
+        weight: CudaWeight,
+        embedded: CudaTensor,
+        out: CudaTensor,
+    }
+
+    impl Model {
+        fn new(cuda: &CudaBackend, rng: &mut Rng, rows: usize) -> Self {
+            Self {
+                table: weight(rng, cuda, (VOCAB, WIDTH), cuda.element()).0,
+                weight: weight(rng, cuda, (OUTPUTS, WIDTH), cuda.element()).0,
+                embedded: tensor(cuda, &values(cuda, rng, rows * WIDTH), WIDTH),
+                out: cuda.allocate(rows, OUTPUTS, Precision::F32).unwrap(),
+            }
+        }
+
+        fn compute(&mut self, cuda: &CudaBackend, batch: &CudaBatch) {
+            cuda.embed(batch, &self.table, 0, &mut self.embedded);
+            cuda.linear(&self.embedded, &self.weight, None, &mut self.out);
+        }
+    }
+
+    #[test]
+    fn a_replay_is_the_same_work_on_the_new_arrays() {
+        each_element(131, |cuda, rng| {
+            let rows = rng.within(1..7);
+            let mut model = Model::new(cuda, rng, rows);
+            let mut batch = cuda.batch(rows, rows, 4 * rows).unwrap();
+            let mut called = 0;
+            // The library's algorithms are tried first, where there is one.
+            for turn in 0..40 {
+                cuda.upload(&step(rng, rows), &mut batch).unwrap();
+                if turn % 10 == 9 {
+                    assert!(cuda.is_recorded(rows) || turn < 30, "turn {turn}");
+                }
+                let before = called;
+                if cuda.is_recorded(rows) {
+                    cuda.replay(rows, &batch).unwrap();
+                } else {
+                    let ops = || {
+                        called += 1;
+                        model.compute(cuda, &batch);
+                        Ok::<_, DeviceError>(())
+                    };
+                    cuda.queue(rows, &batch, ops).unwrap();
+                }
+                assert!(called <= before + 1, "work is queued once");
+                let found = read(cuda, &model.out);
+                model.compute(cuda, &batch);
+                let expected = read(cuda, &model.out);
+                crate::testing::assert_close(&found, &expected, 1e-5, 1e-5);
+            }
+            cuda.forget();
+            assert!(!cuda.is_recorded(rows));
+            assert!(cuda.replay(rows, &batch).is_err());
+            assert_eq!(cuda.take_notice(), None);
+        });
+    }
+
+    #[test]
+    fn what_cannot_be_recorded_is_queued_all_the_same_and_said_once() {
+        each_element(137, |cuda, rng| {
+            let rows = 3;
+            let mut model = Model::new(cuda, rng, rows);
+            let mut batch = cuda.batch(rows, rows, 4 * rows).unwrap();
+            let mut said = Vec::new();
+            for _ in 0..40 {
+                cuda.upload(&step(rng, rows), &mut batch).unwrap();
+                let ops = || {
+                    if cuda.is_recording() {
+                        cuda.fail("no kernel for this".to_owned());
+                    }
+                    model.compute(cuda, &batch);
+                    Ok::<_, DeviceError>(())
+                };
+                cuda.queue(rows, &batch, ops).unwrap();
+                said.extend(cuda.take_notice());
+                let found = read(cuda, &model.out);
+                model.compute(cuda, &batch);
+                let expected = read(cuda, &model.out);
+                crate::testing::assert_close(&found, &expected, 1e-5, 1e-5);
+            }
+            assert_eq!(said, ["no kernel for this"]);
+            assert!(!cuda.is_recorded(rows));
+        });
+    }
+
+    /// As a device, the emulation takes no copies in a recording; nothing of a step that failed is kept.
+    #[cfg(feature = "cuda-emulation")]
+    #[test]
+    fn a_recording_that_fails_is_no_recording() {
+        each_element(139, |cuda, rng| {
+            let mut model = Model::new(cuda, rng, 2);
+            let mut batch = cuda.batch(2, 2, 8).unwrap();
+            cuda.upload(&step(rng, 2), &mut batch).unwrap();
+            let mut values = Vec::new();
+            for turn in 0..3 {
+                let ops = || {
+                    model.compute(cuda, &batch);
+                    cuda.read(&model.out, &mut values)
+                };
+                let queued = cuda.queue(2, &batch, ops);
+                assert_eq!(queued.is_ok(), turn == 0, "{queued:?}");
+                assert!(!cuda.is_recorded(2) && !cuda.is_recording());
+            }
+        });
+    }
+}
