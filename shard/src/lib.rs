@@ -13,6 +13,7 @@ mod ladder;
 mod layers;
 pub mod models;
 mod probe;
+mod run;
 pub mod sampler;
 mod session;
 #[cfg(test)]

@@ -110,6 +110,14 @@ impl Blas {
         self.tries.set(tries);
     }
 
+    /// Keeps what was found out so far; the device is done with it. Comes before work is recorded, which is no time to
+    /// ask the device.
+    pub(crate) fn settle(&self) {
+        for plan in self.plans.borrow_mut().values_mut() {
+            plan.settle();
+        }
+    }
+
     /// Whether no more algorithms will be tried for products of `rows` rows. Depends on how many there were alone.
     pub(crate) fn has_chosen(&self, rows: usize) -> bool {
         let (plans, shared) = (self.plans.borrow(), bucket(rows));
@@ -245,24 +253,30 @@ impl Plan {
         }
     }
 
+    /// Makes the choice, if all that it depends on is known.
+    fn settle(&mut self) {
+        if let Choice::Open(trials) = &mut self.choice
+            && let Some(&winner) = trials.winner()
+        {
+            self.choice = Choice::Made(winner);
+        }
+    }
+
     fn run(
         &mut self,
         (blas, device): (&Blas, &Device),
         operands: Operands,
     ) -> Result<(), CublasError> {
+        let tries = blas.tries.get();
+        if tries {
+            self.settle();
+        }
         let problem = &self.problem;
         problem.point_to(operands)?;
+        let run = |algorithm: &_| problem.run((blas, device), algorithm, operands);
         match &mut self.choice {
-            Choice::Made(algorithm) => problem.run((blas, device), algorithm, operands),
-            Choice::Open(trials) => {
-                if let Some(&winner) = trials.winner() {
-                    self.choice = Choice::Made(winner);
-                    return problem.run((blas, device), &winner, operands);
-                }
-                trials.run(device, blas.tries.get(), |algorithm| {
-                    problem.run((blas, device), algorithm, operands)
-                })
-            }
+            Choice::Made(algorithm) => run(algorithm),
+            Choice::Open(trials) => trials.run(device, tries, run),
         }
     }
 }

@@ -31,6 +31,9 @@ impl Blas {
     /// There is one algorithm.
     pub(crate) fn set_tries(&self, _: bool) {}
 
+    /// There is nothing to keep.
+    pub(crate) fn settle(&self) {}
+
     /// There is nothing to choose.
     pub(crate) fn has_chosen(&self, _: usize) -> bool {
         true

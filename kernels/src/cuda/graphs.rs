@@ -125,8 +125,9 @@ impl CudaBackend {
         self.check()?;
         // These are copies to the device, which are not part of what is recorded.
         batch.prepare(&self.device, &plans)?;
-        // What was tried can be read once it is done.
+        // How long tries took is known once they are done.
         self.device.synchronize()?;
+        self.blas.settle();
         let free = self.device.memory().1;
         if let Err(error) = graph::begin(&self.device) {
             self.graphs.end(error.to_string());

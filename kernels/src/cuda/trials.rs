@@ -49,7 +49,8 @@ impl<W> Trials<W> {
         self.begun >= TRIES
     }
 
-    /// Does the work in the way whose turn it is and marks how long that takes; without a try in the best way so far.
+    /// Does the work in the way whose turn it is and marks how long that takes. If it is not to try, does it in the best
+    /// way known, and asks nothing of the device.
     ///
     /// # Errors
     /// What the last way said, where none does it.
@@ -59,9 +60,9 @@ impl<W> Trials<W> {
         tries: bool,
         mut work: impl FnMut(&W) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.read();
         let mut last = None;
         if tries && !self.are_over() {
+            self.read();
             let turn = self.begun % self.ways.len();
             self.begun += 1;
             let way = &mut self.ways[turn];

@@ -33,7 +33,7 @@ pub use plan::{
 };
 
 /// Raised with every change of a message's meaning or layout.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 
 /// Largest frame in bytes. A plan of 1,024 rows with 32,768 positions each in blocks of 16 is
 /// about 6 MB; logits never travel this way.
