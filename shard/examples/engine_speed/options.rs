@@ -63,7 +63,7 @@ impl Options {
                 "--steps" => options.steps = number()?,
                 "--dtype" => options.dtype = value,
                 "--enforce-eager" => {
-                    options.eager = value.parse().context("--enforce-eager is true or false")?
+                    options.eager = value.parse().context("--enforce-eager is true or false")?;
                 }
                 "--rank" => options.rank = Some(number()?),
                 "--id" => options.id = Some(value),
