@@ -212,6 +212,67 @@ pub trait Backend: Send + 'static {
     /// Hands a step's index arrays to the device.
     fn upload(&self, host: &Batch, device: &mut Self::DeviceBatch) -> Result<(), DeviceError>;
 
+    /// Whether [`Self::queue`] records, so that filling a decode step up to a size that comes again pays.
+    fn records(&self) -> bool {
+        false
+    }
+
+    /// Bytes of the device's memory that recordings may take later.
+    fn recording_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Calls `ops`, which queues operations over `batch`, a decode step of `rows` rows with one token each. `ops` queues
+    /// the same operations for every batch of that size: a backend may record them, and call it again where that
+    /// fails. It neither reads from the device nor writes to it.
+    ///
+    /// # Errors
+    /// What `ops` said, or the device.
+    fn queue<E: From<DeviceError>>(
+        &self,
+        rows: usize,
+        batch: &Self::DeviceBatch,
+        mut ops: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        let _ = (rows, batch);
+        ops()
+    }
+
+    /// Whether [`Self::replay`] can stand for [`Self::queue`] with so many rows.
+    fn is_recorded(&self, rows: usize) -> bool {
+        let _ = rows;
+        false
+    }
+
+    /// Queues what was recorded of a step of `rows` rows, over `batch`. Rows in use are not its business.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; also where there is no recording.
+    fn replay(&self, rows: usize, batch: &Self::DeviceBatch) -> Result<(), DeviceError> {
+        let _ = batch;
+        Err(DeviceError::Failed {
+            device: self.name(),
+            reason: format!("has no recording of a step of {rows} rows"),
+        })
+    }
+
+    /// Drops all recordings, before memory or a communicator that they use goes.
+    fn forget(&self) {}
+
+    /// Something that the operator should know, once.
+    fn take_notice(&self) -> Option<String> {
+        None
+    }
+
+    /// From here on, time that the device works is counted, with what is queued next.
+    fn start_clock(&self) {}
+
+    /// Microseconds from [`Self::start_clock`] to the end of what the last [`Self::sample`] waited for, as the device
+    /// counts them; `None` where it does not.
+    fn clock_us(&self) -> Option<u64> {
+        None
+    }
+
     /// Sets how many rows of `tensor` are in use.
     fn set_rows(&self, tensor: &mut Self::Tensor, rows: usize);
 

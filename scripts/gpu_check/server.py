@@ -25,9 +25,9 @@ PROMPTS = [
 class Server:
     """One cluster on a free port."""
 
-    def __init__(self, programs, arguments, limit=120):
+    def __init__(self, programs, arguments, left):
         self.command = [str(programs / "cluster"), "up", "--port", "0", *arguments]
-        self.limit = limit
+        self.limit = min(120, left)
 
     def __enter__(self):
         self.begun = time.monotonic()
@@ -95,15 +95,15 @@ class Server:
         self.log.close()
 
 
-def texts(programs, arguments, tokens=48):
-    """The greedy continuations of some prompts."""
-    with Server(programs, arguments) as server:
+def texts(programs, arguments, left, tokens=48):
+    """The greedy continuations of some prompts; to be had in the `left` seconds."""
+    with Server(programs, arguments, left) as server:
         return [server.complete(prompt, tokens) for prompt in PROMPTS]
 
 
-def start(programs, arguments):
+def start(programs, arguments, left):
     """Seconds to ready and to the first token, and where they went."""
-    with Server(programs, arguments) as server:
+    with Server(programs, arguments, left) as server:
         server.complete("Hello", 1)
         first = time.monotonic() - server.begun
         return server.ready_s, first, server.phases()

@@ -10,13 +10,13 @@
 use crate::batch::{Batcher, Limits, PlanError};
 use crate::clock;
 use crate::comm::{Comm, CommError};
+use crate::ladder::Spare;
 use crate::models::decoder::{Decoder, StepSize};
+use crate::run::Run;
 use crate::sampler::{self, Sampled};
 use crate::weights::{self, DecoderWeights};
 use anyhow::{Context, Result, ensure};
 use kernels::backend::{Backend, DeviceError, Element, KvLayout};
-use kernels::batch::Batch;
-use kernels::sampling::{SampleRequest, SampleResult};
 use std::net::IpAddr;
 use std::time::Instant;
 use topology::checkpoint::Checkpoint;
@@ -85,6 +85,8 @@ pub struct Engine<B: Backend, C> {
     /// Whether plans may leave tokens to this rank, so that it samples whether it reports or not.
     keeps_tokens: bool,
     layout: KvLayout,
+    /// Whether steps are queued one operation after the other, always.
+    eager: bool,
     hidden_size: usize,
     loaded: Loaded,
     pool: Option<Pool<B>>,
@@ -95,6 +97,8 @@ pub struct Engine<B: Backend, C> {
 struct Pool<B: Backend> {
     cache: B::KvCache,
     batcher: Batcher,
+    /// Where decode steps are filled up.
+    spare: Option<Spare>,
 }
 
 #[derive(Debug)]
@@ -150,6 +154,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             weight_bytes,
             workspace_bytes,
             block_bytes: layout.block_bytes() as u64,
+            recording_bytes: recording_bytes(&backend, load, &layout),
             free_bytes: backend.memory().1,
             load_us: clock::micros_since(start),
         };
@@ -161,6 +166,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             limits,
             keeps_tokens: load.async_scheduling,
             layout,
+            eager: load.enforce_eager,
             hidden_size,
             loaded,
             pool: None,
@@ -186,9 +192,15 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             "{num_blocks} KV blocks are more than slots can count"
         );
         // The old pool goes first: both may not fit.
+        self.backend.forget();
         self.pool = None;
+        let spare = if self.eager || !self.backend.records() {
+            None
+        } else {
+            Spare::behind(blocks, self.limits.block_size)
+        };
         let layout = KvLayout {
-            blocks,
+            blocks: blocks + usize::from(spare.is_some()),
             ..self.layout
         };
         let limits = Limits {
@@ -199,6 +211,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         self.pool = Some(Pool {
             cache,
             batcher: Batcher::new(limits),
+            spare,
         });
         Ok(layout.block_bytes() as u64 * u64::from(num_blocks))
     }
@@ -227,6 +240,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
 
     /// Enters an epoch with its communicator; its first plan will be step 0.
     pub fn enter(&mut self, epoch: Epoch, comm: C) {
+        self.backend.forget();
         self.group = Some(Group {
             epoch,
             next: Step(0),
@@ -238,6 +252,8 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
 
     /// Drops the communicator of `epoch` and of any before it. Weights and KV memory stay.
     pub fn leave(&mut self, epoch: Epoch) {
+        // First: NCCL's abort waits until nothing recorded names the communicator.
+        self.backend.forget();
         self.group.take_if(|group| group.epoch <= epoch);
     }
 
@@ -247,22 +263,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
     /// [`StepError`]. After one of a collective or the device the epoch is over for this rank.
     pub fn step(&mut self, plan: &StepPlan) -> Result<Ran, StepError> {
         let start = clock::now();
-        let current = self.group.as_ref().map(|group| group.epoch);
-        let group = match &mut self.group {
-            Some(group) if group.epoch == plan.epoch && group.sampled.is_some() => group,
-            _ => {
-                return Err(StepError::Stale {
-                    plan: plan.epoch,
-                    current,
-                });
-            }
-        };
-        if group.next != plan.step {
-            return Err(StepError::Order {
-                found: plan.step,
-                expected: group.next,
-            });
-        }
+        let group = admit(&mut self.group, plan)?;
         let pool = self.pool.as_mut().ok_or(StepError::NoBlocks)?;
         let digest = plan.digest();
         let before = group.sampled.take().unwrap_or_default();
@@ -285,6 +286,8 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             decoder: &mut self.decoder,
             batch: &mut self.batch,
             vocab: samples.then_some(self.limits.vocab_size),
+            spare: pool.spare,
+            max_rows: self.limits.max_rows,
             sample_us: 0,
         };
         let results = run.compute(host, &mut pool.cache, requests)?;
@@ -293,6 +296,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let chosen = samples.then(|| digest_of_tokens(sampled.iter().copied().flatten()));
         group.sampled = Some(sampled);
         let collective = group.comm.take_timings();
+        let device_us = self.backend.clock_us();
         let ended = clock::now();
         group.ended = Some(ended);
         let step_us = clock::micros(start, ended);
@@ -303,6 +307,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             collective_us: collective.total_us.min(step_us),
             wait_us: collective.wait_us,
             sample_us,
+            outside_us: device_us.map_or(0, |us| step_us.saturating_sub(us)),
         };
         Ok(Ran {
             epoch: plan.epoch,
@@ -315,78 +320,24 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
     }
 }
 
-/// What one step works with.
-struct Run<'a, B: Backend, C> {
-    backend: &'a B,
-    comm: &'a mut C,
-    decoder: &'a mut Decoder<B>,
-    batch: &'a mut B::DeviceBatch,
-    /// Tokens to choose among, on the rank that samples.
-    vocab: Option<usize>,
-    sample_us: u64,
-}
-
-impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
-    /// The forward pass, and the answers to `requests` where this rank samples.
-    fn compute(
-        &mut self,
-        host: &mut Batch,
-        cache: &mut B::KvCache,
-        mut requests: Vec<SampleRequest>,
-    ) -> Result<Vec<SampleResult>, StepError> {
-        // The head is applied to as many rows at a time as fit; the first piece of them goes with the
-        // batch, so that there is one upload in the usual case.
-        let wanted = std::mem::take(&mut host.logit_tokens);
-        let mut pieces = wanted.chunks(self.decoder.logit_rows());
-        let first = pieces.next().unwrap_or_default();
-        self.upload(host, first)?;
-        let tokens = (&*self.batch, host.num_tokens());
-        self.decoder
-            .forward(self.backend, self.comm, tokens, cache)?;
-
-        let mut results = Vec::with_capacity(requests.len());
-        if !first.is_empty() {
-            self.answer(first.len(), &mut requests, &mut results)?;
-        }
-        for piece in pieces {
-            self.upload(host, piece)?;
-            self.answer(piece.len(), &mut requests, &mut results)?;
-        }
-        // Give the batch its memory back.
-        host.logit_tokens = wanted;
-        Ok(results)
+/// The group in which `plan` is the next step.
+fn admit<'a, C>(
+    group: &'a mut Option<Group<C>>,
+    plan: &StepPlan,
+) -> Result<&'a mut Group<C>, StepError> {
+    let current = group.as_ref().map(|group| group.epoch);
+    let is_plans = |group: &&mut Group<C>| group.epoch == plan.epoch && group.sampled.is_some();
+    let group = group.as_mut().filter(is_plans).ok_or(StepError::Stale {
+        plan: plan.epoch,
+        current,
+    })?;
+    if group.next != plan.step {
+        return Err(StepError::Order {
+            found: plan.step,
+            expected: group.next,
+        });
     }
-
-    fn upload(&mut self, host: &mut Batch, logit_tokens: &[u32]) -> Result<(), DeviceError> {
-        host.logit_tokens.clear();
-        host.logit_tokens.extend_from_slice(logit_tokens);
-        self.backend.upload(host, self.batch)
-    }
-
-    /// Computes the next `rows` rows of logits and answers the requests about them, which are taken off
-    /// the front of `requests`; the rows of the rest are counted from there.
-    fn answer(
-        &mut self,
-        rows: usize,
-        requests: &mut Vec<SampleRequest>,
-        results: &mut Vec<SampleResult>,
-    ) -> Result<(), StepError> {
-        let logits = self
-            .decoder
-            .logits(self.backend, self.comm, (self.batch, rows))?;
-        let Some(vocab) = self.vocab else {
-            return Ok(());
-        };
-        let start = clock::now();
-        let later = requests.split_off(requests.partition_point(|request| request.row < rows));
-        results.extend(self.backend.sample(logits, vocab, requests)?);
-        *requests = later;
-        for request in requests {
-            request.row -= rows;
-        }
-        self.sample_us += clock::micros_since(start);
-        Ok(())
-    }
+    Ok(group)
 }
 
 /// `auto` is the checkpoint's own type. `vllm serve` has it so but for f32, which it would round to
@@ -427,6 +378,14 @@ fn limits(load: &Load, shape: &ModelShape) -> Result<(Limits, StepSize)> {
         vocab_size: shape.vocab_size as usize,
     };
     Ok((limits, size))
+}
+
+/// What recordings of steps may take later, with the block that fills them up.
+fn recording_bytes<B: Backend>(backend: &B, load: &Load, layout: &KvLayout) -> u64 {
+    if load.enforce_eager || !backend.records() {
+        return 0;
+    }
+    backend.recording_bytes() + layout.block_bytes() as u64
 }
 
 /// Before anything is read: the whole at once, with the arithmetic.

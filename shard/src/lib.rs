@@ -10,9 +10,11 @@ pub mod comm;
 mod device;
 pub mod engine;
 mod examine;
+mod ladder;
 mod layers;
 pub mod models;
 mod probe;
+mod run;
 pub mod sampler;
 mod session;
 #[cfg(test)]

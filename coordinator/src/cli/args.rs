@@ -244,6 +244,12 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_BLOCK_SIZE", default_value_t = 16, value_name = "TOKENS",
           value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = DEVICES)]
     pub block_size: u32,
+    /// Queue every kernel of every step on its own: decode steps are not recorded as CUDA graphs.
+    #[arg(long, env = "CLUSTER_ENFORCE_EAGER", default_value_t = false,
+          default_missing_value = "true", num_args = 0..=1, require_equals = true,
+          value_name = "BOOL", value_parser = BoolishValueParser::new(),
+          action = clap::ArgAction::Set, help_heading = DEVICES)]
+    pub enforce_eager: bool,
 
     /// Most sequences in one step [default: 256, or --max-num-batched-tokens if that is less].
     #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",

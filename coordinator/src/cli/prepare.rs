@@ -115,6 +115,7 @@ impl Prepared {
             max_num_batched_tokens: sizes.max_num_batched_tokens,
             max_num_seqs: sizes.max_num_seqs,
             async_scheduling: up.async_scheduling,
+            enforce_eager: up.enforce_eager,
         };
         let scheduler = scheduler_config(up, &report, model.shape.vocab_size);
         // Nothing is kept of it: it says whether the limits make sense together.

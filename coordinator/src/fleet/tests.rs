@@ -31,6 +31,7 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
             max_num_batched_tokens: 64,
             max_num_seqs: 4,
             async_scheduling: true,
+            enforce_eager: false,
         },
         limits: Limits {
             startup: Duration::from_secs(5),

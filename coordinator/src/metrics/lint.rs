@@ -34,6 +34,7 @@ fn exposed() -> String {
             collective_us: 500,
             wait_us: 100,
             sample_us: 300,
+            outside_us: 150,
         },
         false,
     );

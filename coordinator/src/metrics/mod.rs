@@ -79,6 +79,7 @@ const HISTOGRAMS: &[(&str, &[f64])] = &[
     ("cluster_rank_collective_seconds", STEP),
     ("cluster_rank_wait_seconds", STEP),
     ("cluster_rank_sample_seconds", STEP),
+    ("cluster_rank_outside_kernels_seconds", STEP),
     ("cluster_recovery_seconds", RECOVERY),
     ("cluster_rank_idle_seconds", OVERHEAD),
     ("cluster_schedule_seconds", OVERHEAD),
@@ -273,6 +274,8 @@ handles! {
             "The part of a rank's step spent choosing and scoring tokens.";
         idle: Histogram = "cluster_rank_idle_seconds",
             "What a rank waited for the next step after the last, while there was work.";
+        outside: Histogram = "cluster_rank_outside_kernels_seconds",
+            "The part of a rank's step before its GPU's first kernel and after the last; 0 on CPUs.";
     }
 }
 
@@ -426,6 +429,7 @@ impl Metrics {
         metrics.collective.record(seconds(timings.collective_us));
         metrics.wait.record(seconds(timings.wait_us));
         metrics.sample.record(seconds(timings.sample_us));
+        metrics.outside.record(seconds(timings.outside_us));
     }
 
     fn registrar(&self) -> Registrar<'_> {

@@ -1,8 +1,8 @@
 //! A step's index arrays on the device.
 //!
 //! All arrays go through one pinned buffer in one copy. They stand one after the other, each beginning at a
-//! multiple of [`ALIGN`] bytes, in an order that puts the one whose length varies most last: where the others
-//! are padded to the same lengths, their addresses are the same in every step.
+//! multiple of [`ALIGN`] bytes, in an order that puts the one whose length varies most last: where all begin
+//! depends on the numbers of tokens and rows alone, so that a step of the same size finds them where a recorded one did.
 //!
 //! Invariant: an upload changes nothing before it has checked the arrays against each other and the memory.
 
@@ -10,13 +10,14 @@ use super::device::{Device, Memory, Pinned};
 use crate::backend::{DeviceError, Element};
 use crate::batch::Batch;
 use crate::cpu::CpuBatch;
-use crate::ops::paged_attention::flashinfer::FlashInfer;
+use crate::ops::paged_attention::flashinfer::{FlashInfer, Planned};
 use std::cell::{RefCell, RefMut};
 use std::ops::Range;
 
 /// Arrays begin at multiples of this many bytes, for wide loads.
 const ALIGN: usize = 16;
 const ARRAYS: usize = 9;
+const LOGIT_TOKENS: usize = 7;
 
 /// A [`Batch`] in device memory taken at start, and what follows from it.
 #[derive(Debug)]
@@ -73,11 +74,16 @@ impl CudaBatch {
         ];
         let bytes = self.pinned.write()?;
         let mut end = 0;
-        for (array, range) in arrays.into_iter().zip(&mut self.ranges) {
+        for (index, (array, range)) in arrays.into_iter().zip(&mut self.ranges).enumerate() {
             let source: &[u8] = bytemuck::cast_slice(array);
             *range = end..end + source.len();
             bytes[range.clone()].copy_from_slice(source);
-            end = range.end.next_multiple_of(ALIGN);
+            let room = match index {
+                // As many as there could be: how many are wanted is not to move what follows.
+                LOGIT_TOKENS => size_of_val(host.token_ids.as_slice()),
+                _ => source.len(),
+            };
+            end = (end + room).next_multiple_of(ALIGN);
         }
         let used = self.ranges[ARRAYS - 1].end;
         device.upload(&self.pinned, used, (&mut self.memory, 0))?;
@@ -88,6 +94,20 @@ impl CudaBatch {
     /// Where attention keeps its plans of the current step.
     pub(crate) fn flashinfer(&self) -> RefMut<'_, Option<FlashInfer>> {
         self.flashinfer.borrow_mut()
+    }
+
+    /// The plans of attention that were made for the current step.
+    pub(crate) fn plans(&self) -> Vec<Planned> {
+        let space = self.flashinfer();
+        (space.as_ref()).map_or_else(Vec::new, |space| space.planned(self.uploads))
+    }
+
+    /// Makes `plans` for the current step, where a step of the same size had them.
+    pub(crate) fn prepare(&self, device: &Device, plans: &[Planned]) -> Result<(), DeviceError> {
+        match self.flashinfer().as_mut() {
+            Some(space) => space.prepare(plans, device, self),
+            None => Ok(()),
+        }
     }
 
     /// The arrays on the host.
@@ -153,7 +173,7 @@ impl CudaBatch {
 
     /// Tokens whose logits are wanted, on the device. `[logit rows]`
     pub fn logit_tokens(&self) -> *const u32 {
-        self.array(7)
+        self.array(LOGIT_TOKENS)
     }
 
     /// Block ids of all rows, on the device. `[sum of blocks]`

@@ -2,26 +2,31 @@
 //!
 //! cuBLASLt thinks in columns: `out = x · weightᵀ` by rows is `outᵀ = weight · xᵀ` by columns, where the stored bytes
 //! of a matrix by rows are its transpose by columns. So A is the weight (transposed), B is `x`, and the bias runs
-//! along the rows of D, as its epilogue has it. An algorithm is chosen when a shape is met first and kept; numbers
-//! of rows share one with those of about their size. Nothing is allocated after that.
+//! along the rows of D, as its epilogue has it.
+//!
+//! The library names some algorithms for a shape, the one it believes in first. That one computes the process's first
+//! step, so that the first token is not late; after it all are tried in the products of the steps that come,
+//! and the fastest is kept ([`Trials`]). Numbers of rows share one with those of about their size. No device memory
+//! is taken after the start.
 //!
 //! Invariant: `emulated_blas.rs` is this file's twin and computes the same within rounding.
 
 #![expect(unsafe_code, reason = "the library's interface is C")]
 
 use super::device::{Device, Memory};
+use super::trials::Trials;
 use super::{CudaTensor, CudaWeight, libraries};
 use crate::backend::{DeviceError, Element};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 
 /// What NVIDIA recommends for Hopper; sums of divided products are kept in it.
 const WORKSPACE_BYTES: usize = 32 << 20;
-/// Algorithms that are asked for; the first that fits is taken.
+/// Algorithms that are asked for.
 const CANDIDATES: usize = 8;
 
 /// `CUBLAS_OP_T`, which the bindings of cuBLASLt leave to those of cuBLAS.
@@ -33,6 +38,8 @@ pub(crate) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: RefCell<Memory>,
     plans: RefCell<HashMap<Shape, Plan>>,
+    /// Whether algorithms are tried.
+    tries: Cell<bool>,
 }
 
 // SAFETY: the handle and descriptors are plain memory of the library, bound to no thread; one thread at a time
@@ -53,11 +60,32 @@ struct Shape {
 /// A product's description and its algorithm.
 #[derive(Debug)]
 struct Plan {
+    problem: Problem,
+    choice: Choice,
+}
+
+#[derive(Debug)]
+struct Problem {
     product: Product,
     weight: Layout,
     x: Layout,
     out: Layout,
-    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+#[derive(Debug)]
+enum Choice {
+    Open(Trials<sys::cublasLtMatmulAlgo_t>),
+    Made(sys::cublasLtMatmulAlgo_t),
+}
+
+/// Where a product's matrices are.
+#[derive(Clone, Copy, Debug)]
+struct Operands {
+    x: *const c_void,
+    rows: usize,
+    weight: *const c_void,
+    bias: Option<*const c_void>,
+    out: *mut c_void,
 }
 
 impl Blas {
@@ -73,6 +101,30 @@ impl Blas {
             handle,
             workspace: RefCell::new(workspace),
             plans: RefCell::default(),
+            tries: Cell::new(false),
+        })
+    }
+
+    /// Whether from now on algorithms are tried. Not while work is recorded: a try is one product's.
+    pub(crate) fn set_tries(&self, tries: bool) {
+        self.tries.set(tries);
+    }
+
+    /// Keeps what was found out so far; the device is done with it. Comes before work is recorded, which is no time to
+    /// ask the device.
+    pub(crate) fn settle(&self) {
+        for plan in self.plans.borrow_mut().values_mut() {
+            plan.settle();
+        }
+    }
+
+    /// Whether no more algorithms will be tried for products of `rows` rows. Depends on how many there were alone.
+    pub(crate) fn has_chosen(&self, rows: usize) -> bool {
+        let (plans, shared) = (self.plans.borrow(), bucket(rows));
+        let mut plans = plans.iter();
+        plans.all(|(shape, plan)| {
+            let concerned = shape.rows == rows || shape.rows == shared;
+            !concerned || plan.has_tried()
         })
     }
 
@@ -92,7 +144,13 @@ impl Blas {
             out: out.element(),
             biased: bias.is_some(),
         };
-        let bias = bias.map(|bias| bias.pointer_as(out.element()));
+        let operands = Operands {
+            x: x.pointer(),
+            rows: x.rows(),
+            weight: weight.pointer(),
+            bias: bias.map(|bias| bias.pointer_as(out.element())),
+            out: out.pointer_mut(),
+        };
         let shared = Shape {
             rows: bucket(exact.rows),
             ..exact
@@ -103,7 +161,7 @@ impl Blas {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => new.insert(Plan::choose(self.handle, shape)?),
             };
-            plan.run((self, device), x, weight.pointer(), bias, out)
+            plan.run((self, device), operands)
         };
         // An algorithm may refuse numbers of rows near the one it was chosen for; these get their own.
         let done = run(shared).or_else(|_| run(exact));
@@ -168,42 +226,81 @@ impl Plan {
         };
         status.result()?;
         let count = usize::try_from(count).unwrap_or(0);
-        let mut found = found.iter().take(count);
-        let usable = found.find(|one| {
+        let usable = found.iter().take(count).filter(|one| {
             one.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
                 && one.workspaceSize <= WORKSPACE_BYTES
         });
-        let algorithm = usable
-            .ok_or(CublasError(
+        let usable: Vec<_> = usable.map(|one| one.algo).collect();
+        if usable.is_empty() {
+            return Err(CublasError(
                 sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
-            ))?
-            .algo;
-        Ok(Self {
+            ));
+        }
+        let problem = Problem {
             product,
             weight,
             x,
             out,
-            algorithm,
-        })
+        };
+        let choice = Choice::Open(Trials::new(usable));
+        Ok(Self { problem, choice })
+    }
+
+    fn has_tried(&self) -> bool {
+        match &self.choice {
+            Choice::Open(trials) => trials.are_over(),
+            Choice::Made(_) => true,
+        }
+    }
+
+    /// Makes the choice, if all that it depends on is known.
+    fn settle(&mut self) {
+        if let Choice::Open(trials) = &mut self.choice
+            && let Some(&winner) = trials.winner()
+        {
+            self.choice = Choice::Made(winner);
+        }
+    }
+
+    fn run(
+        &mut self,
+        (blas, device): (&Blas, &Device),
+        operands: Operands,
+    ) -> Result<(), CublasError> {
+        let tries = blas.tries.get();
+        if tries {
+            self.settle();
+        }
+        let problem = &self.problem;
+        problem.point_to(operands)?;
+        let run = |algorithm: &_| problem.run((blas, device), algorithm, operands);
+        match &mut self.choice {
+            Choice::Made(algorithm) => run(algorithm),
+            Choice::Open(trials) => trials.run(device, tries, run),
+        }
+    }
+}
+
+impl Problem {
+    /// Puts what differs between products of one plan into the descriptions.
+    fn point_to(&self, operands: Operands) -> Result<(), CublasError> {
+        self.x.set_columns(operands.rows)?;
+        self.out.set_columns(operands.rows)?;
+        if let Some(bias) = operands.bias {
+            use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+            self.product
+                .set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &(bias as u64))?;
+        }
+        Ok(())
     }
 
     fn run(
         &self,
         (blas, device): (&Blas, &Device),
-        x: &CudaTensor,
-        weight: *const c_void,
-        bias: Option<*const c_void>,
-        out: &mut CudaTensor,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        Operands { x, weight, out, .. }: Operands,
     ) -> Result<(), CublasError> {
-        self.x.set_columns(x.rows())?;
-        self.out.set_columns(x.rows())?;
-        if let Some(bias) = bias {
-            use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-            self.product
-                .set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &(bias as u64))?;
-        }
         let (one, zero) = (1.0_f32, 0.0_f32);
-        let d = out.pointer_mut();
         // SAFETY: the caller checked that the matrices have the plan's shape; they, the bias and the workspace
         // are freed only after the stream has come by.
         unsafe {
@@ -214,13 +311,13 @@ impl Plan {
                 (&raw const zero).cast(),
                 weight,
                 self.weight.0,
-                x.pointer(),
+                x,
                 self.x.0,
-                d,
+                out,
                 self.out.0,
-                d,
+                out,
                 self.out.0,
-                &raw const self.algorithm,
+                std::ptr::from_ref(algorithm),
                 blas.workspace.borrow_mut().pointer_mut(),
                 WORKSPACE_BYTES,
                 device.stream().cast(),

@@ -274,9 +274,12 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
            Arguments... arguments) {
 #ifdef CLUSTER_CUDA_EMULATION
     (void)stream;
-    auto body = [&] { kernel(static_cast<Parameters>(arguments)...); };
-    using Call = decltype(body);
-    return emulation::machine().run(grid, block, shared_bytes, [](void* call) { (*static_cast<Call*>(call))(); }, &body);
+    return emulation::queue([=] {
+        auto body = [&] { kernel(static_cast<Parameters>(arguments)...); };
+        using Call = decltype(body);
+        const auto call = [](void* body) { (*static_cast<Call*>(body))(); };
+        return emulation::machine().run(grid, block, shared_bytes, call, &body);
+    });
 #else
     constexpr size_t WITHOUT_ASKING = 48 * 1024;
     if (shared_bytes > WITHOUT_ASKING) {

@@ -46,6 +46,25 @@ pub(crate) struct Pinned {
     stop: Stop,
 }
 
+/// A point in the stream's work, for measuring time.
+#[derive(Debug)]
+pub(crate) struct Mark(CudaEvent);
+
+impl Mark {
+    /// Microseconds of the device from `start` to this mark; `None` while it has not come to it.
+    pub(crate) fn micros_since(&self, start: &Self) -> Result<Option<f32>, DeviceError> {
+        let fails = |error| failed("the device", "cannot measure time", error);
+        // SAFETY: the event lives as long as `self`.
+        let status = unsafe { sys::cuEventQuery(self.0.cu_event()) };
+        if !is_done(status).map_err(fails)? {
+            return Ok(None);
+        }
+        // SAFETY: both events were recorded, and are done: the start comes before the end.
+        let elapsed = unsafe { result::event::elapsed(start.0.cu_event(), self.0.cu_event()) };
+        elapsed.map(|ms| Some(ms * 1e3)).map_err(fails)
+    }
+}
+
 impl Device {
     /// Opens GPU `ordinal` and binds it to this thread, which is the one that will use it.
     pub(crate) fn open(ordinal: usize) -> Result<Self, DeviceError> {
@@ -185,6 +204,16 @@ impl Device {
             .map_err(|error| self.failed("cannot copy from the device", error))
     }
 
+    /// Marks what is queued so far.
+    pub(crate) fn mark_now(&self) -> Result<Mark, DeviceError> {
+        let timed = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let mark = self.context().new_event(Some(timed)).and_then(|event| {
+            event.record(&self.stream)?;
+            Ok(Mark(event))
+        });
+        mark.map_err(|error| self.failed("cannot mark time", error))
+    }
+
     /// What ends waits early.
     pub(crate) fn stop(&self) -> &Stop {
         &self.stop
@@ -208,6 +237,11 @@ impl Device {
             .ok()
             .and_then(|n| usize::try_from(n).ok())
             .unwrap_or(1)
+    }
+
+    /// The stream.
+    pub(super) fn cuda_stream(&self) -> &Arc<CudaStream> {
+        &self.stream
     }
 
     fn context(&self) -> &Arc<CudaContext> {

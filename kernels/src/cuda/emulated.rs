@@ -11,11 +11,13 @@
     reason = "the interface is device.rs's"
 )]
 
+use super::graph;
 use super::source::TensorSource;
 use super::stop::Stop;
 use crate::backend::DeviceError;
 use std::ffi::c_void;
 use std::ops::Range;
+use std::time::Instant;
 
 /// What the emulated device says of its size: few, so that loops over blocks are met.
 const MULTIPROCESSORS: usize = 4;
@@ -52,6 +54,18 @@ unsafe impl bytemuck::Zeroable for Line {}
 // SAFETY: as above.
 #[expect(unsafe_code, reason = "lines are seen as bytes")]
 unsafe impl bytemuck::Pod for Line {}
+
+/// A point in time.
+#[derive(Debug)]
+pub(crate) struct Mark(Instant);
+
+impl Mark {
+    /// Microseconds from `start` to this mark.
+    pub(crate) fn micros_since(&self, start: &Self) -> Result<Option<f32>, DeviceError> {
+        let elapsed = self.0.duration_since(start.0);
+        Ok(Some(elapsed.as_secs_f32() * 1e6))
+    }
+}
 
 impl Device {
     /// Always there.
@@ -116,6 +130,7 @@ impl Device {
         bytes: usize,
         (to, at): (&mut Memory, usize),
     ) -> Result<(), DeviceError> {
+        self.check_not_recorded()?;
         to.slice_mut(at..at + bytes)
             .copy_from_slice(from.memory.slice(0..bytes));
         Ok(())
@@ -128,9 +143,26 @@ impl Device {
         bytes: usize,
         to: &mut Pinned,
     ) -> Result<(), DeviceError> {
+        self.check_not_recorded()?;
         let target = to.memory.slice_mut(0..bytes);
         target.copy_from_slice(from.slice(at..at + bytes));
         Ok(())
+    }
+
+    /// Now: all that was queued is done.
+    pub(crate) fn mark_now(&self) -> Result<Mark, DeviceError> {
+        Ok(Mark(Instant::now()))
+    }
+
+    /// A copy waits for the host's buffer, which a device refuses in a recording.
+    fn check_not_recorded(&self) -> Result<(), DeviceError> {
+        if !graph::is_recording() {
+            return Ok(());
+        }
+        Err(DeviceError::Failed {
+            device: self.name.clone(),
+            reason: "cannot copy in a recording".to_owned(),
+        })
     }
 
     /// Ends no wait, because there is none.

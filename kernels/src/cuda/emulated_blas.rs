@@ -13,8 +13,8 @@
 )]
 
 use super::device::Device;
-use super::{CudaTensor, CudaWeight};
-use crate::backend::DeviceError;
+use super::{CudaTensor, CudaWeight, graph};
+use crate::backend::{DeviceError, Element};
 use crate::cpu::element::{Stored, by_element};
 use std::ffi::c_void;
 
@@ -28,6 +28,17 @@ impl Blas {
         Ok(Self)
     }
 
+    /// There is one algorithm.
+    pub(crate) fn set_tries(&self, _: bool) {}
+
+    /// There is nothing to keep.
+    pub(crate) fn settle(&self) {}
+
+    /// There is nothing to choose.
+    pub(crate) fn has_chosen(&self, _: usize) -> bool {
+        true
+    }
+
     /// `out = x · weightᵀ (+ bias)`. The shapes agree.
     pub(crate) fn linear(
         &self,
@@ -36,11 +47,37 @@ impl Blas {
         bias: Option<&CudaWeight>,
         out: &mut CudaTensor,
     ) -> Result<(), String> {
-        let (inputs, outputs, rows) = (weight.cols(), weight.rows(), x.rows());
-        let bias =
-            bias.map(|bias| widened((bias.pointer_as(out.element()), out.element()), outputs));
-        let x = widened((x.pointer(), x.element()), rows * inputs);
-        let weight = widened((weight.pointer(), weight.element()), outputs * inputs);
+        let product = Product {
+            rows: x.rows(),
+            inputs: weight.cols(),
+            outputs: weight.rows(),
+            x: (x.pointer(), x.element()),
+            weight: (weight.pointer(), weight.element()),
+            bias: bias.map(|bias| (bias.pointer_as(out.element()), out.element())),
+            out: (out.pointer_mut(), out.element()),
+        };
+        graph::queue(move || product.run());
+        Ok(())
+    }
+}
+
+/// A product as a launch has it: sizes and addresses.
+struct Product {
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+    x: (*const c_void, Element),
+    weight: (*const c_void, Element),
+    bias: Option<(*const c_void, Element)>,
+    out: (*mut c_void, Element),
+}
+
+impl Product {
+    fn run(&self) {
+        let (inputs, outputs, rows) = (self.inputs, self.outputs, self.rows);
+        let bias = self.bias.map(|bias| widened(bias, outputs));
+        let x = widened(self.x, rows * inputs);
+        let weight = widened(self.weight, outputs * inputs);
         let mut products = Vec::with_capacity(rows * outputs);
         for x in x.chunks_exact(inputs) {
             for (column, w) in weight.chunks_exact(inputs).enumerate() {
@@ -48,20 +85,19 @@ impl Blas {
                 products.push(sum + bias.as_ref().map_or(0.0, |bias| bias[column]));
             }
         }
-        by_element!(out.element(), E => {
-            let at = out.pointer_mut().cast::<E>();
+        let (at, element) = self.out;
+        by_element!(element, E => {
             // SAFETY: emulated device memory is the host's, and the tensor holds `rows * outputs` elements.
-            let all = unsafe { std::slice::from_raw_parts_mut(at, products.len()) };
+            let all = unsafe { std::slice::from_raw_parts_mut(at.cast::<E>(), products.len()) };
             for (to, from) in all.iter_mut().zip(products) {
                 *to = E::narrow(from);
             }
         });
-        Ok(())
     }
 }
 
 /// `count` elements of emulated device memory.
-fn widened((at, element): (*const c_void, crate::backend::Element), count: usize) -> Vec<f32> {
+fn widened((at, element): (*const c_void, Element), count: usize) -> Vec<f32> {
     by_element!(element, E => {
         // SAFETY: emulated device memory is the host's; the caller's matrix has `count` elements.
         let all = unsafe { std::slice::from_raw_parts(at.cast::<E>(), count) };

@@ -10,6 +10,7 @@
 // at barriers and warp operations, so a missing barrier gives other results for some block.
 #pragma once
 
+#include "emulation_graph.h"
 #include "emulation_machine.h"
 
 // ---- The language --------------------------------------------------------------------------------

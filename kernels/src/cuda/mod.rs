@@ -10,11 +10,15 @@
 mod batch;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated_blas.rs")]
 mod blas;
+mod clock;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated.rs")]
 pub(crate) mod device;
 #[cfg(all(test, feature = "cuda-emulation"))]
 mod emulation_test;
 mod gpus;
+#[cfg_attr(feature = "cuda-emulation", path = "emulated_graph.rs")]
+mod graph;
+mod graphs;
 mod kv_cache;
 pub(crate) mod launch;
 pub mod libraries;
@@ -26,6 +30,11 @@ mod tensor;
 #[cfg(test)]
 pub(crate) mod testing;
 mod transfer;
+#[cfg_attr(
+    all(feature = "cuda-emulation", not(test)),
+    expect(dead_code, reason = "the emulated products have one algorithm")
+)]
+mod trials;
 mod weight;
 
 pub use batch::CudaBatch;
@@ -38,8 +47,10 @@ pub use weight::CudaWeight;
 use crate::backend::{DeviceError, Element};
 use crate::ops::sample::cuda::Space as Sampler;
 use blas::Blas;
+use clock::Clock;
 use device::Device;
-use std::cell::{Cell, OnceCell, RefCell, RefMut};
+use graphs::Graphs;
+use std::cell::{Cell, RefCell, RefMut};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -56,8 +67,10 @@ pub struct CudaBackend {
     blas: Blas,
     transfer: RefCell<Transfer>,
     sampler: RefCell<Sampler>,
+    graphs: Graphs,
+    clock: Clock,
     /// The first failure of an operation.
-    failure: OnceCell<String>,
+    failure: RefCell<Option<String>>,
     /// Whether an operation was not queued because a wait before it was interrupted.
     interrupted: Cell<bool>,
 }
@@ -76,7 +89,9 @@ impl CudaBackend {
             device,
             element: Element::F32,
             source: None,
-            failure: OnceCell::new(),
+            graphs: Graphs::default(),
+            clock: Clock::default(),
+            failure: RefCell::default(),
             interrupted: Cell::new(false),
         })
     }
@@ -106,9 +121,19 @@ impl CudaBackend {
         self.device.synchronize()
     }
 
+    /// Whether what is queued now is recorded, to be done later and more than once.
+    pub fn is_recording(&self) -> bool {
+        self.graphs.is_recording()
+    }
+
     /// What activations are stored as.
     pub fn element(&self) -> Element {
         self.element
+    }
+
+    /// Marks the end of what is timed, so far.
+    pub(crate) fn stop_clock(&self) {
+        self.clock.stop(&self.device);
     }
 
     /// Memory for sampling.
@@ -136,7 +161,7 @@ impl CudaBackend {
 
     /// Remembers why an operation was not queued. Only the first counts: those after it follow from it.
     pub(crate) fn fail(&self, reason: String) {
-        let _ = self.failure.set(reason);
+        self.failure.borrow_mut().get_or_insert(reason);
     }
 
     /// Remembers an error. An interruption ends the step it is in and not the device.
@@ -159,7 +184,8 @@ impl CudaBackend {
                 device: self.device.name().to_owned(),
             });
         }
-        self.failure.get().map_or(Ok(()), |reason| {
+        let failure = self.failure.borrow();
+        failure.as_ref().map_or(Ok(()), |reason| {
             Err(DeviceError::Failed {
                 device: self.device.name().to_owned(),
                 reason: reason.clone(),

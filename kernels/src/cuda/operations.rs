@@ -5,7 +5,7 @@
 //!
 //! Invariant: an operation that was not queued is never taken for done: a step ends in one of those three.
 
-use super::{CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, load};
+use super::{CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, graphs, load};
 use crate::backend::{
     Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
     Precision,
@@ -109,7 +109,50 @@ impl Backend for CudaBackend {
 
     fn upload(&self, host: &Batch, device: &mut CudaBatch) -> Result<(), DeviceError> {
         self.check()?;
+        // The first step of all is not to be late.
+        self.blas.set_tries(device.uploads() > 0);
         device.upload(&self.device, host)
+    }
+
+    fn records(&self) -> bool {
+        true
+    }
+
+    fn recording_bytes(&self) -> u64 {
+        graphs::RESERVE_BYTES
+    }
+
+    fn queue<E: From<DeviceError>>(
+        &self,
+        rows: usize,
+        batch: &CudaBatch,
+        ops: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.queue_step(rows, batch, ops)
+    }
+
+    fn is_recorded(&self, rows: usize) -> bool {
+        self.graphs.holds(rows)
+    }
+
+    fn replay(&self, rows: usize, batch: &CudaBatch) -> Result<(), DeviceError> {
+        self.replay_step(rows, batch)
+    }
+
+    fn forget(&self) {
+        self.graphs.clear();
+    }
+
+    fn take_notice(&self) -> Option<String> {
+        self.graphs.notice()
+    }
+
+    fn start_clock(&self) {
+        self.clock.start(&self.device);
+    }
+
+    fn clock_us(&self) -> Option<u64> {
+        self.clock.elapsed_us()
     }
 
     fn set_rows(&self, tensor: &mut CudaTensor, rows: usize) {

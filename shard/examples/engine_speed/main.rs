@@ -2,6 +2,7 @@
 //!
 //!     cargo run --release -p shard --example engine_speed -- --model DIR [--device cpu|cuda:N] [--tp N]
 //!         [--decode 1,8,64,256] [--prefill 512,2048,8192] [--context 512] [--steps 32] [--dtype auto]
+//!         [--enforce-eager true]
 //!
 //! Prints one JSON object per line. With `--tp` it starts itself once per rank, all on the same GPU, or on the
 //! CPU. Every rank makes the same plans by itself, so nothing but the collectives connects them.
@@ -34,8 +35,11 @@ use topology::wire::{Load, ModelLocation, PlanRow, Sampling, StepPlan};
 
 /// Tokens per KV block.
 const BLOCK_SIZE: u32 = 16;
-/// Steps before the clock runs: libraries choose algorithms, ranks connect.
-const WARM_UP: u32 = 5;
+/// Decode steps before the clock runs: ranks connect, algorithms are tried (24 for the head, once in a step), the
+/// step is recorded.
+const WARM_UP: u32 = 32;
+/// Prompts before the clock runs.
+const PREFILL_WARM_UP: u32 = 5;
 /// Times a prompt is computed.
 const PREFILLS: u32 = 5;
 const JOIN_LIMIT: Duration = Duration::from_secs(60);
@@ -86,6 +90,7 @@ struct Times {
     /// Microseconds, ascending.
     steps: Vec<f64>,
     collective_us: f64,
+    outside_us: f64,
 }
 
 fn measure<B: Backend, C: Comm<B>>(
@@ -159,7 +164,7 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
         let plans: Vec<Vec<PlanRow>> = (0..WARM_UP + options.steps)
             .map(|step| (0..batch).map(|index| row(index, step)).collect())
             .collect();
-        let times = self.time(plans)?;
+        let times = self.time(plans, WARM_UP)?;
         let median = times.median();
         let loaded = self.engine.loaded();
         let kv = loaded.block_bytes as f64 / f64::from(BLOCK_SIZE)
@@ -174,6 +179,7 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
             "tokens_per_s": f64::from(batch) / median * 1e6,
             "bytes_per_step": self.weight_bytes_of_a_step() + kv,
             "collective_us": times.collective_us,
+            "outside_us": times.outside_us,
         }));
         Ok(())
     }
@@ -183,8 +189,8 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
         let prompt: Vec<u32> = (0..tokens).map(|at| token(&self.shape, at)).collect();
         let blocks: Vec<BlockId> = (0..tokens.div_ceil(BLOCK_SIZE)).map(BlockId).collect();
         let row = row_of(&prompt, 0, blocks);
-        let plans = (0..WARM_UP + PREFILLS).map(|_| vec![row.clone()]);
-        let times = self.time(plans.collect())?;
+        let plans = (0..PREFILL_WARM_UP + PREFILLS).map(|_| vec![row.clone()]);
+        let times = self.time(plans.collect(), PREFILL_WARM_UP)?;
         let median = times.median();
         self.say(&serde_json::json!({
             "what": "prefill",
@@ -194,13 +200,15 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
             "tokens_per_s": f64::from(tokens) / median * 1e6,
             "flops": self.flops(tokens),
             "collective_us": times.collective_us,
+            "outside_us": times.outside_us,
         }));
         Ok(())
     }
 
-    /// Runs the plans and times all but the first.
-    fn time(&mut self, plans: Vec<Vec<PlanRow>>) -> Result<Times> {
+    /// Runs the plans and times all but the first `warm_up`.
+    fn time(&mut self, plans: Vec<Vec<PlanRow>>, warm_up: u32) -> Result<Times> {
         let mut steps = Vec::new();
+        let mut outside = Vec::new();
         let mut collective_us = 0.0;
         for (index, rows) in (0u32..).zip(plans) {
             let plan = StepPlan {
@@ -212,14 +220,17 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
             let begun = Instant::now();
             let ran = self.engine.step(&plan)?;
             let took = begun.elapsed();
-            if index >= WARM_UP {
+            if index >= warm_up {
                 steps.push(took.as_secs_f64() * 1e6);
+                outside.push(ran.timings.outside_us as f64);
                 collective_us += ran.timings.collective_us as f64;
             }
         }
         collective_us /= steps.len().max(1) as f64;
         steps.sort_by(f64::total_cmp);
+        outside.sort_by(f64::total_cmp);
         Ok(Times {
+            outside_us: outside[outside.len() / 2],
             steps,
             collective_us,
         })
@@ -296,6 +307,7 @@ fn load(options: &Options) -> Load {
         max_num_batched_tokens: most(&options.prefill).max(most(&options.decode)),
         max_num_seqs: most(&options.decode),
         async_scheduling: true,
+        enforce_eager: options.eager,
     }
 }
 

@@ -22,6 +22,8 @@ pub(crate) struct Options {
     pub(crate) context: u32,
     pub(crate) steps: u32,
     pub(crate) dtype: String,
+    /// Whether no step is recorded and replayed.
+    pub(crate) eager: bool,
     /// Set by the launcher: which rank this process is.
     pub(crate) rank: Option<u32>,
     /// Set by the launcher: the communicator's identity, in hexadecimal; rank 0 makes it.
@@ -39,6 +41,7 @@ impl Options {
             context: 512,
             steps: 32,
             dtype: "auto".to_owned(),
+            eager: false,
             rank: None,
             id: None,
         };
@@ -59,6 +62,9 @@ impl Options {
                 "--context" => options.context = number()?,
                 "--steps" => options.steps = number()?,
                 "--dtype" => options.dtype = value,
+                "--enforce-eager" => {
+                    options.eager = value.parse().context("--enforce-eager is true or false")?;
+                }
                 "--rank" => options.rank = Some(number()?),
                 "--id" => options.id = Some(value),
                 _ => bail!("{flag} is not known"),

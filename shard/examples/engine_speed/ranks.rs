@@ -47,6 +47,7 @@ fn start(options: &Options, rank: u32, id: Option<&str>) -> Result<Child> {
         // As the product does for `--gpus 0,0`.
         let shared = [
             ("NCCL_RAS_ENABLE", "0"),
+            ("NCCL_GRAPH_REGISTER", "0"),
             ("NCCL_MULTI_RANK_GPU_ENABLE", "1"),
             ("NCCL_MAX_CTAS", "2"),
             ("NCCL_NVLS_ENABLE", "0"),

@@ -137,6 +137,24 @@ pub trait Comm<B: Backend>: Send + Sized + 'static {
     /// different plans get [`CommError::Failed`] from their first collective.
     fn begin_step(&mut self, digest: [u8; 16]);
 
+    /// Whether the step that was begun may be recorded or replayed by the backend ([`Backend::queue`]), as far as
+    /// collectives go. Asked once in a step that could; all ranks get the same answer.
+    fn is_recordable(&mut self) -> bool {
+        false
+    }
+
+    /// Calls `launch`, which queues collectives that were recorded, unless the group was aborted; it is not aborted
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// [`CommError`], or what `launch` said.
+    fn replay<E: From<CommError>>(
+        &mut self,
+        launch: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        launch()
+    }
+
     /// `x = sum over ranks of x`, summed in rank order so that all ranks hold the same bits.
     fn all_reduce_sum(&mut self, backend: &B, x: &mut B::Tensor) -> Result<(), CommError>;
 

@@ -175,17 +175,8 @@ impl<B: Backend> Decoder<B> {
         self.logit_rows
     }
 
-    /// Computes the `tokens` of `batch` up to the norm before the head and writes their keys and values.
-    ///
-    /// # Errors
-    /// [`CommError`] if a collective did not finish; keys and values of this step are then undefined.
-    pub fn forward<C: Comm<B>>(
-        &mut self,
-        backend: &B,
-        comm: &mut C,
-        (batch, tokens): (&B::DeviceBatch, usize),
-        cache: &mut B::KvCache,
-    ) -> Result<(), CommError> {
+    /// Says how many `tokens` the next [`Self::forward`] has.
+    pub fn set_tokens(&mut self, backend: &B, tokens: usize) {
         let space = &mut self.space;
         let per_token = [
             &mut space.residual,
@@ -199,6 +190,21 @@ impl<B: Backend> Decoder<B> {
         for tensor in per_token {
             backend.set_rows(tensor, tokens);
         }
+    }
+
+    /// Computes the tokens of `batch` up to the norm before the head and writes their keys and values. Only queues
+    /// operations, the same for every batch of so many tokens: this may be recorded.
+    ///
+    /// # Errors
+    /// [`CommError`] if a collective did not finish; keys and values of this step are then undefined.
+    pub fn forward<C: Comm<B>>(
+        &mut self,
+        backend: &B,
+        comm: &mut C,
+        batch: &B::DeviceBatch,
+        cache: &mut B::KvCache,
+    ) -> Result<(), CommError> {
+        let space = &mut self.space;
         let scale = self.shape.embedding_scale;
         let table = (&self.weights.embedding, self.first_token, scale);
         vocab_parallel_embedding((backend, &mut *comm), batch, table, &mut space.residual)?;

@@ -69,6 +69,7 @@ pub(crate) fn load(world_size: u32, max_tokens: u32, dtype: &str) -> Load {
         max_num_batched_tokens: max_tokens,
         max_num_seqs: 16,
         async_scheduling: true,
+        enforce_eager: false,
     }
 }
 
@@ -142,6 +143,31 @@ impl<B: Tested> Group<B> {
             engines,
             next: Step(0),
         }
+    }
+
+    /// The backend of rank 0.
+    pub(crate) fn backend(&self) -> &B {
+        self.engines[0].backend()
+    }
+
+    /// Replaces the communicator of a group of one, as after a fault.
+    pub(crate) fn reform(&mut self) {
+        let [engine] = &mut self.engines[..] else {
+            panic!("a group of one");
+        };
+        let id = B::Comm::new_id(1, 1 << 16, None).expect("shared memory can be had");
+        let seat = Seat {
+            id: &id,
+            rank: 0,
+            world_size: 1,
+            interface: None,
+            limit: Duration::from_secs(60),
+            abort: &Abort::default(),
+        };
+        engine.leave(Epoch(1));
+        let comm = B::Comm::join(engine.backend(), &seat).expect("it is alone");
+        engine.enter(Epoch(1), comm);
+        self.next = Step(0);
     }
 
     /// Runs one plan on all ranks.

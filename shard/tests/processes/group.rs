@@ -165,6 +165,7 @@ pub(crate) fn load(fixture: &str) -> Load {
         max_num_batched_tokens: 64,
         max_num_seqs: 4,
         async_scheduling: true,
+        enforce_eager: false,
     }
 }
 

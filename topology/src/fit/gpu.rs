@@ -14,6 +14,9 @@ const LIBRARY_BYTES: u64 = 700 << 20;
 /// blocks are taken, so this cannot be measured in time.
 const COMMUNICATOR_BYTES: u64 = 512 << 20;
 
+/// What recorded decode steps may take at most, before the shard says it.
+const RECORDING_BYTES: u64 = 256 << 20;
+
 /// Part of a GPU's `total` bytes that one of the `ranks` on it may take, libraries included.
 /// `utilization` is `--gpu-memory-utilization`, from 0 to 1.
 pub fn gpu_share(total: u64, utilization: f64, ranks: u32) -> u64 {
@@ -53,7 +56,7 @@ impl GpuMemory {
     pub fn estimated(&self, mut needs: Vec<RankNeeds>) -> Vec<RankNeeds> {
         let communicator = self.communicator_bytes();
         for need in &mut needs {
-            need.runtime_bytes = LIBRARY_BYTES + communicator;
+            need.runtime_bytes = LIBRARY_BYTES + RECORDING_BYTES + communicator;
         }
         needs
     }
@@ -79,11 +82,12 @@ impl GpuMemory {
                 other / ranks + self.communicator_bytes()
             })
             .collect();
-        let with = |(need, runtime_bytes)| RankNeeds {
-            runtime_bytes,
+        let with = |((need, runtime_bytes), loaded): ((_, u64), &Loaded)| RankNeeds {
+            runtime_bytes: runtime_bytes + loaded.recording_bytes,
             ..need
         };
-        needs.into_iter().zip(runtime).map(with).collect()
+        let needs = needs.into_iter().zip(runtime).zip(loaded);
+        needs.map(with).collect()
     }
 
     fn communicator_bytes(&self) -> u64 {
@@ -109,6 +113,7 @@ mod tests {
     use crate::ids::Rank;
 
     const GIB: u64 = 1 << 30;
+    const MIB: u64 = 1 << 20;
 
     fn memory(ranks_on_each: u32, gpus: u32) -> GpuMemory {
         let device = |rank| Device::Gpu {
@@ -139,6 +144,7 @@ mod tests {
             weight_bytes: 8 * GIB,
             workspace_bytes: GIB,
             block_bytes: 1 << 20,
+            recording_bytes: MIB,
             free_bytes: *free,
             load_us: 0,
         };
@@ -150,7 +156,7 @@ mod tests {
         let one = memory(1, 1);
         // 80 GiB, of which 9 are ours, 1 the libraries', and 10 another process's.
         let needs = one.reported(needs(1), &loaded(&[60 * GIB]));
-        assert_eq!(needs[0].runtime_bytes, 11 * GIB);
+        assert_eq!(needs[0].runtime_bytes, 11 * GIB + MIB);
         let Memory::PerRank { free_bytes } = one.usable() else {
             panic!("GPUs have memory of their own");
         };
@@ -168,7 +174,7 @@ mod tests {
         // The first was measured before the second had loaded.
         let two = memory(2, 1);
         let needs = two.reported(needs(2), &loaded(&[70 * GIB, 60 * GIB]));
-        assert_eq!(needs[0].runtime_bytes, GIB + COMMUNICATOR_BYTES);
+        assert_eq!(needs[0].runtime_bytes, GIB + MIB + COMMUNICATOR_BYTES);
         assert_eq!(needs[0].runtime_bytes, needs[1].runtime_bytes);
         let report = fit(&needs, &two.usable(), None, &sizes).unwrap();
         let blocks = u64::from(report.num_blocks);
@@ -179,8 +185,9 @@ mod tests {
     #[test]
     fn estimates_hold_a_place_for_libraries() {
         let runtime = |memory: GpuMemory, count| memory.estimated(needs(count))[0].runtime_bytes;
-        assert_eq!(runtime(memory(1, 1), 1), LIBRARY_BYTES);
-        assert_eq!(runtime(memory(1, 2), 2), LIBRARY_BYTES + COMMUNICATOR_BYTES);
+        let alone = LIBRARY_BYTES + RECORDING_BYTES;
+        assert_eq!(runtime(memory(1, 1), 1), alone);
+        assert_eq!(runtime(memory(1, 2), 2), alone + COMMUNICATOR_BYTES);
         assert_eq!(gpu_share(100, 2.0, 0), 100, "out of range is put into it");
     }
 }

@@ -6,10 +6,12 @@
 use crate::placement::Device;
 
 /// For every shard on a GPU.
-const GPU: [(&str, &str); 1] = [
+const GPU: [(&str, &str); 2] = [
     // Its mesh between ranks opens a port without authentication, and finds the dead after a minute:
     // the coordinator does within milliseconds.
     ("NCCL_RAS_ENABLE", "0"),
+    // Recording a collective is each rank's own business then, and need not happen on all of them at once.
+    ("NCCL_GRAPH_REGISTER", "0"),
 ];
 
 /// For ranks that share a GPU. NCCL supports it as an experiment, from 2.30.3 on.
@@ -42,8 +44,8 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         let gpu = |ranks| names(Device::Gpu { index: 0, ranks });
-        assert_eq!(gpu(1), ["NCCL_RAS_ENABLE"]);
-        assert_eq!(gpu(2).len(), 4);
+        assert_eq!(gpu(1), ["NCCL_RAS_ENABLE", "NCCL_GRAPH_REGISTER"]);
+        assert_eq!(gpu(2).len(), 5);
         assert!(gpu(2).contains(&"NCCL_MULTI_RANK_GPU_ENABLE"));
         let (threads, cores) = (1, Vec::new());
         assert_eq!(names(Device::Cpu { threads, cores }), [""; 0]);

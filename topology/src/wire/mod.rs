@@ -160,6 +160,8 @@ pub struct Load {
     /// A plan may be sent while the one before it is computed, and may leave tokens to it
     /// ([`PlanRow::last_from`]): every rank samples then, not the first alone.
     pub async_scheduling: bool,
+    /// `--enforce-eager`: no step is recorded and replayed.
+    pub enforce_eager: bool,
 }
 
 /// Where a model's files are.
@@ -180,6 +182,8 @@ pub struct Loaded {
     pub workspace_bytes: u64,
     /// Bytes one KV block takes on this rank.
     pub block_bytes: u64,
+    /// Bytes that recordings of steps may take later.
+    pub recording_bytes: u64,
     /// Memory of the device in bytes that is free now.
     pub free_bytes: u64,
     /// Time spent, in microseconds.
@@ -217,4 +221,7 @@ pub struct StepTimings {
     pub wait_us: u64,
     /// Sampling and scoring.
     pub sample_us: u64,
+    /// The part of `step_us` that the device was not given: before the first kernel and after the last. 0 where the
+    /// device does not measure.
+    pub outside_us: u64,
 }

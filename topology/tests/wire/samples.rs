@@ -53,6 +53,7 @@ pub(crate) fn commands() -> Vec<ToShard> {
             max_num_batched_tokens: 2048,
             max_num_seqs: 256,
             async_scheduling: true,
+            enforce_eager: true,
         })
     };
     vec![
@@ -95,6 +96,7 @@ pub(crate) fn replies() -> Vec<FromShard> {
             weight_bytes: 1,
             workspace_bytes: 251,
             block_bytes: 1 << 16,
+            recording_bytes: 1 << 28,
             free_bytes: 1 << 32,
             load_us: 123_456,
         }),
@@ -125,6 +127,7 @@ pub(crate) fn replies() -> Vec<FromShard> {
                 collective_us: 300,
                 wait_us: 20,
                 sample_us: 4,
+                outside_us: 90,
             },
         })),
         FromShard::Aborted { epoch: Epoch(2) },

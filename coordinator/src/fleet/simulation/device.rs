@@ -165,6 +165,7 @@ impl Device {
             weight_bytes: 3,
             workspace_bytes: 1,
             block_bytes: 1,
+            recording_bytes: 0,
             free_bytes: 1,
             load_us: 1,
         }))

@@ -123,6 +123,7 @@ impl Case {
                 max_num_batched_tokens: config.max_num_batched_tokens,
                 max_num_seqs: config.max_num_seqs,
                 async_scheduling: config.async_scheduling,
+                enforce_eager: false,
             },
             limits: Limits {
                 startup: Duration::from_secs(60),

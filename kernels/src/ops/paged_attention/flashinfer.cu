@@ -45,6 +45,13 @@ class Words {
     uint32_t used_ = 0;
 };
 
+// A byte for each of `count` blocks of threads, 1 for the first `used`.
+std::vector<uint32_t> mask(size_t used, size_t count) {
+    std::vector<uint32_t> words((count + 3) / 4);
+    memset(words.data(), 1, used);
+    return words;
+}
+
 void plan(const Step& step, Words words, size_t partial_bytes, Plan& plan) {
     std::vector<int32_t> queries(step.row_starts, step.row_starts + step.rows + 1), pages{0};
     for (uint32_t row = 0; row < step.rows; ++row)
@@ -60,6 +67,18 @@ void plan(const Step& step, Words words, size_t partial_bytes, Plan& plan) {
     plan.items = items;
     plan.split = split;
     plan.partial_rows = split ? static_cast<uint32_t>(output_starts.back()) : 0;
+    std::vector<uint32_t> valid;
+    if (step.tokens == step.rows) {
+        // A decode step's launches depend on its number of rows alone, so that they can be recorded and replayed:
+        // keys count as cut where that many rows leave room for it, and blocks of threads fill that room.
+        const uint32_t each = (step.heads / step.kv_heads + tile - 1) / tile, least = step.rows * each;
+        plan.split = least < most_items;
+        plan.items = plan.split ? most_items : least;
+        plan.partial_rows = plan.split ? most_items : 0;
+        if (items > plan.items) throw std::runtime_error("a decode step of " + std::to_string(items) + " blocks");
+        if (plan.split) valid = mask(items, plan.items);
+        for (auto* indices : {&requests, &query_tiles, &key_tiles}) indices->resize(plan.items);
+    }
     const size_t needed = size_t{plan.partial_rows} * step.heads * (step.head_dim * 2 + sizeof(float));
     if (needed > partial_bytes)
         throw std::runtime_error("a plan takes " + std::to_string(needed) + " bytes for partial results where " +
@@ -69,7 +88,8 @@ void plan(const Step& step, Words words, size_t partial_bytes, Plan& plan) {
     plan.key_tiles = words.put(key_tiles);
     plan.output_starts = words.put(output_starts);
     plan.chunk_size = words.put(std::vector<int32_t>{static_cast<int32_t>(chunk)});
-    plan.merge_starts = split ? words.put(merge_starts) : 0;
+    plan.merge_starts = plan.split ? words.put(merge_starts) : 0;
+    plan.valid = valid.empty() ? 0 : words.put(valid);
     plan.words = words.used();
 }
 

@@ -16,12 +16,14 @@ namespace cluster::attention {
 // How a step is cut. The same words as in flashinfer.rs.
 struct Plan {
     uint32_t tile;         // Rows (query heads of tokens) of a tile: 16, 64 or 128.
-    uint32_t items;        // Blocks of threads for each key head.
+    uint32_t items;        // Blocks of threads for each key head; some may have nothing to do.
     uint32_t split;        // Whether keys are cut into chunks.
     uint32_t partial_rows; // Partial results for each query head; 0 where nothing is split.
     uint32_t words;        // Of the index workspace.
     // Where its arrays begin, in words.
     uint32_t request_indices, query_tiles, key_tiles, output_starts, chunk_size, merge_starts;
+    // A byte for each block of threads, whether it has something to do; 0: all have.
+    uint32_t valid;
 };
 
 // One layer's attention. The same words as in flashinfer.rs. Pointers are to device memory; sizes in elements.
@@ -254,6 +256,7 @@ void run_head(const Call& call, const Plan& plan, cudaStream_t stream) {
     params.kv_tile_indices = ints(call.indices) + plan.key_tiles;
     params.o_indptr = ints(call.indices) + plan.output_starts;
     params.kv_chunk_size_ptr = ints(call.indices) + plan.chunk_size;
+    if (plan.valid != 0) params.block_valid_mask = reinterpret_cast<bool*>(ints(call.indices) + plan.valid);
     params.partition_kv = plan.split != 0;
     params.o = static_cast<Element*>(plan.split != 0 ? call.partials : call.out);
     auto* logarithms = reinterpret_cast<float*>(static_cast<Element*>(call.partials) +

@@ -45,17 +45,18 @@ struct Step {
     multiprocessors: u32,
 }
 
-/// How a step is cut, as in `flashinfer.cuh`.
+/// How a step is cut, as in `flashinfer.cuh`. That of a decode step depends on the number of its rows alone; what
+/// depends on more is in the index workspace.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Plan {
     tile: u32,
     items: u32,
     split: u32,
     partial_rows: u32,
     words: u32,
-    /// Where six arrays begin in the index workspace.
-    arrays: [u32; 6],
+    /// Where seven arrays begin in the index workspace.
+    arrays: [u32; 7],
 }
 
 /// One layer's attention, as in `flashinfer.cuh`.
@@ -112,6 +113,14 @@ struct Key {
     layout: (usize, usize, usize),
 }
 
+/// A plan that a step had, to be made for another step of the same size.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Planned {
+    place: usize,
+    key: Key,
+    plan: Plan,
+}
+
 /// Whether attention of this shape was compiled.
 pub(crate) fn takes(element: Element, layout: &KvLayout, attention: &Attention) -> bool {
     FlashInfer::is_for(element)
@@ -131,7 +140,8 @@ fn index_words(max_tokens: usize, max_rows: usize, multiprocessors: usize) -> us
     // Tiles have 16 rows where a sequence brings no more on average, and 64 or 128 otherwise; every
     // sequence may have a tile that is not full. Tiles times chunks are no more than fill the device.
     let tiles = max_tokens * MOST_GROUPED / 64 + 2 * max_rows + BLOCKS_EACH * multiprocessors;
-    let arrays = [tiles, tiles, tiles, max_rows + 1, 1, max_tokens + 1];
+    let valid = tiles.div_ceil(size_of::<u32>());
+    let arrays = [tiles, tiles, tiles, max_rows + 1, 1, max_tokens + 1, valid];
     arrays
         .map(|words: usize| words.next_multiple_of(4))
         .iter()
@@ -185,6 +195,40 @@ impl FlashInfer {
         cuts.iter()
             .position(same)
             .or_else(|| cuts.iter().position(old))
+    }
+
+    /// The plans that were made for the step of this `upload`.
+    pub(crate) fn planned(&self, upload: u64) -> Vec<Planned> {
+        let cuts = self.cuts.iter().enumerate();
+        let planned = |(place, cut): (usize, &Cut)| {
+            let key = cut.made_for.filter(|key| key.upload == upload)?;
+            let plan = cut.plan;
+            Some(Planned { place, key, plan })
+        };
+        cuts.filter_map(planned).collect()
+    }
+
+    /// Makes the plans of an earlier step for the current one, in the same places and of the same shape, as work
+    /// that was recorded expects them.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`] if a plan comes out otherwise, which a decode step's does not.
+    pub(crate) fn prepare(
+        &mut self,
+        plans: &[Planned],
+        device: &Device,
+        batch: &CudaBatch,
+    ) -> Result<(), DeviceError> {
+        for &Planned { place, key, plan } in plans {
+            let upload = batch.uploads();
+            self.make(place, Key { upload, ..key }, device, batch)?;
+            // How much of the index workspace is used is not the launches' business.
+            let words = self.cuts[place].plan.words;
+            if self.cuts[place].plan != (Plan { words, ..plan }) {
+                return Err(failed(device, "a decode step was cut into another shape"));
+            }
+        }
+        Ok(())
     }
 
     fn make(

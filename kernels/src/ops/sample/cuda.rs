@@ -168,6 +168,8 @@ impl Space {
         self.launch(cuda, logits, vocab, (requests_at, rows_at));
         cuda.check()?;
         let bytes = self.packed.results * size_of::<u32>();
+        // Before the copy that is waited for, so that it is there to be read then.
+        cuda.stop_clock();
         cuda.device
             .download((&self.results, 0), bytes, &mut self.download)?;
         let words: &[u32] = bytemuck::cast_slice(self.download.read()?);

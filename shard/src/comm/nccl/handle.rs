@@ -21,6 +21,9 @@ use std::time::Duration;
 /// Between two looks at a communicator that is busy with itself.
 const PAUSE: Duration = Duration::from_micros(200);
 
+/// How long a communicator may be busy before looks at it become rare.
+const IMPATIENT: Duration = Duration::from_millis(2);
+
 /// A communicator. Dropping it aborts it and waits for that.
 #[derive(Debug)]
 pub(super) struct Handle {
@@ -98,10 +101,17 @@ impl Handle {
     pub(super) fn settle(&self, (world_size, limit): (u32, Duration)) -> Result<(), CommError> {
         let start = clock::now();
         while self.is_busy()? {
-            if clock::now().duration_since(start) > limit {
+            let waited = clock::now().duration_since(start);
+            if waited > limit {
                 return Err(CommError::TimedOut { world_size, limit });
             }
-            thread::sleep(PAUSE);
+            // Every call leaves its launch to a thread of NCCL's, which takes some ten microseconds: a step has
+            // dozens of calls, and no time for sleeps.
+            if waited > IMPATIENT {
+                thread::sleep(PAUSE);
+            } else {
+                thread::yield_now();
+            }
         }
         Ok(())
     }
@@ -126,8 +136,11 @@ impl Handle {
         let _ = self.watcher.take().map(JoinHandle::join);
     }
 
-    /// Calls with the communicator, or says that it is gone.
-    fn with<T>(&self, call: impl FnOnce(ncclComm_t) -> T) -> Result<T, CommError> {
+    /// Calls with the communicator, or says that it is gone. It is not aborted meanwhile.
+    ///
+    /// # Errors
+    /// [`CommError::Aborted`]
+    pub(super) fn with<T>(&self, call: impl FnOnce(ncclComm_t) -> T) -> Result<T, CommError> {
         // Raised and not yet noticed by the other thread: what is queued now would be in vain.
         if self.abort.is_aborted() {
             return Err(CommError::Aborted);

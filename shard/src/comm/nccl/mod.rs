@@ -11,21 +11,21 @@
 #![expect(unsafe_code, reason = "NCCL's and the driver's interfaces are C")]
 
 mod event;
+mod gather;
 mod handle;
 pub(crate) mod library;
 mod timing;
 mod window;
 
 use super::{Abort, Comm, CommError, CommTimings, Seat};
-use cudarc::driver::result as driver;
-use cudarc::driver::sys::{self as driver_sys, CUDA_MEMCPY2D_v2, CUmemorytype};
 use cudarc::nccl::sys::{self, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId};
 use event::{Event, Stream, wait};
+use gather::Scratch;
 use handle::Handle;
 use kernels::backend::{Backend, Element};
 use kernels::cuda::{CudaBackend, CudaTensor};
 use std::ffi::c_void;
-use std::mem::{MaybeUninit, offset_of};
+use std::mem::offset_of;
 use std::net::IpAddr;
 use std::time::Duration;
 use timing::Timing;
@@ -71,13 +71,6 @@ struct Fences {
     marks: [Event; FENCES],
     queued: u32,
     next: usize,
-}
-
-/// Device memory for what is gathered and not yet in its place.
-#[derive(Debug)]
-struct Scratch {
-    start: u64,
-    bytes: usize,
 }
 
 impl Group {
@@ -127,12 +120,19 @@ impl Group {
     /// Queues one collective over `bytes` per rank.
     fn queue(
         &mut self,
+        backend: &CudaBackend,
         (what, bytes): (&str, usize),
         call: impl FnOnce(sys::ncclComm_t, sys::cudaStream_t) -> ncclResult_t,
     ) -> Result<(), CommError> {
-        self.fence()?;
-        self.timing.before(self.stream, bytes)?;
         let (stream, limit) = (self.stream.0.cast(), (self.world_size, CONNECT_LIMIT));
+        // In a recording there is nothing to wait for, and marks would be the recording's.
+        let is_recording = backend.is_recording();
+        if is_recording {
+            self.timing.skip();
+        } else {
+            self.fence()?;
+        }
+        self.timing.before(self.stream, bytes)?;
         self.handle.call(what, limit, |comm| call(comm, stream))?;
         self.timing.after(self.stream)
     }
@@ -169,48 +169,6 @@ impl Group {
         self.handle.is_busy()?;
         self.timing.total_us()
     }
-
-    /// `[world_size][rows][width]` in `scratch` to `[rows][world_size * width]` in `out`; widths in bytes.
-    fn interleave(
-        &self,
-        scratch: u64,
-        (rows, width): (usize, usize),
-        out: *mut c_void,
-    ) -> Result<(), CommError> {
-        let ranks = self.world_size as usize;
-        for rank in 0..ranks {
-            // SAFETY: a description in plain numbers, for which zeros mean nothing special.
-            let mut copy: CUDA_MEMCPY2D_v2 = unsafe { MaybeUninit::zeroed().assume_init() };
-            copy.srcMemoryType = CUmemorytype::CU_MEMORYTYPE_DEVICE;
-            copy.srcDevice = scratch + (rank * rows * width) as u64;
-            copy.srcPitch = width;
-            copy.dstMemoryType = CUmemorytype::CU_MEMORYTYPE_DEVICE;
-            copy.dstDevice = out as u64 + (rank * width) as u64;
-            copy.dstPitch = ranks * width;
-            copy.WidthInBytes = width;
-            copy.Height = rows;
-            // SAFETY: the caller's `out` and the scratch hold `ranks * rows * width` bytes each.
-            let queued = unsafe { driver_sys::cuMemcpy2DAsync_v2(&raw const copy, self.stream.0) };
-            queued
-                .result()
-                .map_err(|e| event::failed("copy gathered rows", e))?;
-        }
-        Ok(())
-    }
-
-    /// Device memory for `bytes`, taken once: `out` never grows.
-    fn scratch(&mut self, bytes: usize) -> Result<u64, CommError> {
-        if let Some(scratch) = &self.scratch
-            && scratch.bytes >= bytes
-        {
-            return Ok(scratch.start);
-        }
-        // SAFETY: every byte that is read was gathered there before.
-        let start = unsafe { driver::malloc_sync(bytes) };
-        let start = start.map_err(|e| event::failed("hold gathered rows", e))?;
-        self.scratch = Some(Scratch { start, bytes });
-        Ok(start)
-    }
 }
 
 impl Drop for Group {
@@ -222,13 +180,6 @@ impl Drop for Group {
         if let Err(error) = wait(|| self.stream.is_done()) {
             tracing::warn!(rank, world_size, "after the communicator's end: {error}");
         }
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // SAFETY: taken by this group and freed once. A device that failed takes nothing back.
-        let _ = unsafe { driver::free_sync(self.start) };
     }
 }
 
@@ -294,7 +245,32 @@ impl Comm<CudaBackend> for NcclComm {
         }
     }
 
-    fn all_reduce_sum(&mut self, _: &CudaBackend, x: &mut CudaTensor) -> Result<(), CommError> {
+    fn is_recordable(&mut self) -> bool {
+        // The doubles of `tests/processes` stand in for NCCL under emulation, and are done when they are queued.
+        const IS_EMULATED: bool = cfg!(feature = "cuda-emulation");
+        let group = self.group.as_mut();
+        group.is_none_or(|group| !IS_EMULATED && group.timing.may_replay())
+    }
+
+    fn replay<E: From<CommError>>(
+        &mut self,
+        launch: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.abort.is_aborted() {
+            return Err(CommError::Aborted.into());
+        }
+        let Some(group) = &mut self.group else {
+            return launch();
+        };
+        group.timing.skip();
+        group.handle.with(|_| launch())?
+    }
+
+    fn all_reduce_sum(
+        &mut self,
+        backend: &CudaBackend,
+        x: &mut CudaTensor,
+    ) -> Result<(), CommError> {
         if self.abort.is_aborted() {
             return Err(CommError::Aborted);
         }
@@ -304,7 +280,7 @@ impl Comm<CudaBackend> for NcclComm {
         group.share(x)?;
         let (count, dtype) = (x.rows() * x.width(), data_type(x.element()));
         let (bytes, pointer) = (x.bytes(), x.pointer_mut());
-        group.queue(("add up activations", bytes), |comm, stream| {
+        group.queue(backend, ("add up activations", bytes), |comm, stream| {
             // SAFETY: the tensor holds `count` elements and is not freed before the stream is done with it.
             unsafe {
                 sys::ncclAllReduce(
@@ -347,7 +323,7 @@ impl Comm<CudaBackend> for NcclComm {
             let room = out.capacity() * out.width() * out.element().bytes();
             group.scratch(room)? as *mut c_void
         };
-        group.queue(("gather logits", bytes), |comm, stream| {
+        group.queue(backend, ("gather logits", bytes), |comm, stream| {
             // SAFETY: `gathered` holds all parts, and both are freed only when the stream is done with them.
             unsafe { sys::ncclAllGather(from, gathered, count, dtype, comm, stream) }
         })?;

@@ -2,15 +2,20 @@
 //!
 //! A pair of events costs about a microsecond of the device, and a decode step has a collective every
 //! few dozen: so long steps are measured every time and short ones now and then, between which the last
-//! measurement stands for them. Decode steps are alike; that is what makes it honest.
+//! measurement stands for them. Decode steps are alike; that is what makes it honest. A step that is recorded or
+//! replayed carries no events, so now and then one is queued in the ordinary way, to be measured.
 //!
-//! Invariant: what is reported was measured, on a step no more than [`MEASURE_EVERY`] before.
+//! Invariant: what is reported was measured, on a step no more than [`MEASURE_EVERY`] steps before, or
+//! [`MEASURE_REPLAYED_EVERY`] where they could be replayed.
 
 use super::event::{Event, Stream};
 use crate::comm::CommError;
 
 /// Short steps between two that are measured.
 const MEASURE_EVERY: u32 = 16;
+
+/// Steps that could be replayed between two that are measured: those take longer than the others.
+const MEASURE_REPLAYED_EVERY: u32 = 64;
 
 /// A step whose collectives have this many bytes takes long enough to be measured every time.
 const LONG_BYTES: usize = 1 << 20;
@@ -23,6 +28,8 @@ pub(super) struct Timing {
     /// What this step does; `None` before its first collective.
     measures: Option<bool>,
     unmeasured: u32,
+    /// Steps that could be replayed since one was kept from it.
+    replayable: u32,
     /// Microseconds of the last step that was measured.
     last_us: u64,
 }
@@ -32,6 +39,20 @@ impl Timing {
     pub(super) fn begin(&mut self) {
         self.used = 0;
         self.measures = None;
+    }
+
+    /// Whether this step may be replayed, being one that could; if not, it is measured.
+    pub(super) fn may_replay(&mut self) -> bool {
+        self.replayable = (self.replayable + 1) % MEASURE_REPLAYED_EVERY;
+        if self.replayable == 0 {
+            self.measures = Some(true);
+        }
+        self.replayable != 0
+    }
+
+    /// This step is recorded or replayed, and not measured.
+    pub(super) fn skip(&mut self) {
+        self.measures = Some(false);
     }
 
     /// A collective over `bytes` is about to be queued.
@@ -88,6 +109,23 @@ impl Timing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_steps_that_could_be_replayed_some_are_measured() {
+        let mut timing = Timing::default();
+        let mut kept = 0;
+        for _ in 0..3 * MEASURE_REPLAYED_EVERY {
+            timing.begin();
+            if timing.may_replay() {
+                timing.skip();
+                assert!(!timing.decide(64 << 20));
+            } else {
+                assert!(timing.decide(1), "it is measured");
+                kept += 1;
+            }
+        }
+        assert_eq!(kept, 3);
+    }
 
     #[test]
     fn long_steps_are_measured_always_and_short_ones_now_and_then() {
