@@ -146,11 +146,13 @@ impl<B: Tested> Group<B> {
     }
 
     /// The backend of rank 0.
+    #[cfg(feature = "cuda")]
     pub(crate) fn backend(&self) -> &B {
         self.engines[0].backend()
     }
 
     /// Replaces the communicator of a group of one, as after a fault.
+    #[cfg(feature = "cuda")]
     pub(crate) fn reform(&mut self) {
         let [engine] = &mut self.engines[..] else {
             panic!("a group of one");
