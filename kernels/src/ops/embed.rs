@@ -3,7 +3,6 @@
 //! `table: [part of the vocabulary, width]`, `out: [tokens, width]`. With the vocabulary divided among
 //! ranks every token is in one rank's part, and the sum over ranks is the whole embedding.
 
-use crate::cpu::element::{Stored, by_element};
 use crate::cpu::{CpuBackend, CpuBatch, CpuTensor, CpuWeight};
 
 /// The fast path.
@@ -21,18 +20,14 @@ pub(crate) fn embed(
         (tokens.len(), table.cols()),
         "out is [tokens, width]"
     );
-    by_element!(table.element(), E => {
-        cpu.threads.rows(out.values_mut(), width, width, |t, row| {
-            let index = tokens[t].checked_sub(first_token).map(|index| index as usize);
-            match index.filter(|&index| index < table.rows()) {
-                Some(index) => {
-                    for (to, from) in row.iter_mut().zip(table.row::<E>(index)) {
-                        *to = from.widen();
-                    }
-                }
-                None => row.fill(0.0),
-            }
-        });
+    cpu.threads.rows(out.values_mut(), width, width, |t, row| {
+        let index = tokens[t]
+            .checked_sub(first_token)
+            .map(|index| index as usize);
+        match index.filter(|&index| index < table.rows()) {
+            Some(index) => table.read_row(index, row),
+            None => row.fill(0.0),
+        }
     });
 }
 
