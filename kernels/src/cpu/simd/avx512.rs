@@ -9,9 +9,9 @@
 use super::{CELL, Kernel, LANES, Simd, avx2};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_castps512_ps256,
+    __m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_castps512_ps256,
     _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_fmadd_ps, _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
@@ -55,8 +55,9 @@ fn widen_bf16(values: &[bf16; LANES]) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn cell_bf16(values: &[bf16; CELL]) -> [__m512; 2] {
-    // SAFETY: the reference covers 64 bytes.
-    let pairs = unsafe { _mm512_loadu_si512(values.as_ptr().cast::<__m512i>()) };
+    let words: [i32; LANES] = bytemuck::cast(*values);
+    // SAFETY: the array covers 16 words.
+    let pairs = unsafe { _mm512_loadu_epi32(words.as_ptr()) };
     let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
     [
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),

@@ -67,7 +67,7 @@ pub(crate) fn linear(
                     let stored = PhantomData::<E>;
                     let (rows, columns) = (part.clone(), columns.clone());
                     let round = Round { x, weight: packed, bias, rows, columns, space: &mut space, stored };
-                    cpu.isa.run(Turn { panels, round });
+                    cpu.isa.run(Turn { round, panels });
                 });
             });
         }

@@ -207,8 +207,8 @@ impl<E: Stored> Round<'_, '_, E> {
         let (rows, vectors) = (states.len(), self.vectors);
         for tile in tiles(rows, S::TILE.0) {
             let queries = &places.queries[tile.start * vectors..tile.end * vectors];
-            let scores = &mut places.scores[tile.clone()];
-            by_rows!(S, tile.len(), M => simd.call(Scores::<V, M> { queries, runs, scores }));
+            let out = &mut places.scores[tile.clone()];
+            by_rows!(S, tile.len(), M => simd.call(Scores::<V, M> { queries, runs, out }));
         }
         let mut factors = [1.0; MOST_ROWS];
         for row in 0..rows {
@@ -242,7 +242,7 @@ impl<E> Run<'_, E> {
 struct Scores<'a, 'r, E, const M: usize> {
     queries: &'a Space,
     runs: &'a [Run<'r, E>; GROUPS],
-    scores: &'a mut [[[f32; LANES]; GROUPS]],
+    out: &'a mut [[[f32; LANES]; GROUPS]],
 }
 
 impl<E: Stored, const M: usize> Kernel for Scores<'_, '_, E, M> {
@@ -254,7 +254,7 @@ impl<E: Stored, const M: usize> Kernel for Scores<'_, '_, E, M> {
             if !run.cells.is_empty() {
                 let values = run.values.as_flattened().as_chunks().0;
                 let sums = panel::<S, E, M, 1, 0, 1>(simd, self.queries, run.cells, values);
-                for (scores, sums) in self.scores.iter_mut().zip(sums) {
+                for (scores, sums) in self.out.iter_mut().zip(sums) {
                     scores[group] = simd.to_array(sums[0]);
                 }
             }
@@ -350,7 +350,8 @@ impl State {
             return 1.0;
         }
         // In 32 bits, as the scores are, so that lanes are compared where they are.
-        let [start, end] = [seen.start as u32, seen.end as u32];
+        let [start, end] =
+            [seen.start, seen.end].map(|at| u32::try_from(at).expect("it is within a round"));
         let mut most = [f32::NEG_INFINITY; LANES];
         for (first, scores) in (0..).step_by(LANES).zip(scores.iter_mut()) {
             for (lane, score) in (first..).zip(scores.iter_mut()) {
