@@ -21,9 +21,9 @@ pub struct CpuWeight {
 /// What a weight is made of.
 #[derive(Debug)]
 pub(crate) enum Values {
-    /// More than one row and column.
+    /// Of parts that are matrices.
     Matrix(Packed),
-    /// Aligned, without gaps.
+    /// Of parts that have one row or one column each: aligned, without gaps.
     Vector(Bytes),
 }
 
@@ -40,7 +40,7 @@ impl CpuWeight {
             reason,
         };
         let (rows, cols) = stacked_shape(parts).map_err(failed)?;
-        let values = if rows == 1 || cols == 1 {
+        let values = if are_vectors(parts) {
             let vector = by_element!(store, E => gathered::<E>(parts));
             progress((rows * cols * store.bytes()) as u64);
             Values::Vector(vector)
@@ -215,6 +215,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Biases of query, key and value projections with as many heads.
+    #[test]
+    fn vectors_of_one_length_are_one_vector() {
+        let mut rng = Rng::new(11);
+        let parts = [(); 3].map(|()| {
+            let values = rng.values(24);
+            (host_matrix(&mut rng, &values, 24, Element::F32), values)
+        });
+        let matrices = parts.each_ref().map(|(matrix, _)| matrix.clone());
+        let weight = load(&matrices, Element::F32).unwrap();
+        let expected: Vec<f32> = parts.into_iter().flat_map(|(_, values)| values).collect();
+        assert_eq!(weight.vector::<f32>(), expected);
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub(crate) fn linear(
     }
 }
 
-/// A weight of one row or one column, which no model has; it is not packed.
+/// A weight whose parts have one row or one column each, which no model has; it is not packed.
 fn narrow(
     cpu: &CpuBackend,
     x: &CpuTensor,
