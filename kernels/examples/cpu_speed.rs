@@ -1,7 +1,9 @@
-//! Prints how fast the CPU backend multiplies and attends, next to how fast this machine reads memory.
+//! Prints how fast the CPU backend multiplies and attends, next to what this machine can do at most.
 //!
-//! `cargo run --release -p kernels --example cpu_speed [-- THREADS]`. Each line gives the best wall time and what one second
-//! of CPU time does, which holds on a busy machine too. It judges nothing: the tests decide what is right.
+//! `cargo run --release -p kernels --example cpu_speed [-- THREADS]`. Each line gives the best wall time, what one second
+//! of CPU time does, which holds on a busy machine too, and its share of the bound: the weights or keys and values at
+//! the speed of memory, or the products at the speed of the arithmetic units, whichever takes longer, both
+//! measured here. It judges nothing: the tests decide what is right.
 #![expect(
     clippy::print_stdout,
     clippy::disallowed_methods,
@@ -13,9 +15,8 @@ use kernels::backend::{
     Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Precision,
 };
 use kernels::batch::Batch;
-use kernels::cpu::CpuBackend;
+use kernels::cpu::{CpuBackend, CpuWeight};
 use rustix::time::{ClockId, clock_gettime};
-use std::hint::black_box;
 use std::time::Instant;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -24,71 +25,105 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .map_or(Ok(1), |count| count.parse())?;
     let cpu = CpuBackend::new(threads, None)?;
     println!("{}", cpu.name());
-    read_memory();
+    let bounds = Bounds::measure(&cpu)?;
     for element in [Element::Bf16, Element::F16, Element::F32] {
         println!("linear, {element:?} weights [8192, 4096]");
-        for rows in [1, 2, 4, 8, 32, 256] {
-            linear(&cpu, element, (rows, 4096, 8192))?;
+        for rows in [1, 4, 8, 16, 32, 256] {
+            linear(&cpu, &bounds, element, (rows, 4096, 8192))?;
         }
     }
-    println!("linear, the size of the built-in model, Bf16 weights [768, 256]");
+    println!("linear, Bf16 weights [896, 4864]");
+    for rows in [1, 8, 16, 512] {
+        linear(&cpu, &bounds, Element::Bf16, (rows, 4864, 896))?;
+    }
+    println!("linear, the size of the built-in model, Bf16 weights [768, 256], from the cache");
     for rows in [1, 16, 64] {
-        linear(&cpu, Element::Bf16, (rows, 256, 768))?;
+        linear(&cpu, &bounds, Element::Bf16, (rows, 256, 768))?;
     }
     println!("attention, 32 heads of 128 over 8 key heads, Bf16");
     for (sequences, new, context) in [(1, 1, 4096), (16, 1, 512), (1, 256, 256), (1, 256, 2048)] {
-        attend(&cpu, sequences, new, context)?;
+        attend(&cpu, &bounds, sequences, new, context)?;
     }
     Ok(())
 }
 
-/// Reads a quarter of a GiB on one thread, for comparison.
-fn read_memory() {
-    let words = vec![1_u64; 32 << 20];
-    let (_, cpu) = time(|| {
-        let mut sums = [0_u64; 16];
-        for block in words.as_chunks::<16>().0 {
-            for (sum, word) in sums.iter_mut().zip(block) {
-                *sum ^= word;
-            }
-        }
-        black_box(sums);
-    });
-    println!(
-        "reading memory: {:.1} GB/s a core",
-        size_of_val(&*words) as f64 / cpu / 1e9
-    );
+/// What one core can do in a second of CPU time.
+struct Bounds {
+    bytes: f64,
+    flops: f64,
 }
 
-fn linear(
+impl Bounds {
+    fn measure(cpu: &CpuBackend) -> Result<Self, DeviceError> {
+        let weight = weight(cpu, Element::Bf16, (16384, 8192))?;
+        let mut bytes = 0;
+        let (_, seconds) = time(|| bytes = cpu.read_weight(&weight));
+        let bytes = bytes as f64 / seconds;
+        let mut products = 0;
+        let (_, seconds) = time(|| products = cpu.multiply_in_registers(1 << 20));
+        let flops = 2.0 * products as f64 / seconds;
+        println!(
+            "bounds of a core: {:.1} GB/s from memory, {:.1} GFLOP/s in registers",
+            bytes / 1e9,
+            flops / 1e9
+        );
+        Ok(Self { bytes, flops })
+    }
+
+    /// Prints a line: wall time, and rates of one core over `seconds` of CPU time.
+    fn report(&self, what: &str, (wall, seconds): (f64, f64), (bytes, flops): (f64, f64)) {
+        let (reading, computing) = (bytes / self.bytes, flops / self.flops);
+        let (bound, least) = if reading > computing {
+            ("memory", reading)
+        } else {
+            ("arithmetic", computing)
+        };
+        println!(
+            "  {what}: {:9.1} us, a core: {:5.1} GB/s, {:6.1} GFLOP/s, {:3.0} % of {bound}",
+            wall * 1e6,
+            bytes / seconds / 1e9,
+            flops / seconds / 1e9,
+            100.0 * least / seconds
+        );
+    }
+}
+
+/// `[outputs, inputs]` of small values.
+fn weight(
     cpu: &CpuBackend,
     element: Element,
-    (rows, inputs, outputs): (usize, usize, usize),
-) -> Result<(), DeviceError> {
-    let bytes = outputs * inputs * element.bytes();
+    (outputs, inputs): (usize, usize),
+) -> Result<CpuWeight, DeviceError> {
     let weight = HostMatrix {
-        data: Bytes::from(vec![0x3c; bytes]),
+        data: Bytes::from(vec![0x3c; outputs * inputs * element.bytes()]),
         element,
         rows: outputs,
         cols: inputs,
         row_stride: inputs,
     };
-    let weight = cpu.load(&[weight], element, &mut |_| ())?;
+    cpu.load(&[weight], element, &mut |_| ())
+}
+
+fn linear(
+    cpu: &CpuBackend,
+    bounds: &Bounds,
+    element: Element,
+    (rows, inputs, outputs): (usize, usize, usize),
+) -> Result<(), DeviceError> {
+    let weight = weight(cpu, element, (outputs, inputs))?;
     let x = cpu.allocate(rows, inputs, Precision::Compute)?;
     let mut out = cpu.allocate(rows, outputs, Precision::Compute)?;
-    let (wall, seconds) = time(|| cpu.linear(&x, &weight, None, &mut out));
-    println!(
-        "  {rows:4} rows: {:9.1} us, a core: {:6.1} GB/s of weights, {:6.1} GFLOP/s",
-        wall * 1e6,
-        bytes as f64 / seconds / 1e9,
-        2.0 * (rows * inputs * outputs) as f64 / seconds / 1e9
-    );
+    let times = time(|| cpu.linear(&x, &weight, None, &mut out));
+    let bytes = (outputs * inputs * element.bytes()) as f64;
+    let flops = 2.0 * (rows * inputs * outputs) as f64;
+    bounds.report(&format!("{rows:4} rows"), times, (bytes, flops));
     Ok(())
 }
 
 /// `sequences` rows of `new` tokens at the end of `context`.
 fn attend(
     cpu: &CpuBackend,
+    bounds: &Bounds,
     sequences: usize,
     new: usize,
     context: usize,
@@ -151,18 +186,16 @@ fn attend(
         logit_soft_cap: None,
     };
     let mut out = cpu.allocate(tokens, 32 * 128, Precision::Compute)?;
-    let (wall, seconds) = time(|| cpu.attend(&device, &attention, &qkv, &cache, &mut out));
+    let times = time(|| cpu.attend(&device, &attention, &qkv, &cache, &mut out));
     let seen: usize = batch
         .positions
         .iter()
         .map(|&position| position as usize + 1)
         .sum();
-    println!(
-        "  {sequences:2} x {new:3} of {context:4}: {:9.1} us, a core: {:6.1} GFLOP/s, {:5.1} GB/s of keys and values",
-        wall * 1e6,
-        4.0 * (seen * 32 * 128) as f64 / seconds / 1e9,
-        (sequences * blocks * layout.block_bytes()) as f64 / seconds / 1e9
-    );
+    let bytes = (sequences * blocks * layout.block_bytes()) as f64;
+    let flops = 4.0 * (seen * 32 * 128) as f64;
+    let what = format!("{sequences:2} x {new:3} of {context:4}");
+    bounds.report(&what, times, (bytes, flops));
     Ok(())
 }
 

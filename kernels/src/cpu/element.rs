@@ -3,7 +3,7 @@
 //! Arithmetic is f32 whatever the storage; this says only how an element becomes one and back. The
 //! invariant: widening is exact, narrowing rounds to nearest even.
 
-use super::simd::{LANES, Simd};
+use super::simd::{CELL, LANES, Simd};
 use crate::backend::Element;
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -21,6 +21,26 @@ pub(crate) trait Stored: Pod + Send + Sync + std::fmt::Debug {
 
     /// Widens one vector of elements.
     fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::Vector;
+
+    /// Where in a cell column `column` (0 or 1) of row `row` lies.
+    ///
+    /// One column after the other; bfloat16 in pairs, which two cheap instructions widen and which is
+    /// what dot-product and matrix instructions for it read.
+    #[inline]
+    fn place(column: usize, row: usize) -> usize {
+        column * LANES + row
+    }
+
+    /// Widens both columns of a cell.
+    #[inline(always)]
+    fn cell<S: Simd>(simd: S, values: &[Self; CELL]) -> [S::Vector; 2] {
+        let (first, second) = values.split_at(LANES);
+        let half = |half: &[Self]| *half.first_chunk::<LANES>().expect("half of a cell");
+        [
+            Self::load(simd, &half(first)),
+            Self::load(simd, &half(second)),
+        ]
+    }
 }
 
 impl Stored for f32 {
@@ -58,6 +78,16 @@ impl Stored for bf16 {
     #[inline(always)]
     fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::Vector {
         simd.load_bf16(values)
+    }
+
+    #[inline]
+    fn place(column: usize, row: usize) -> usize {
+        2 * row + column
+    }
+
+    #[inline(always)]
+    fn cell<S: Simd>(simd: S, values: &[Self; CELL]) -> [S::Vector; 2] {
+        simd.cell_bf16(values)
     }
 }
 

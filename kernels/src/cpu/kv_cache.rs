@@ -1,9 +1,11 @@
-//! The KV block pool in host memory, `[layer][block][kv head][key, value][block_size][head_dim]`.
+//! The KV block pool in host memory, `[layer][block][kv head][key, value]`.
 //!
-//! The keys that one head of one block attends to lie side by side, and so do the values, so
-//! attention reads memory in order. Blocks hold anything until written.
+//! Values are `[block_size][head_dim]`. So are keys, unless both sizes are multiples of sixteen, as they are in practice:
+//! then sixteen keys are a panel of cells, as weights are, `[block_size / 16][head_dim / 2]`, and scores need no
+//! sums across lanes. Either way attention reads memory in order. Blocks hold anything until written.
 
 use super::element::{Stored, by_element};
+use super::simd::{CELL, LANES};
 use crate::backend::{Element, KvLayout};
 
 /// Keys and values of all layers.
@@ -70,18 +72,34 @@ impl CpuKvCache {
                 Store::Half(all) => bytemuck::cast_slice_mut(all),
             };
             let run = block_size * head_dim;
+            let packed = is_packed(&self.layout);
             for head in 0..local_kv_heads {
                 let base = (((layer * blocks) + block) * local_kv_heads + head) * 2 * run;
+                let (to_keys, to_values) = all[base..base + 2 * run].split_at_mut(run);
                 let part = head * head_dim..(head + 1) * head_dim;
-                for (kind, source) in [keys, values].into_iter().enumerate() {
-                    let target = &mut all[base + kind * run + offset * head_dim..][..head_dim];
-                    for (to, from) in target.iter_mut().zip(&source[part.clone()]) {
-                        *to = E::narrow(*from);
+                let to = &mut to_values[offset * head_dim..][..head_dim];
+                for (to, from) in to.iter_mut().zip(&values[part.clone()]) {
+                    *to = E::narrow(*from);
+                }
+                let key = keys[part].iter().map(|value| E::narrow(*value));
+                if packed {
+                    let (group, lane) = (offset / LANES, offset % LANES);
+                    let to = &mut to_keys[group * LANES * head_dim..][..LANES * head_dim];
+                    for (d, value) in key.enumerate() {
+                        to[d / 2 * CELL + E::place(d % 2, lane)] = value;
                     }
+                } else {
+                    let to = &mut to_keys[offset * head_dim..][..head_dim];
+                    to.iter_mut().zip(key).for_each(|(to, value)| *to = value);
                 }
             }
         });
     }
+}
+
+/// Whether keys are in cells.
+fn is_packed(layout: &KvLayout) -> bool {
+    layout.block_size.is_multiple_of(LANES) && layout.head_dim.is_multiple_of(LANES)
 }
 
 /// One layer's blocks, for attention.
@@ -92,9 +110,58 @@ pub(crate) struct LayerBlocks<'a, E> {
 }
 
 impl<'a, E: Stored> LayerBlocks<'a, E> {
-    /// Keys and values of one head in one block, `[block_size, head_dim]` each.
+    /// Their shape.
+    pub(crate) fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// Whether [`Self::key_cells`] are there.
+    pub(crate) fn is_packed(&self) -> bool {
+        is_packed(&self.layout)
+    }
+
+    /// Sixteen keys of one head, from `offset` on, a multiple of sixteen. `[head_dim / 2]` cells
+    ///
+    /// # Panics
+    /// If they are not packed.
     #[inline]
-    pub(crate) fn head(&self, block: usize, kv_head: usize) -> (&'a [E], &'a [E]) {
+    pub(crate) fn key_cells(&self, block: usize, kv_head: usize, offset: usize) -> &'a [[E; CELL]] {
+        assert!(
+            self.is_packed(),
+            "keys that are not packed read as if they were"
+        );
+        let size = LANES * self.layout.head_dim;
+        let (keys, _) = self.head(block, kv_head);
+        keys[offset / LANES * size..][..size].as_chunks().0
+    }
+
+    /// One element of a key.
+    #[inline]
+    pub(crate) fn key(&self, (block, kv_head): (usize, usize), offset: usize, d: usize) -> E {
+        let head_dim = self.layout.head_dim;
+        if self.is_packed() {
+            let cells = self.key_cells(block, kv_head, offset / LANES * LANES);
+            cells[d / 2][E::place(d % 2, offset % LANES)]
+        } else {
+            self.head(block, kv_head).0[offset * head_dim + d]
+        }
+    }
+
+    /// `count` values of one head from `offset` on. `[count, head_dim]`
+    #[inline]
+    pub(crate) fn values(
+        &self,
+        (block, kv_head): (usize, usize),
+        offset: usize,
+        count: usize,
+    ) -> &'a [E] {
+        let head_dim = self.layout.head_dim;
+        &self.head(block, kv_head).1[offset * head_dim..][..count * head_dim]
+    }
+
+    /// All keys and values of one head in one block, `block_size * head_dim` elements each.
+    #[inline]
+    fn head(&self, block: usize, kv_head: usize) -> (&'a [E], &'a [E]) {
         let run = self.layout.block_size * self.layout.head_dim;
         let base = (block * self.layout.local_kv_heads + kv_head) * 2 * run;
         self.values[base..base + 2 * run].split_at(run)

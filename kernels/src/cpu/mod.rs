@@ -8,6 +8,10 @@ pub(crate) mod element;
 pub(crate) mod exp;
 pub(crate) mod kv_cache;
 pub(crate) mod memory;
+pub(crate) mod packed;
+mod pool;
+mod probe;
+pub(crate) mod scratch;
 pub(crate) mod simd;
 pub(crate) mod tanh;
 mod tensor;
@@ -26,6 +30,7 @@ use crate::backend::{
 use crate::batch::Batch;
 use crate::ops;
 use crate::sampling::{SampleRequest, SampleResult};
+use scratch::Scratch;
 use simd::Isa;
 use threads::Threads;
 
@@ -33,6 +38,7 @@ use threads::Threads;
 #[derive(Debug)]
 pub struct CpuBackend {
     pub(crate) threads: Threads,
+    pub(crate) scratch: Scratch,
     pub(crate) isa: Isa,
 }
 
@@ -43,8 +49,10 @@ impl CpuBackend {
     /// the one that will use the backend, is confined to `cores`. With one thread the work runs on
     /// whichever thread calls. An error where there are no threads, or no such core.
     pub fn new(threads: usize, cores: Option<&[usize]>) -> Result<Self, DeviceError> {
+        let scratch = Scratch::of(threads);
         Ok(Self {
             threads: Threads::start(threads, cores)?,
+            scratch,
             isa: Isa::detect(),
         })
     }
@@ -112,18 +120,11 @@ impl Backend for CpuBackend {
         store: Element,
         progress: &mut dyn FnMut(u64),
     ) -> Result<CpuWeight, DeviceError> {
-        // A part of another type is copied; one that is not aligned is, too, but is the rare case.
-        let copied = parts.iter().filter(|part| part.element != store);
-        let needed = copied
-            .map(|part| bytes(&[part.rows, part.cols, store.bytes()]))
-            .sum();
-        if needed != Some(0) {
-            self.reserve("a copy of a weight", needed)?;
-        }
-        let weight = CpuWeight::load(parts, store)?;
-        for part in parts {
-            weight::touch(part, store, progress);
-        }
+        let packed = parts
+            .iter()
+            .map(|part| bytes(&[part.rows, part.cols, store.bytes()]));
+        self.reserve("a weight", packed.sum())?;
+        let weight = CpuWeight::load(&self.threads, parts, store, progress)?;
         Ok(weight)
     }
 

@@ -3,33 +3,29 @@
 //! Work that is too small to be worth waking a thread for runs on the caller. Invariant: threads
 //! divide outputs and never a reduction, so their number changes no bit of a result.
 
+use super::pool::Pool;
 use crate::backend::DeviceError;
-use rayon::prelude::*;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Multiply-adds, or elements moved, below which the caller works alone. Waking the pool and waiting for
-/// it costs about ten microseconds; this much work costs about as much.
-const INLINE_COST: usize = 1 << 18;
-
-/// Pieces per thread: enough that a thread that was interrupted does not hold up the others.
-const PIECES_PER_THREAD: usize = 4;
+/// Multiply-adds, or elements moved, below which the caller works alone: handing work to threads that look out for it
+/// and waiting for them costs about two microseconds.
+const INLINE_COST: usize = 1 << 16;
 
 /// Threads of one backend. With one thread there is no pool and everything runs on the caller.
 #[derive(Debug)]
 pub(crate) struct Threads {
-    pool: Option<ThreadPool>,
+    pool: Option<Pool>,
     count: usize,
     /// Work below this is done by the caller. Tests set it to zero, to divide small matrices too.
     pub(crate) inline_cost: usize,
 }
 
 impl Threads {
-    /// Starts `count` threads. Where `cores` are given, each is pinned to one of them, in turn, and
-    /// the calling thread is confined to all of them.
+    /// Starts `count` threads, of which the caller is one. Where `cores` are given, each thread is pinned to one of
+    /// them, in turn, and the caller is confined to those that no other has, or all of them.
     pub(crate) fn start(count: usize, cores: Option<&[usize]>) -> Result<Self, DeviceError> {
         let failed = |reason: String| DeviceError::Failed {
             device: "cpu".into(),
@@ -42,7 +38,9 @@ impl Threads {
             if cores.is_empty() {
                 return Err(failed("the list of cores is empty".into()));
             }
-            pin(cores).map_err(failed)?;
+            let others = |core: &usize| (1..count).any(|i| cores[i % cores.len()] == *core);
+            let free: Vec<usize> = cores.iter().copied().filter(|core| !others(core)).collect();
+            pin(if free.is_empty() { cores } else { &free }).map_err(failed)?;
         }
         let pool = (count > 1)
             .then(|| start_pool(count, cores))
@@ -60,25 +58,42 @@ impl Threads {
         self.count
     }
 
-    /// Calls `f(row index, row)` for every row of `values: [rows, width]`; a row costs `cost`.
-    pub(crate) fn rows<F>(&self, values: &mut [f32], width: usize, cost: usize, f: F)
+    /// Calls `f` on each thread that takes part, with what it uses to claim some of `items`; an item costs `cost`.
+    pub(crate) fn share<F>(&self, items: usize, cost: usize, f: F)
     where
-        F: Fn(usize, &mut [f32]) + Sync,
+        F: Fn(Share<'_>) + Sync,
     {
-        let rows = values.len() / width;
-        match self.pool(rows, cost) {
-            None => values
-                .chunks_exact_mut(width)
-                .enumerate()
-                .for_each(|(i, row)| f(i, row)),
-            Some(pool) => pool.install(|| {
-                values
-                    .par_chunks_exact_mut(width)
-                    .with_min_len(rows.div_ceil(self.count * PIECES_PER_THREAD))
-                    .enumerate()
-                    .for_each(|(i, row)| f(i, row));
+        let claimed = AtomicUsize::new(0);
+        let share = |thread| Share {
+            thread,
+            items,
+            threads: self.count,
+            claimed: &claimed,
+        };
+        match self.pool(items, cost) {
+            None => f(Share {
+                threads: 1,
+                ..share(0)
             }),
+            Some(pool) => pool.run(&|thread| f(share(thread))),
         }
+    }
+
+    /// Calls `f(row index, row)` for every row of `values: [rows, width]`; a row costs `cost`.
+    pub(crate) fn rows<T, F>(&self, values: &mut [T], width: usize, cost: usize, f: F)
+    where
+        T: Send,
+        F: Fn(usize, &mut [T]) + Sync,
+    {
+        let matrix = Matrix::of(values, width);
+        self.share(matrix.rows, cost, |mut share| {
+            while let Some(rows) = share.claim() {
+                for row in rows {
+                    // Every row is claimed once, which is what `Panel::row` relies on.
+                    f(row, matrix.panel(row..row + 1, 0..width).row(row));
+                }
+            }
+        });
     }
 
     /// As [`Self::rows`] over two matrices of one shape.
@@ -91,59 +106,58 @@ impl Threads {
     ) where
         F: Fn(usize, &mut [f32], &mut [f32]) + Sync,
     {
-        let rows = a.len() / width;
-        match self.pool(rows, cost) {
-            None => {
-                let pairs = a.chunks_exact_mut(width).zip(b.chunks_exact_mut(width));
-                pairs.enumerate().for_each(|(i, (a, b))| f(i, a, b));
-            }
-            Some(pool) => pool.install(|| {
-                a.par_chunks_exact_mut(width)
-                    .zip(b.par_chunks_exact_mut(width))
-                    .with_min_len(rows.div_ceil(self.count * PIECES_PER_THREAD))
-                    .enumerate()
-                    .for_each(|(i, (a, b))| f(i, a, b));
-            }),
-        }
+        assert_eq!(a.len(), b.len(), "matrices of one shape");
+        let b = Matrix::of(b, width);
+        // A row of `a` is claimed once, and with it the same row of `b`.
+        self.rows(a, width, cost, |i, a| {
+            f(i, a, b.panel(i..i + 1, 0..width).row(i));
+        });
     }
 
-    /// Divides `values: [rows, width]` by columns and calls `f` for every panel; a column costs `cost`.
-    /// Panels start at multiples of `align` columns.
+    /// Divides `values: [rows, width]` by columns, in groups of `columns`, which together cost `cost`. Each thread that
+    /// takes part calls `f` with what it uses to claim panels of whole groups.
     pub(crate) fn panels<F>(
         &self,
         values: &mut [f32],
         width: usize,
-        (align, cost): (usize, usize),
+        (columns, cost): (usize, usize),
         f: F,
     ) where
-        F: Fn(Panel<'_>) + Sync,
+        F: Fn(Panels<'_>) + Sync,
     {
-        let rows = values.len() / width;
-        let matrix = Matrix {
-            base: values.as_mut_ptr(),
-            rows,
-            width,
-        };
-        let Some(pool) = self.pool(width, cost) else {
-            return f(Panel {
+        let matrix = Matrix::of(values, width);
+        self.share(width.div_ceil(columns), cost, |share| {
+            f(Panels {
+                share,
                 matrix,
-                columns: 0..width,
-                lifetime: PhantomData,
+                columns,
             });
-        };
-        let columns = width
-            .div_ceil(self.count * PIECES_PER_THREAD)
-            .next_multiple_of(align);
-        pool.install(|| {
-            (0..width.div_ceil(columns)).into_par_iter().for_each(|i| {
-                // The ranges are disjoint, which is what `Panel::row` relies on.
-                let columns = i * columns..((i + 1) * columns).min(width);
-                f(Panel {
-                    matrix,
-                    columns,
-                    lifetime: PhantomData,
-                });
-            });
+        });
+    }
+
+    /// Divides `values: [rows, width]` into tiles of `rows` rows and `columns` columns, each of which costs `cost`, and
+    /// calls `f(thread, rows, tile)` for each.
+    pub(crate) fn tiles<F>(
+        &self,
+        values: &mut [f32],
+        width: usize,
+        ((rows, columns), cost): ((usize, usize), usize),
+        f: F,
+    ) where
+        F: Fn(usize, Range<usize>, Panel<'_>) + Sync,
+    {
+        let matrix = Matrix::of(values, width);
+        let across = width.div_ceil(columns);
+        let tiles = matrix.rows.div_ceil(rows) * across;
+        self.share(tiles, cost, |mut share| {
+            while let Some(tiles) = share.claim() {
+                for tile in tiles {
+                    let (row, column) = (tile / across * rows, tile % across * columns);
+                    let columns = column..(column + columns).min(width);
+                    let rows = row..(row + rows).min(matrix.rows);
+                    f(share.thread(), rows.clone(), matrix.panel(rows, columns));
+                }
+            }
         });
     }
 
@@ -154,45 +168,93 @@ impl Threads {
         cost: usize,
         f: impl Fn(usize) -> T + Send + Sync,
     ) -> Vec<T> {
-        match self.pool(items, cost) {
-            None => (0..items).map(f).collect(),
-            Some(pool) => pool.install(|| (0..items).into_par_iter().map(f).collect()),
-        }
+        let mut results: Vec<Option<T>> = (0..items).map(|_| None).collect();
+        self.rows(&mut results, 1, cost, |i, result| result[0] = Some(f(i)));
+        let results = results.into_iter();
+        results
+            .map(|result| result.expect("every row was visited"))
+            .collect()
     }
 
     /// The pool, if `items` of `cost` each are worth waking it.
-    fn pool(&self, items: usize, cost: usize) -> Option<&ThreadPool> {
+    fn pool(&self, items: usize, cost: usize) -> Option<&Pool> {
         let worth = items > 1 && items.saturating_mul(cost) >= self.inline_cost;
         self.pool.as_ref().filter(|_| worth)
     }
 }
 
-/// Starts `count` named threads and waits until each is pinned.
-fn start_pool(count: usize, cores: Option<&[usize]>) -> Result<ThreadPool, String> {
-    let refused = Arc::new(Mutex::new(None));
-    let mut builder = ThreadPoolBuilder::new()
-        .num_threads(count)
-        .thread_name(|i| format!("cpu-{i}"));
-    if let Some(cores) = cores {
-        let (cores, refused) = (cores.to_vec(), Arc::clone(&refused));
-        builder = builder.start_handler(move |i| {
-            if let Err(reason) = pin(&[cores[i % cores.len()]]) {
-                refused
-                    .lock()
-                    .expect("no holder panics")
-                    .get_or_insert(reason);
+/// One thread's way to its share of some items.
+#[derive(Debug)]
+pub(crate) struct Share<'a> {
+    thread: usize,
+    items: usize,
+    threads: usize,
+    claimed: &'a AtomicUsize,
+}
+
+impl Share<'_> {
+    /// Index of the thread, below [`Threads::count`]. Two callers may have the same.
+    pub(crate) fn thread(&self) -> usize {
+        self.thread
+    }
+
+    /// The next items that are this thread's; `None` when all are claimed. First many and in the end few, so that
+    /// threads end together even where one was interrupted.
+    pub(crate) fn claim(&mut self) -> Option<Range<usize>> {
+        let mut start = self.claimed.load(Ordering::Relaxed);
+        loop {
+            let left = self.items - start;
+            if left == 0 {
+                return None;
             }
-        });
+            let count = (left / (2 * self.threads)).max(1);
+            let count = if self.threads == 1 { left } else { count };
+            match self.claimed.compare_exchange_weak(
+                start,
+                start + count,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Some(start..start + count),
+                Err(now) => start = now,
+            }
+        }
     }
-    let pool = builder
-        .build()
-        .map_err(|e| format!("starting {count} threads: {e}"))?;
-    // Every thread has run its start handler once it has answered.
-    pool.broadcast(|_| ());
-    match refused.lock().expect("no holder panics").take() {
-        Some(reason) => Err(reason),
-        None => Ok(pool),
+}
+
+/// One thread's way to its panels of a matrix.
+#[derive(Debug)]
+pub(crate) struct Panels<'a> {
+    share: Share<'a>,
+    matrix: Matrix<f32>,
+    columns: usize,
+}
+
+impl Panels<'_> {
+    /// Index of the thread.
+    pub(crate) fn thread(&self) -> usize {
+        self.share.thread()
     }
+
+    /// The next panel that is this thread's.
+    pub(crate) fn claim(&mut self) -> Option<Panel<'_>> {
+        let groups = self.share.claim()?;
+        let end = (groups.end * self.columns).min(self.matrix.width);
+        let rows = 0..self.matrix.rows;
+        Some(self.matrix.panel(rows, groups.start * self.columns..end))
+    }
+}
+
+/// Starts all threads but the caller, and pins them.
+fn start_pool(count: usize, cores: Option<&[usize]>) -> Result<Pool, String> {
+    let cores = cores.map(<[usize]>::to_vec);
+    // Threads that share cores must not keep each other from working by looking out for work.
+    let there_are = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let eager = count <= cores.as_ref().map_or(there_are, Vec::len);
+    Pool::start(count - 1, eager, move |i| match &cores {
+        Some(cores) => pin(&[cores[i % cores.len()]]),
+        None => Ok(()),
+    })
 }
 
 /// Confines the calling thread to `cores`.
@@ -210,41 +272,76 @@ fn pin(cores: &[usize]) -> Result<(), String> {
     sched_setaffinity(None, &set).map_err(|e| format!("pinning a thread to {cores:?}: {e}"))
 }
 
-/// A mutable matrix that several threads write to, each its own columns.
-#[derive(Clone, Copy, Debug)]
-struct Matrix {
-    base: *mut f32,
+/// A mutable matrix that several threads write to, each its own rows or columns.
+#[derive(Debug)]
+struct Matrix<T> {
+    base: *mut T,
     rows: usize,
     width: usize,
 }
 
-#[expect(unsafe_code, reason = "threads write disjoint columns of one matrix")]
-// SAFETY: the pointer comes from a `&mut [f32]` held for the whole of `Threads::panels`, and is used only
-// through `Panel`, whose column ranges are disjoint.
-unsafe impl Sync for Matrix {}
+impl<T> Matrix<T> {
+    fn of(values: &mut [T], width: usize) -> Self {
+        Self {
+            base: values.as_mut_ptr(),
+            rows: values.len() / width,
+            width,
+        }
+    }
 
-/// Some columns of a matrix, in the hands of one thread.
-#[derive(Debug)]
-pub(crate) struct Panel<'a> {
-    matrix: Matrix,
-    columns: Range<usize>,
-    lifetime: PhantomData<&'a mut [f32]>,
+    /// For one thread. Whoever asks for several keeps what is used of them disjoint.
+    fn panel<'a>(self, rows: Range<usize>, columns: Range<usize>) -> Panel<'a, T> {
+        assert!(
+            rows.end <= self.rows && columns.end <= self.width,
+            "rows {rows:?} and columns {columns:?} of [{}, {}]",
+            self.rows,
+            self.width
+        );
+        Panel {
+            matrix: self,
+            rows,
+            columns,
+            lifetime: PhantomData,
+        }
+    }
 }
 
-impl Panel<'_> {
+impl<T> Clone for Matrix<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Matrix<T> {}
+
+#[expect(unsafe_code, reason = "threads write disjoint parts of one matrix")]
+// SAFETY: the pointer comes from a `&mut [T]` held for the whole of `Threads::rows` or `Threads::panels`, and is
+// used only through `Panel`s, of which each thread uses rows or columns that no other does.
+unsafe impl<T: Send> Sync for Matrix<T> {}
+
+/// Some rows and columns of a matrix, in the hands of one thread.
+#[derive(Debug)]
+pub(crate) struct Panel<'a, T = f32> {
+    matrix: Matrix<T>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    lifetime: PhantomData<&'a mut [T]>,
+}
+
+impl<T> Panel<'_, T> {
     /// Its columns in the whole matrix.
     pub(crate) fn columns(&self) -> Range<usize> {
         self.columns.clone()
     }
 
-    /// Rows of the matrix.
-    pub(crate) fn rows(&self) -> usize {
-        self.matrix.rows
+    /// Its rows in the whole matrix.
+    pub(crate) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
     }
 
-    /// The panel's part of a row.
-    pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
-        assert!(row < self.matrix.rows, "row {row} of {}", self.matrix.rows);
+    /// The panel's part of a row of the matrix.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(self.rows.contains(&row), "row {row} of {:?}", self.rows);
         let start = row * self.matrix.width + self.columns.start;
         #[expect(
             unsafe_code,
@@ -256,8 +353,8 @@ impl Panel<'_> {
             unsafe_code,
             reason = "a panel is a strided view, which slices cannot express"
         )]
-        // SAFETY: `row < rows` and `columns.end <= width`, so the range lies in the slice that `base` was
-        // taken from; no other panel has these columns, and `&mut self` keeps this one's rows apart.
+        // SAFETY: `rows` and `columns` are within the matrix, so the range lies in the slice that `base` was
+        // taken from; no other thread has these columns of this row, and `&mut self` keeps this one's rows apart.
         unsafe {
             std::slice::from_raw_parts_mut(first, self.columns.len())
         }
@@ -286,16 +383,18 @@ mod tests {
                 .find(|&core| mine.is_set(core))
                 .unwrap();
             let threads = Threads::start(2, Some(&[core])).unwrap();
-            let seen = threads.pool.unwrap().broadcast(|context| {
+            let came = AtomicUsize::new(0);
+            threads.pool.unwrap().run(&|index| {
                 let set = rustix::thread::sched_getaffinity(None).unwrap();
-                let name = std::thread::current().name().unwrap().to_owned();
-                (
-                    set.count(),
-                    set.is_set(core),
-                    name == format!("cpu-{}", context.index()),
-                )
+                assert_eq!((set.count(), set.is_set(core)), (1, true));
+                if index > 0 {
+                    assert_eq!(std::thread::current().name(), Some("cpu-1"));
+                }
+                came.fetch_or(1 << index, Ordering::SeqCst);
+                while index == 0 && came.load(Ordering::SeqCst) < 3 {
+                    std::thread::yield_now();
+                }
             });
-            assert_eq!(seen, [(1, true, true); 2]);
             rustix::thread::sched_getaffinity(None).unwrap().count()
         });
         assert_eq!(core.join().unwrap(), 1);
@@ -311,11 +410,14 @@ mod tests {
                 threads.rows(&mut values, width, 1, |i, row| {
                     row.fill((i + 1) as f32 + row[0]);
                 });
-                threads.panels(&mut values, width, (16, 1), |mut panel| {
-                    assert_eq!(panel.columns().start % 16, 0);
-                    for row in 0..panel.rows() {
-                        for value in panel.row(row) {
-                            *value += 1.0;
+                threads.panels(&mut values, width, (16, 1), |mut panels| {
+                    assert!(panels.thread() < count);
+                    while let Some(mut panel) = panels.claim() {
+                        assert_eq!(panel.columns().start % 16, 0);
+                        for row in panel.rows() {
+                            for value in panel.row(row) {
+                                *value += 1.0;
+                            }
                         }
                     }
                 });

@@ -1,55 +1,54 @@
-//! A weight matrix: views of stored bytes, stacked by rows.
+//! A weight: a packed matrix, or a vector as it was stored.
 //!
-//! Weights usually stay where they are, in a memory map of the checkpoint. Copies are made only of
-//! what cannot be read in place: another element type is wanted, the bytes are not aligned to
-//! their elements, or a vector comes in several pieces.
+//! Matrices are packed when they are loaded, whatever they are stored as; what uses vectors (norms, biases) reads
+//! them in order. Invariant: a loaded weight keeps nothing of the checkpoint's bytes.
 
 use super::element::{Stored, by_element};
+use super::packed::Packed;
+use super::threads::Threads;
 use crate::backend::{DeviceError, Element, HostMatrix};
 use bytes::Bytes;
-
-/// Progress is reported about this often.
-const PROGRESS_BYTES: usize = 1 << 20;
-const PAGE: usize = 4096;
 
 /// A matrix `[rows, cols]`, or a vector.
 #[derive(Debug)]
 pub struct CpuWeight {
-    /// Stacked by rows; all of `element`.
-    parts: Vec<HostMatrix>,
+    values: Values,
     element: Element,
     rows: usize,
     cols: usize,
 }
 
+/// What a weight is made of.
+#[derive(Debug)]
+pub(crate) enum Values {
+    /// Of parts that are matrices.
+    Matrix(Packed),
+    /// Of parts that have one row or one column each: aligned, without gaps.
+    Vector(Bytes),
+}
+
 impl CpuWeight {
     /// Stacks `parts`. Vectors `[1, n]` of different lengths make one vector `[1, sum]`.
-    pub(crate) fn load(parts: &[HostMatrix], store: Element) -> Result<Self, DeviceError> {
+    pub(crate) fn load(
+        threads: &Threads,
+        parts: &[HostMatrix],
+        store: Element,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self, DeviceError> {
         let failed = |reason: String| DeviceError::Failed {
             device: "cpu".into(),
             reason,
         };
         let (rows, cols) = stacked_shape(parts).map_err(failed)?;
-        let first = &parts[0];
-        let vectors = are_vectors(parts);
-
-        let scattered = parts.len() > 1 || first.row_stride != first.cols;
-        let parts = if vectors && scattered {
-            vec![by_element!(store, E => gathered::<E>(parts))]
+        let values = if are_vectors(parts) {
+            let vector = by_element!(store, E => gathered::<E>(parts));
+            progress((rows * cols * store.bytes()) as u64);
+            Values::Vector(vector)
         } else {
-            let as_stored = |p: &HostMatrix| {
-                let in_place = p.element == store
-                    && by_element!(store, E => bytemuck::try_cast_slice::<u8, E>(&p.data).is_ok());
-                if in_place {
-                    p.clone()
-                } else {
-                    by_element!(store, E => gathered::<E>(std::slice::from_ref(p)))
-                }
-            };
-            parts.iter().map(as_stored).collect()
+            Values::Matrix(Packed::pack(threads, parts, (store, rows, cols), progress)?)
         };
         Ok(Self {
-            parts,
+            values,
             element: store,
             rows,
             cols,
@@ -71,48 +70,39 @@ impl CpuWeight {
         self.element
     }
 
-    /// One row. `[cols]`
-    #[inline]
-    pub(crate) fn row<E: Stored>(&self, row: usize) -> &[E] {
-        let mut row = row;
-        let mut parts = self.parts.iter();
-        let part = loop {
-            let part = parts.next().expect("the row is below `rows`");
-            match row.checked_sub(part.rows) {
-                Some(rest) => row = rest,
-                None => break part,
+    /// What it is made of.
+    pub(crate) fn values(&self) -> &Values {
+        &self.values
+    }
+
+    /// Copies one row. `[cols]`
+    pub(crate) fn read_row(&self, row: usize, out: &mut [f32]) {
+        match &self.values {
+            Values::Matrix(packed) => {
+                by_element!(self.element, E => packed.read_row::<E>(row, out));
             }
-        };
-        &elements::<E>(part)[row * part.row_stride..][..part.cols]
+            Values::Vector(_) => by_element!(self.element, E => {
+                let values = &self.vector::<E>()[row * self.cols..][..self.cols];
+                for (to, from) in out.iter_mut().zip(values) {
+                    *to = from.widen();
+                }
+            }),
+        }
     }
 
     /// All elements of a vector. `[rows * cols]`
     ///
     /// # Panics
-    /// If it is not stored as `E`, or is a matrix with gaps.
+    /// If it is not stored as `E`, or is a matrix.
     #[inline]
     pub(crate) fn vector<E: Stored>(&self) -> &[E] {
-        let [part] = self.parts.as_slice() else {
+        let Values::Vector(values) = &self.values else {
             panic!("a matrix in the place of a vector")
         };
-        assert!(
-            part.rows == 1 || part.row_stride == part.cols,
-            "a matrix in the place of a vector"
-        );
-        &elements::<E>(part)[..part.rows * part.cols]
+        let stored = self.element;
+        assert!(stored == E::ELEMENT, "{stored:?} read as {:?}", E::ELEMENT);
+        bytemuck::cast_slice(values)
     }
-}
-
-/// The elements of a part that is known to be aligned.
-#[inline]
-fn elements<E: Stored>(part: &HostMatrix) -> &[E] {
-    assert!(
-        part.element == E::ELEMENT,
-        "{:?} read as {:?}",
-        part.element,
-        E::ELEMENT
-    );
-    bytemuck::cast_slice(&part.data)
 }
 
 /// Whether the bytes are what the shape says.
@@ -162,30 +152,9 @@ pub(crate) fn stacked_shape(parts: &[HostMatrix]) -> Result<(usize, usize), Stri
     }
 }
 
-/// Reads one byte of each page of `part`, so that loading is over when it says so and not during the first
-/// step. `progress` gets the bytes passed, as `store`.
-pub(crate) fn touch(part: &HostMatrix, store: Element, progress: &mut dyn FnMut(u64)) {
-    let width = part.element.bytes();
-    let mut passed = 0;
-    for row in 0..part.rows {
-        let start = row * part.row_stride * width;
-        for page in part.data[start..start + part.cols * width].chunks(PAGE) {
-            std::hint::black_box(page[0]);
-        }
-        passed += part.cols * store.bytes();
-        if passed >= PROGRESS_BYTES {
-            progress(passed as u64);
-            passed = 0;
-        }
-    }
-    progress(passed as u64);
-}
-
 /// A copy of `parts`, one after the other without gaps, stored as `E`.
-fn gathered<E: Stored>(parts: &[HostMatrix]) -> HostMatrix {
-    let cols = parts[0].cols;
-    let total = parts.iter().map(|p| p.rows * p.cols).sum();
-    let mut all = Vec::<E>::with_capacity(total);
+fn gathered<E: Stored>(parts: &[HostMatrix]) -> Bytes {
+    let mut all = Vec::<E>::with_capacity(parts.iter().map(|p| p.rows * p.cols).sum());
     for part in parts {
         by_element!(part.element, From => {
             let width = size_of::<From>();
@@ -198,18 +167,7 @@ fn gathered<E: Stored>(parts: &[HostMatrix]) -> HostMatrix {
             }
         });
     }
-    let (rows, cols) = if total % cols == 0 {
-        (total / cols, cols)
-    } else {
-        (1, total)
-    };
-    HostMatrix {
-        data: Bytes::from_owner(Elements(all)),
-        element: E::ELEMENT,
-        rows,
-        cols,
-        row_stride: cols,
-    }
+    Bytes::from_owner(Elements(all))
 }
 
 /// Elements as the owner of their bytes; unlike `Vec<u8>`, aligned.
@@ -226,47 +184,51 @@ mod tests {
     use super::*;
     use crate::testing::{ELEMENTS, Rng, host_matrix, rounded};
 
-    #[test]
-    fn bytes_that_can_be_read_in_place_are_not_copied() {
-        let element = Element::Bf16;
-        let data = Bytes::from_owner(Elements(vec![half::bf16::ONE; 40]));
-        let at = data.as_ptr();
-        let part = HostMatrix {
-            data,
-            element,
-            rows: 4,
-            cols: 7,
-            row_stride: 11,
-        };
-        let weight = CpuWeight::load(&[part], element).unwrap();
-        assert_eq!(weight.row::<half::bf16>(0).as_ptr().cast(), at);
-        assert_eq!(weight.row::<half::bf16>(3), [half::bf16::ONE; 7]);
+    fn load(parts: &[HostMatrix], store: Element) -> Result<CpuWeight, DeviceError> {
+        let threads = Threads::start(1, None).unwrap();
+        CpuWeight::load(&threads, parts, store, &mut |_| ())
     }
 
     #[test]
     fn rows_are_the_stored_values_whatever_the_alignment_and_type() {
         let mut rng = Rng::new(10);
+        let mut threads = Threads::start(3, None).unwrap();
+        threads.inline_cost = 0;
         for stored in ELEMENTS {
             for store in ELEMENTS {
-                let (rows, cols) = (rng.within(2..9), rng.within(2..40));
+                let (rows, cols) = (rng.within(1..60), rng.within(1..90));
                 let values = rng.values(rows * cols);
                 let parts = [
                     host_matrix(&mut rng, &values, cols, stored),
                     host_matrix(&mut rng, &values, cols, stored),
                 ];
-                let weight = CpuWeight::load(&parts, store).unwrap();
+                let mut bytes = 0;
+                let weight =
+                    CpuWeight::load(&threads, &parts, store, &mut |done| bytes += done).unwrap();
                 assert_eq!((weight.rows(), weight.cols()), (2 * rows, cols));
+                assert_eq!(bytes, (2 * rows * cols * store.bytes()) as u64);
                 let expected = rounded(&rounded(&values, stored), store);
                 for row in 0..2 * rows {
-                    let expected = &expected[row % rows * cols..][..cols];
-                    by_element!(store, E => {
-                        let row: Vec<f32> =
-                            weight.row::<E>(row).iter().map(|value| value.widen()).collect();
-                        assert_eq!(row, expected);
-                    });
+                    let mut found = vec![f32::NAN; cols];
+                    weight.read_row(row, &mut found);
+                    assert_eq!(found, expected[row % rows * cols..][..cols]);
                 }
             }
         }
+    }
+
+    /// Biases of query, key and value projections with as many heads.
+    #[test]
+    fn vectors_of_one_length_are_one_vector() {
+        let mut rng = Rng::new(11);
+        let parts = [(); 3].map(|()| {
+            let values = rng.values(24);
+            (host_matrix(&mut rng, &values, 24, Element::F32), values)
+        });
+        let matrices = parts.each_ref().map(|(matrix, _)| matrix.clone());
+        let weight = load(&matrices, Element::F32).unwrap();
+        let expected: Vec<f32> = parts.into_iter().flat_map(|(_, values)| values).collect();
+        assert_eq!(weight.vector::<f32>(), expected);
     }
 
     #[test]
@@ -287,12 +249,12 @@ mod tests {
             (1, 0, 5),
             (usize::MAX, 5, usize::MAX),
         ] {
-            let refused = CpuWeight::load(&[part(rows, cols, stride)], Element::F32);
+            let refused = load(&[part(rows, cols, stride)], Element::F32);
             assert!(refused.is_err(), "[{rows}, {cols}] by {stride}");
         }
-        assert!(CpuWeight::load(&[], Element::F32).is_err());
-        assert!(CpuWeight::load(&[part(1, 5, 5), part(2, 2, 3)], Element::F32).is_err());
-        assert!(CpuWeight::load(&[part(1, 5, 5), part(2, 2, 3)], Element::Bf16).is_err());
-        assert!(CpuWeight::load(&[part(1, 5, 9)], Element::F32).is_ok());
+        assert!(load(&[], Element::F32).is_err());
+        assert!(load(&[part(1, 5, 5), part(2, 2, 3)], Element::F32).is_err());
+        assert!(load(&[part(1, 5, 5), part(2, 2, 3)], Element::Bf16).is_err());
+        assert!(load(&[part(1, 5, 9)], Element::F32).is_ok());
     }
 }

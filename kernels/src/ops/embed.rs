@@ -22,19 +22,18 @@ pub(crate) fn embed(
         (tokens.len(), table.cols()),
         "out is [tokens, width]"
     );
-    by_element!(table.element(), E => {
-        let scale = E::narrow(scale).widen();
-        cpu.threads.rows(out.values_mut(), width, width, |t, row| {
-            let index = tokens[t].checked_sub(first_token).map(|index| index as usize);
-            match index.filter(|&index| index < table.rows()) {
-                Some(index) => {
-                    for (to, from) in row.iter_mut().zip(table.row::<E>(index)) {
-                        *to = scale * from.widen();
-                    }
-                }
-                None => row.fill(0.0),
+    let scale = by_element!(table.element(), E => E::narrow(scale).widen());
+    cpu.threads.rows(out.values_mut(), width, width, |t, row| {
+        let index = tokens[t]
+            .checked_sub(first_token)
+            .map(|index| index as usize);
+        match index.filter(|&index| index < table.rows()) {
+            Some(index) => {
+                table.read_row(index, row);
+                row.iter_mut().for_each(|value| *value *= scale);
             }
-        });
+            None => row.fill(0.0),
+        }
     });
 }
 

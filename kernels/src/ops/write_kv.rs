@@ -129,9 +129,9 @@ mod tests {
             let heads = Heads {
                 local_heads: 3,
                 local_kv_heads: 2,
-                head_dim: rng.within(1..20),
+                head_dim: rng.pick(&[1, 7, 16, 20, 32]),
             };
-            let (dim, block_size) = (heads.head_dim, rng.within(1..9));
+            let (dim, block_size) = (heads.head_dim, rng.pick(&[1, 5, 8, 16, 32]));
             let layout = KvLayout {
                 layers: 3,
                 blocks: 4,
@@ -155,11 +155,10 @@ mod tests {
             let stored = |layer: usize, slot: u32, head: usize| -> (Vec<f32>, Vec<f32>) {
                 let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
                 by_element!(element, E => {
-                    let (keys, values) = cache.layer::<E>(layer).head(block, head);
-                    let part = |all: &[E]| {
-                        all[offset * dim..][..dim].iter().map(|value| value.widen()).collect()
-                    };
-                    (part(keys), part(values))
+                    let blocks = cache.layer::<E>(layer);
+                    let key = (0..dim).map(|d| blocks.key((block, head), offset, d).widen());
+                    let values = blocks.values((block, head), offset, 1);
+                    (key.collect(), values.iter().map(|value| value.widen()).collect())
                 })
             };
             for head in 0..2 {

@@ -6,12 +6,13 @@
     reason = "intrinsics need a CPU that has them; the type is the proof"
 )]
 
-use super::{Kernel, LANES, Simd};
+use super::{CELL, Kernel, LANES, Simd};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m128i, __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehdup_ps, _mm_movehl_ps,
-    _mm256_add_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_set1_ps, _mm256_slli_epi32,
+    __m128i, __m256, __m256i, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehdup_ps,
+    _mm_movehl_ps, _mm_prefetch, _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128,
+    _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps,
+    _mm256_fmadd_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32,
 };
 
 /// Proof of AVX2, FMA and F16C.
@@ -30,6 +31,7 @@ impl Avx2 {
     /// Runs `kernel` compiled for these instructions.
     #[inline]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
         #[target_feature(enable = "avx2,fma,f16c")]
         fn compiled<K: Kernel>(kernel: K, simd: Avx2) -> K::Output {
             kernel.run(simd)
@@ -46,6 +48,23 @@ fn widen_bf16(values: &[bf16; LANES]) -> [__m256; 2] {
     let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves[0]));
     let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves[1]));
     [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn cell_bf16(values: &[bf16; CELL]) -> [[__m256; 2]; 2] {
+    let pairs: [__m256i; 2] = bytemuck::cast(*values);
+    let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+    [
+        [
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[0])),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[1])),
+        ],
+        [
+            _mm256_castsi256_ps(_mm256_and_si256(pairs[0], high)),
+            _mm256_castsi256_ps(_mm256_and_si256(pairs[1], high)),
+        ],
+    ]
 }
 
 #[inline]
@@ -79,8 +98,8 @@ pub(super) fn sum(halves: [__m256; 2]) -> f32 {
 impl Simd for Avx2 {
     type Vector = [__m256; 2];
 
-    // 8 registers of accumulators, 4 of weights, 2 of inputs: 14 of 16.
-    const TILE: (usize, usize) = (2, 2);
+    // 12 registers of sums, 2 of weights, 1 of inputs: 15 of 16.
+    const TILE: (usize, usize) = (6, 1);
 
     #[inline(always)]
     fn splat(self, value: f32) -> [__m256; 2] {
@@ -103,6 +122,23 @@ impl Simd for Avx2 {
     fn load_f16(self, values: &[f16; LANES]) -> [__m256; 2] {
         // SAFETY: `self` proves that the CPU has AVX2 and F16C.
         unsafe { widen_f16(values) }
+    }
+
+    #[inline(always)]
+    fn cell_bf16(self, values: &[bf16; CELL]) -> [[__m256; 2]; 2] {
+        // SAFETY: `self` proves that the CPU has AVX2.
+        unsafe { cell_bf16(values) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, at: &T) {
+        // SAFETY: a prefetch reads nothing, and every CPU with AVX2 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) }
+    }
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
     }
 
     #[inline(always)]

@@ -6,11 +6,12 @@
     reason = "intrinsics need a CPU that has them; the type is the proof"
 )]
 
-use super::{Kernel, LANES, Simd, avx2};
+use super::{CELL, Kernel, LANES, Simd, avx2};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m256i, __m512, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
-    _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+    __m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_castps512_ps256,
+    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
+    _mm512_fmadd_ps, _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
@@ -34,6 +35,7 @@ impl Avx512 {
     /// Runs `kernel` compiled for these instructions.
     #[inline]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
         fn compiled<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
             kernel.run(simd)
@@ -48,6 +50,19 @@ impl Avx512 {
 fn widen_bf16(values: &[bf16; LANES]) -> __m512 {
     let bits: __m256i = bytemuck::cast(*values);
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn cell_bf16(values: &[bf16; CELL]) -> [__m512; 2] {
+    let words: [i32; LANES] = bytemuck::cast(*values);
+    // SAFETY: the array covers 16 words.
+    let pairs = unsafe { _mm512_loadu_epi32(words.as_ptr()) };
+    let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    [
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+        _mm512_castsi512_ps(_mm512_and_si512(pairs, high)),
+    ]
 }
 
 #[inline]
@@ -68,8 +83,8 @@ fn sum(lanes: __m512) -> f32 {
 impl Simd for Avx512 {
     type Vector = __m512;
 
-    // 24 accumulators, 4 vectors of weights and 1 of inputs: 29 of 32 registers.
-    const TILE: (usize, usize) = (6, 4);
+    // 28 sums, 2 vectors of weights, 1 of inputs: 31 of 32 registers.
+    const TILE: (usize, usize) = (14, 2);
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -93,6 +108,23 @@ impl Simd for Avx512 {
     fn load_f16(self, values: &[f16; LANES]) -> __m512 {
         // SAFETY: `self` proves that the CPU has AVX-512.
         unsafe { widen_f16(values) }
+    }
+
+    #[inline(always)]
+    fn cell_bf16(self, values: &[bf16; CELL]) -> [__m512; 2] {
+        // SAFETY: `self` proves that the CPU has AVX-512.
+        unsafe { cell_bf16(values) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, at: &T) {
+        // SAFETY: a prefetch reads nothing, and every CPU with AVX-512 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) }
+    }
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
     }
 
     #[inline(always)]

@@ -12,16 +12,21 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod dot;
+mod panel;
 mod portable;
-mod tile;
 
-pub(crate) use tile::{dot, tile};
+pub(crate) use dot::dot;
+pub(crate) use panel::{by_rows, panel, tiles};
 
 use half::{bf16, f16};
 use portable::Portable;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
+
+/// Elements of a cell, the unit of packed matrices: two columns of sixteen rows.
+pub(crate) const CELL: usize = 2 * LANES;
 
 /// Sixteen-lane arithmetic of one instruction set.
 ///
@@ -30,7 +35,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Sixteen f32.
     type Vector: Copy;
 
-    /// Rows and columns of output that [`tile`] can keep in registers at once.
+    /// Rows, and vectors of sixteen outputs, whose sums [`panel()`] can keep in registers at once.
     const TILE: (usize, usize);
 
     /// The same value in all lanes.
@@ -44,6 +49,15 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
     /// Reads and widens half.
     fn load_f16(self, values: &[f16; LANES]) -> Self::Vector;
+
+    /// Reads and widens a cell of bfloat16, `[16][2]`: the first of each pair, and the second.
+    fn cell_bf16(self, values: &[bf16; CELL]) -> [Self::Vector; 2];
+
+    /// Asks for the cache line of `at`, to be read some time later.
+    fn prefetch<T>(self, at: &T);
+
+    /// Runs `kernel` as a function of its own: what has many variants would be too large for the compiler in one.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
 
     /// Lanes in memory order.
     fn to_array(self, vector: Self::Vector) -> [f32; LANES];

@@ -2,7 +2,7 @@
 //!
 //! No intrinsics, no unsafe code. Compiles everywhere; on aarch64 it becomes NEON.
 
-use super::{LANES, Simd};
+use super::{CELL, Kernel, LANES, Simd};
 use crate::cpu::element::Stored;
 use half::{bf16, f16};
 
@@ -14,7 +14,7 @@ impl Simd for Portable {
     type Vector = [f32; LANES];
 
     // Sixteen lanes take four of the (at least sixteen) 128-bit registers.
-    const TILE: (usize, usize) = (1, 2);
+    const TILE: (usize, usize) = (2, 1);
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::Vector {
@@ -34,6 +34,21 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_f16(self, values: &[f16; LANES]) -> Self::Vector {
         values.map(Stored::widen)
+    }
+
+    #[inline(always)]
+    fn cell_bf16(self, values: &[bf16; CELL]) -> [Self::Vector; 2] {
+        [0, 1].map(|second| std::array::from_fn(|i| values[2 * i + second].widen()))
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, _at: &T) {
+        // The language has no portable one, and the CPU sees the stream by itself.
+    }
+
+    #[inline(never)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
     }
 
     #[inline(always)]

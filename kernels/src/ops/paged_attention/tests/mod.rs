@@ -264,6 +264,56 @@ fn is_the_reference_and_chunked_is_whole_and_batched_is_alone_bit_for_bit() {
     }
 }
 
+/// Long enough for several parts of the keys, which one thread goes through and several share.
+#[test]
+fn the_last_token_of_a_long_sequence_alone_gives_the_bits_of_the_whole() {
+    let mut rng = Rng::new(14);
+    for (case, pair) in backends().chunks_exact(2).cycle().take(6).enumerate() {
+        let heads = Heads {
+            local_kv_heads: rng.within(1..3),
+            local_heads: 0,
+            head_dim: rng.pick(&[16, 20, 48]),
+        };
+        let heads = Heads {
+            local_heads: heads.local_kv_heads * rng.within(1..4),
+            ..heads
+        };
+        let lengths = [3 + rng.within(0..1600), 3, 1 + rng.within(0..600)];
+        let mut scene = Scene::with_lengths(&mut rng, heads, &lengths);
+        scene.attention.sliding_window = rng.pick(&[None, None, Some(530)]);
+        println!(
+            "case {case}: {:?} {:?} {lengths:?}",
+            scene.layout, scene.attention
+        );
+        let whole = scene.whole((&pair[0], attend));
+        for s in [0, 2] {
+            assert_close(&whole[s], &scene.reference(s), 2e-5, 2e-5);
+        }
+        for (on, together) in [(0, false), (1, false), (1, true)] {
+            let on = (&pair[on], attend as Attend<CpuBackend>);
+            let mut cache = scene.dirty_cache(on.0);
+            let mut outputs = vec![Vec::new(); lengths.len()];
+            let last = |s: usize| (s, lengths[s] - 1..lengths[s]);
+            let before: Vec<_> = (0..3).map(|s| (s, 0..lengths[s] - 1)).collect();
+            let before: Vec<_> = before
+                .into_iter()
+                .filter(|(_, part)| !part.is_empty())
+                .collect();
+            scene.step(on, &before, &mut cache, &mut outputs);
+            if together {
+                scene.step(on, &[last(0), last(1), last(2)], &mut cache, &mut outputs);
+            } else {
+                for s in 0..3 {
+                    scene.step(on, &[last(s)], &mut cache, &mut outputs);
+                }
+            }
+            for (a, b) in whole.iter().zip(&outputs) {
+                assert_eq!(bits(a), bits(b));
+            }
+        }
+    }
+}
+
 #[test]
 fn scores_far_apart_do_not_overflow() {
     let mut rng = Rng::new(13);

@@ -1,19 +1,35 @@
 //! `out = x · weightᵀ (+ bias)`.
 //!
 //! `x: [rows, in]`, `weight: [out, in]`, `bias: [out]`, `out: [rows, out]`, f32 sums whatever the weight is
-//! stored as. One row of `x` is limited by how fast weights can be read; many rows by arithmetic, and
-//! then a tile of weight rows is widened once for several rows of `x`.
+//! stored as. Few rows of `x` are limited by how fast weights can be read, and then those of the next block are asked
+//! for while this one is computed with; many rows by arithmetic, and then the blocks of `x` and of weights that are
+//! multiplied stay in the caches.
+//!
+//! Invariant: `out[i][j]` is the sum over blocks of [`BLOCK`] columns, from the first to the last, of the block's
+//! products summed one by one from the first to the last (and then the bias). Nothing else about the shapes,
+//! and nothing about threads, changes a bit.
+
+mod round;
 
 use crate::cpu::element::{Stored, by_element};
-use crate::cpu::simd::{Kernel, Simd, tile};
-use crate::cpu::threads::Panel;
+use crate::cpu::packed::PANEL_ROWS;
+use crate::cpu::scratch::VECTORS;
+use crate::cpu::simd::{Kernel, LANES, Simd, dot};
+use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
+use round::{Round, Turn, add_bias};
+use std::marker::PhantomData;
+use std::ops::Range;
 
-/// Bytes of `x` that are gone through for each tile of weights; they should stay in a core's second-level cache.
-const X_BLOCK_BYTES: usize = 512 << 10;
+/// Columns whose products are summed before they are added to the rest. 32 rows of bfloat16 weights of so many
+/// columns take 32 KiB, which stays in a first-level cache while rows of `x` come by.
+const BLOCK: usize = 512;
 
-/// Columns that panels begin at multiples of: a cache line of `out`.
-const PANEL_ALIGN: usize = 16;
+/// Vectors of a row in a block.
+const BLOCK_VECTORS: usize = BLOCK / LANES;
+
+/// Rows of one block that a thread's memory holds; what is left holds half-filled vectors.
+const MAX_ROWS: usize = VECTORS / BLOCK_VECTORS;
 
 /// The fast path.
 pub(crate) fn linear(
@@ -23,7 +39,7 @@ pub(crate) fn linear(
     bias: Option<&CpuWeight>,
     out: &mut CpuTensor,
 ) {
-    let width = weight.rows();
+    let (rows, width) = (x.rows(), weight.rows());
     assert_eq!(
         x.width(),
         weight.cols(),
@@ -31,130 +47,75 @@ pub(crate) fn linear(
     );
     assert_eq!(
         (out.rows(), out.width()),
-        (x.rows(), width),
+        (rows, width),
         "out is [rows, out]"
     );
-    let cost = x.rows() * x.width();
-    by_element!(weight.element(), E => {
-        cpu.threads.panels(out.values_mut(), width, (PANEL_ALIGN, cost), |mut panel| {
-            let x = Rows { values: x.values(), width: x.width() };
-            cpu.isa.run(Product::<E> { x, weight, panel: &mut panel, stored: std::marker::PhantomData });
-            if let Some(bias) = bias {
-                add_bias(bias, &mut panel);
+    let Values::Matrix(packed) = weight.values() else {
+        return narrow(cpu, x, weight, bias, out);
+    };
+    let blocks = packed.cols().div_ceil(BLOCK);
+    for part in equal_parts(rows, MAX_ROWS) {
+        // All blocks at once where memory allows: threads meet after each round.
+        let at_once = (MAX_ROWS / part.len()).max(1);
+        for first in (0..blocks).step_by(at_once) {
+            let columns = first * BLOCK..((first + at_once) * BLOCK).min(packed.cols());
+            let bias = bias.filter(|_| columns.end == packed.cols());
+            let cost = part.len() * columns.len() * PANEL_ROWS;
+            cpu.threads.panels(out.values_mut(), width, (PANEL_ROWS, cost), |panels| {
+                by_element!(weight.element(), E => {
+                    let mut space = cpu.scratch.of_thread(panels.thread());
+                    let stored = PhantomData::<E>;
+                    let (rows, columns) = (part.clone(), columns.clone());
+                    let round = Round { x, weight: packed, bias, rows, columns, space: &mut space, stored };
+                    cpu.isa.run(Turn { round, panels });
+                });
+            });
+        }
+    }
+}
+
+/// A weight whose parts have one row or one column each, which no model has; it is not packed.
+fn narrow(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    weight: &CpuWeight,
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    struct Dot<'a, E>(&'a [f32], &'a [E]);
+    impl<E: Stored> Kernel for Dot<'_, E> {
+        type Output = f32;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> f32 {
+            dot(simd, self.0, self.1)
+        }
+    }
+    let (width, inputs) = (weight.rows(), weight.cols());
+    cpu.threads
+        .panels(out.values_mut(), width, (1, inputs), |mut panels| {
+            while let Some(mut panel) = panels.claim() {
+                by_element!(weight.element(), E => {
+                    let vector = weight.vector::<E>();
+                    for row in panel.rows() {
+                        let columns = panel.columns();
+                        for (value, column) in panel.row(row).iter_mut().zip(columns) {
+                            let w = &vector[column * inputs..][..inputs];
+                            *value = cpu.isa.run(Dot(x.row(row), w));
+                        }
+                    }
+                });
+                if let Some(bias) = bias {
+                    add_bias(bias, &mut panel);
+                }
             }
         });
-    });
 }
 
-/// Adds the panel's part of `bias` to each row.
-fn add_bias(bias: &CpuWeight, panel: &mut Panel<'_>) {
-    by_element!(bias.element(), E => {
-        let bias = &bias.vector::<E>()[panel.columns()];
-        for row in 0..panel.rows() {
-            for (value, bias) in panel.row(row).iter_mut().zip(bias) {
-                *value += bias.widen();
-            }
-        }
-    });
-}
-
-/// Rows of one length.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    values: &'a [f32],
-    width: usize,
-}
-
-impl<'a> Rows<'a> {
-    #[inline(always)]
-    fn row(self, row: usize) -> &'a [f32] {
-        &self.values[row * self.width..][..self.width]
-    }
-}
-
-/// One panel of `out`.
-struct Product<'a, 'p, E> {
-    x: Rows<'a>,
-    weight: &'a CpuWeight,
-    panel: &'a mut Panel<'p>,
-    stored: std::marker::PhantomData<E>,
-}
-
-impl<E: Stored> Kernel for Product<'_, '_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        let fitting = X_BLOCK_BYTES / (self.x.width * size_of::<f32>());
-        let block = fitting.next_multiple_of(S::TILE.0).max(S::TILE.0);
-        let columns = self.panel.columns();
-        for start in (0..self.panel.rows()).step_by(block) {
-            let rows = start..(start + block).min(self.panel.rows());
-            let mut column = columns.start;
-            // Constant conditions: tiles that an instruction set has no registers for are not compiled for it.
-            while const { S::TILE.1 >= 4 } && column + 4 <= columns.end {
-                self.columns::<S, 4>(simd, rows.clone(), column);
-                column += 4;
-            }
-            while const { S::TILE.1 < 4 } && column + 2 <= columns.end {
-                self.columns::<S, 2>(simd, rows.clone(), column);
-                column += 2;
-            }
-            while column < columns.end {
-                self.columns::<S, 1>(simd, rows.clone(), column);
-                column += 1;
-            }
-        }
-    }
-}
-
-impl<E: Stored> Product<'_, '_, E> {
-    /// `N` columns of `out`, in the largest tiles of rows that are left.
-    #[inline(always)]
-    fn columns<S: Simd, const N: usize>(
-        &mut self,
-        simd: S,
-        rows: std::ops::Range<usize>,
-        column: usize,
-    ) {
-        let mut w: [&[E]; N] = [&[]; N];
-        for (j, w) in w.iter_mut().enumerate() {
-            *w = self.weight.row::<E>(column + j);
-        }
-        let mut row = rows.start;
-        while row < rows.end {
-            let left = rows.end - row;
-            row += if const { S::TILE.0 >= 6 } && left >= 6 {
-                self.tile::<S, 6, N>(simd, row, column, w)
-            } else if const { S::TILE.0 >= 4 } && left >= 4 {
-                self.tile::<S, 4, N>(simd, row, column, w)
-            } else if const { S::TILE.0 >= 2 } && left >= 2 {
-                self.tile::<S, 2, N>(simd, row, column, w)
-            } else {
-                self.tile::<S, 1, N>(simd, row, column, w)
-            };
-        }
-    }
-
-    /// `M` rows and `N` columns of `out`; says how many rows that were.
-    #[inline(always)]
-    fn tile<S: Simd, const M: usize, const N: usize>(
-        &mut self,
-        simd: S,
-        row: usize,
-        column: usize,
-        w: [&[E]; N],
-    ) -> usize {
-        let mut x: [&[f32]; M] = [&[]; M];
-        for (i, x) in x.iter_mut().enumerate() {
-            *x = self.x.row(row + i);
-        }
-        let first = column - self.panel.columns().start;
-        for (i, sums) in tile(simd, x, w).iter().enumerate() {
-            self.panel.row(row + i)[first..first + N].copy_from_slice(sums);
-        }
-        M
-    }
+/// `0..length` in as few parts of at most `most` as there can be, none more than one longer than another.
+fn equal_parts(length: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let parts = length.div_ceil(most);
+    (0..parts).map(move |part| part * length / parts..(part + 1) * length / parts)
 }
 
 /// On the GPU: cuBLASLt's product, the bias added where the sums are.

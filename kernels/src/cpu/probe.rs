@@ -1,0 +1,103 @@
+//! What this machine can do at most, for measurements to be compared with: products that need no memory, and memory
+//! that is read for nothing. No clock: whoever calls it has one.
+
+use super::simd::{CELL, Kernel, LANES, Simd};
+use super::weight::Values;
+use super::{CpuBackend, CpuWeight};
+use std::hint::black_box;
+
+/// Independent sums: enough to hide what one product takes, and not more than there are registers for.
+const SUMS: usize = 12;
+const FEW_SUMS: usize = 5;
+
+impl CpuBackend {
+    /// Multiplies and adds in registers, `rounds` times on each thread, and says how many multiply-adds that were on all.
+    pub fn multiply_in_registers(&self, rounds: usize) -> u64 {
+        let count = std::sync::atomic::AtomicU64::new(0);
+        self.threads.rows(
+            &mut vec![0.0; self.threads.count()],
+            1,
+            usize::MAX >> 16,
+            |_, _| {
+                let done = self.isa.run(Registers { rounds });
+                count.fetch_add(done, std::sync::atomic::Ordering::Relaxed);
+            },
+        );
+        count.into_inner()
+    }
+
+    /// Reads a matrix once, on all threads, and says how many bytes that were.
+    ///
+    /// # Panics
+    /// If it is a vector.
+    pub fn read_weight(&self, weight: &CpuWeight) -> u64 {
+        let Values::Matrix(packed) = weight.values() else {
+            panic!("a vector in the place of a matrix")
+        };
+        let bytes = packed.as_bytes();
+        let lines = bytes.as_chunks::<{ 2 * CELL }>().0;
+        self.threads.share(lines.len(), 2 * CELL, |mut share| {
+            while let Some(claimed) = share.claim() {
+                black_box(self.isa.run(Lines(&lines[claimed])));
+            }
+        });
+        bytes.len() as u64
+    }
+}
+
+struct Registers {
+    rounds: usize,
+}
+
+impl Kernel for Registers {
+    /// Multiply-adds.
+    type Output = u64;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> u64 {
+        if const { S::TILE.0 * S::TILE.1 > SUMS } {
+            in_registers::<S, SUMS>(simd, self.rounds)
+        } else {
+            in_registers::<S, FEW_SUMS>(simd, self.rounds)
+        }
+    }
+}
+
+#[inline(always)]
+fn in_registers<S: Simd, const N: usize>(simd: S, rounds: usize) -> u64 {
+    let (a, b) = (simd.splat(black_box(0.999)), simd.splat(black_box(0.001)));
+    let mut sums = [b; N];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = simd.mul_add(*sum, a, b);
+        }
+    }
+    for sum in sums {
+        black_box(simd.to_array(sum));
+    }
+    (rounds * N * LANES) as u64
+}
+
+/// How far ahead lines are asked for, which is as far as products do for one row: 32 KiB.
+const LINES_AHEAD: usize = 512;
+
+struct Lines<'a>(&'a [[u8; 2 * CELL]]);
+
+impl Kernel for Lines<'_> {
+    type Output = [u64; 8];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> [u64; 8] {
+        let mut sums = [0; 8];
+        for (i, line) in self.0.iter().enumerate() {
+            if let Some(later) = self.0.get(i + LINES_AHEAD) {
+                simd.prefetch(later);
+            }
+            let words: [u64; 8] = bytemuck::cast(*line);
+            for (sum, word) in sums.iter_mut().zip(words) {
+                *sum ^= word;
+            }
+        }
+        sums
+    }
+}
