@@ -181,6 +181,10 @@ pub enum LogFormat {
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(args_override_self = true)]
 #[serde(rename_all = "kebab-case")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag of the command line"
+)]
 pub struct Up {
     /// Directory of the model, or NAME=DIR; without one, the built-in demo model.
     #[arg(value_name = "MODEL", value_parser = NonEmpty::new())]

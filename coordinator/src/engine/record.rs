@@ -23,8 +23,9 @@ impl<G> Engine<G> {
         let slowest = outcome.timings.iter().map(|timings| timings.step_us).max();
         let shards = Duration::from_micros(slowest.unwrap_or(0));
         // Without a pause, what was done here between two steps belongs to the second.
-        let begun = self.last_answer.unwrap_or(answered - outcome.took);
-        let overhead = answered.duration_since(begun).saturating_sub(shards);
+        let last = self.last_answer;
+        let period = last.map_or(outcome.took, |last| answered.duration_since(last));
+        let overhead = period.saturating_sub(shards);
         engine.step_overhead_seconds.record(overhead);
         engine.iteration_tokens_total.record(outcome.tokens as f64);
         self.last_answer = Some(answered);

@@ -30,7 +30,9 @@ pub(crate) fn embed(
         match index.filter(|&index| index < table.rows()) {
             Some(index) => {
                 table.read_row(index, row);
-                row.iter_mut().for_each(|value| *value *= scale);
+                for value in row {
+                    *value *= scale;
+                }
             }
             None => row.fill(0.0),
         }

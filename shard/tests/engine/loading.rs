@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
-use topology::wire::{Load, PlanRow, Sampling, StepPlan};
+use topology::wire::{Load, PlanRow, Ran, Sampling, StepPlan};
 
 type CpuEngine = Engine<CpuBackend, ShmComm>;
 
@@ -144,37 +144,9 @@ fn dtype_rounds_the_weights() {
 fn an_epoch_can_end_and_weights_and_blocks_stay() {
     let (files, _) = open(&fixture("qwen3"));
     let mut engine = load_rank(&files, &load(1, 64, "auto"), 0).expect("it loads");
-    let plan = |epoch, step, position: u32, tokens: Vec<u32>| StepPlan {
-        epoch: Epoch(epoch),
-        step: Step(step),
-        rows: vec![PlanRow {
-            tokens,
-            position,
-            blocks: (3..9).map(BlockId).collect(),
-            sampling: Some(Box::new(Sampling {
-                logprobs: Some(3),
-                ..Sampling::default()
-            })),
-            ..PlanRow::default()
-        }],
-    };
     let first = plan(7, 0, 0, (30..42).collect());
-    let stale = |result| matches!(result, Err(StepError::Stale { .. }));
-    assert!(stale(engine.step(&first)), "there is no communicator yet");
+    assert!(stale(&engine.step(&first)), "there is no communicator yet");
 
-    let enter = |engine: &mut CpuEngine, epoch| {
-        let (abort, limit) = (&Abort::default(), Duration::from_secs(1));
-        let seat = Seat {
-            id: &[],
-            rank: 0,
-            world_size: 1,
-            interface: None,
-            limit,
-            abort,
-        };
-        let comm = ShmComm::join(engine.backend(), &seat).expect("a group of one");
-        engine.enter(Epoch(epoch), comm);
-    };
     enter(&mut engine, 7);
     assert!(matches!(engine.step(&first), Err(StepError::NoBlocks)));
     engine.allocate(16).expect("the blocks fit");
@@ -196,13 +168,13 @@ fn an_epoch_can_end_and_weights_and_blocks_stay() {
 
     engine.leave(Epoch(6));
     assert!(
-        !stale(engine.step(&plan(7, 2, 13, vec![98]))),
+        !stale(&engine.step(&plan(7, 2, 13, vec![98]))),
         "an older epoch ends nothing"
     );
     engine.leave(Epoch(7));
-    assert!(stale(engine.step(&plan(7, 3, 14, vec![97]))));
+    assert!(stale(&engine.step(&plan(7, 3, 14, vec![97]))));
     enter(&mut engine, 8);
-    assert!(stale(engine.step(&plan(7, 3, 14, vec![97]))));
+    assert!(stale(&engine.step(&plan(7, 3, 14, vec![97]))));
     // The keys and values of the prompt are where they were.
     let resumed = engine
         .step(&plan(8, 0, 12, vec![99]))
@@ -212,12 +184,53 @@ fn an_epoch_can_end_and_weights_and_blocks_stay() {
         .step(&plan(8, 1, 0, (30..42).collect()))
         .expect("a valid plan");
     assert_eq!(recomputed.outputs, prefill.outputs);
+}
 
-    let mut beyond = plan(8, 2, 12, vec![0]);
+#[test]
+fn nothing_follows_a_step_that_came_to_no_end() {
+    let (files, _) = open(&fixture("qwen3"));
+    let mut engine = load_rank(&files, &load(1, 64, "auto"), 0).expect("it loads");
+    engine.allocate(16).expect("the blocks fit");
+    enter(&mut engine, 3);
+    let prefill = engine.step(&plan(3, 0, 0, (30..42).collect()));
+    assert!(prefill.is_ok());
+    let mut beyond = plan(3, 1, 12, vec![0]);
     beyond.rows[0].last_from = Some(1);
     assert!(matches!(engine.step(&beyond), Err(StepError::Plan(_))));
-    assert!(
-        stale(engine.step(&plan(8, 2, 12, vec![99]))),
-        "nothing follows a step that came to no end"
-    );
+    assert!(stale(&engine.step(&plan(3, 1, 12, vec![99]))));
+}
+
+fn stale(result: &Result<Ran, StepError>) -> bool {
+    matches!(result, Err(StepError::Stale { .. }))
+}
+
+fn plan(epoch: u32, step: u64, position: u32, tokens: Vec<u32>) -> StepPlan {
+    StepPlan {
+        epoch: Epoch(epoch),
+        step: Step(step),
+        rows: vec![PlanRow {
+            tokens,
+            position,
+            blocks: (3..9).map(BlockId).collect(),
+            sampling: Some(Box::new(Sampling {
+                logprobs: Some(3),
+                ..Sampling::default()
+            })),
+            ..PlanRow::default()
+        }],
+    }
+}
+
+fn enter(engine: &mut CpuEngine, epoch: u32) {
+    let (abort, limit) = (&Abort::default(), Duration::from_secs(1));
+    let seat = Seat {
+        id: &[],
+        rank: 0,
+        world_size: 1,
+        interface: None,
+        limit,
+        abort,
+    };
+    let comm = ShmComm::join(engine.backend(), &seat).expect("a group of one");
+    engine.enter(Epoch(epoch), comm);
 }

@@ -208,6 +208,7 @@ pub(crate) struct Request {
 
 /// How the driver cuts and places work. The defaults are the plain way.
 #[derive(Clone, Copy, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is on or off by itself")]
 pub(crate) struct Ways {
     /// Sequences share steps, a random number of them in each.
     pub(crate) batched: bool,
@@ -270,7 +271,9 @@ pub(crate) fn generate<B: Tested>(
             rows.push(sequence.next_row(request, ways, &mut free, random));
         }
         let outputs = cluster.step(rows);
-        sequences.iter_mut().for_each(|s| s.chosen_in = None);
+        for sequence in &mut sequences {
+            sequence.chosen_in = None;
+        }
         for ((i, output), row) in chosen.iter().zip(outputs).zip(0..) {
             if let Some(token) = output.sampled {
                 sequences[*i].chosen_in = Some(row);
