@@ -7,7 +7,7 @@
 //! one that lost its blocks to a fault differ only in the size of the gap.
 //!
 //! It does not know text, streams, shards or time. What a step under way changes is in
-//! [`under_way`].
+//! `under_way.rs`.
 //!
 //! Invariant: between operations [`Scheduler::check`] holds, and `running` is in order of service.
 

@@ -226,7 +226,7 @@ mod tests {
         }
 
         fn compute(&mut self, cuda: &CudaBackend, batch: &CudaBatch) {
-            cuda.embed(batch, &self.table, 0, &mut self.embedded);
+            cuda.embed(batch, &self.table, 0, 1.0, &mut self.embedded);
             cuda.linear(&self.embedded, &self.weight, None, &mut self.out);
         }
     }

@@ -211,6 +211,7 @@ fn replayed_steps_give_what_queued_ones_do() {
                     batched: true,
                     chunked: true,
                     scattered: true,
+                    ahead: true,
                 };
                 found.push(generate(&mut group, &requests, ways, random));
                 let backend = group.backend();
@@ -265,6 +266,7 @@ fn batched_chunked_and_scattered_work_gives_the_tokens_of_the_cpu() {
             batched: true,
             chunked: true,
             scattered: true,
+            ahead: true,
         };
         let mut cuda = Group::<CudaBackend>::start(&files, &load);
         let found = generate(&mut cuda, &requests, ways, random);
