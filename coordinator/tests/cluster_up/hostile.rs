@@ -302,7 +302,6 @@ fn figures(sorted: &[Duration]) -> String {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "figures are shown with --nocapture")]
 fn hostile_requests_are_refused_and_nobody_else_notices() {
     let _turn = turn();
     let trap = TcpListener::bind("127.0.0.1:0").expect("a free port");

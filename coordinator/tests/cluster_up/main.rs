@@ -12,6 +12,7 @@ mod process;
 mod recovery;
 mod serving;
 mod sockets;
+mod tenants;
 mod wrong_input;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
