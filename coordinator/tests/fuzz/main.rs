@@ -1,6 +1,10 @@
 //! The short form of `scripts/fuzz.sh`: every target over its seed corpus and a few thousand seeded
 //! mutations of it. Nothing here looks for coverage; it keeps the targets and what was found alive.
 
+#[expect(
+    unreachable_pub,
+    reason = "libFuzzer's programs reach it by another path"
+)]
 mod targets;
 
 use std::fs;
@@ -40,7 +44,8 @@ const WORDS: &[&[u8]] = &[
 fn corpus(target: &str) -> Vec<Vec<u8>> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
     let entries = fs::read_dir(directory.join(target)).expect("the target has a corpus");
-    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    let path = |entry: std::io::Result<fs::DirEntry>| entry.expect("it can be listed").path();
+    let mut paths: Vec<_> = entries.map(path).collect();
     paths.sort();
     let read = |path| fs::read(path).expect("a seed is readable");
     paths.into_iter().map(read).collect()
@@ -69,6 +74,7 @@ fn mutate(input: &mut Vec<u8>, corpus: &[Vec<u8>], random: &mut fastrand::Rng) {
     }
 }
 
+#[expect(clippy::print_stdout, reason = "shown with the test that failed")]
 fn run(name: &str, target: impl Fn(&[u8])) {
     let seed = 0x5EED_F022;
     println!("seed {seed}");
@@ -84,7 +90,7 @@ fn run(name: &str, target: impl Fn(&[u8])) {
     });
     let mutations: Vec<Vec<u8>> = mutations.collect();
     for input in corpus.iter().chain(&mutations) {
-        // Shown when the test fails: the input that did it is the last.
+        // The input that made a test fail is the last one shown.
         println!("{}", input.escape_ascii());
         let begun = coordinator::clock::now();
         target(input);
