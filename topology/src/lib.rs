@@ -2,8 +2,8 @@
 //! that carries it; how shard processes are started.
 //!
 //! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`model_shape`],
-//! [`partition`], [`checkpoint`] for models; [`spec`], [`placement`], [`gpus`], [`fit`], [`examine`] for machines; [`wire`],
-//! [`link`], [`launch`] for processes.
+//! [`partition`], [`checkpoint`], [`manifest`] for models; [`spec`], [`placement`], [`gpus`], [`fit`], [`examine`] for
+//! machines; [`wire`], [`link`], [`launch`] for processes.
 
 pub mod checkpoint;
 pub mod examine;
@@ -14,6 +14,7 @@ pub mod ids;
 pub mod launch;
 mod layer_config;
 pub mod link;
+pub mod manifest;
 pub mod model_config;
 pub mod model_files;
 pub mod model_shape;

@@ -129,6 +129,28 @@ impl ModelFiles {
         self.len(name).is_ok()
     }
 
+    /// Names of everything in the directory, sorted; names that are not UTF-8 left out, for no
+    /// configuration can refer to them.
+    ///
+    /// # Errors
+    /// [`ModelFileError`] if the directory cannot be listed.
+    pub fn names(&self) -> Result<Vec<String>, ModelFileError> {
+        let mut names: Vec<String> = match self {
+            Self::BuiltIn(files) => files.iter().map(|file| file.name.to_owned()).collect(),
+            Self::Directory(directory) => {
+                let list = || -> io::Result<Vec<_>> { fs::read_dir(directory)?.collect() };
+                let entries = list().map_err(|source| ModelFileError::Io {
+                    file: directory.display().to_string(),
+                    source,
+                })?;
+                let names = entries.into_iter().map(|entry| entry.file_name());
+                names.filter_map(|name| name.into_string().ok()).collect()
+            }
+        };
+        names.sort_unstable();
+        Ok(names)
+    }
+
     /// Size of a file in bytes.
     ///
     /// # Errors
@@ -332,6 +354,7 @@ mod tests {
         let (_keep, both) = both();
         for files in both {
             assert!(files.exists("a.json") && !files.exists("c.json"));
+            assert_eq!(files.names().unwrap(), ["a.json", "b.bin"]);
             assert_eq!(files.len("b.bin").unwrap(), 10);
             assert_eq!(&*files.read("b.bin").unwrap(), b"0123456789");
             assert_eq!(&*files.read_json("a.json").unwrap(), b"{}");

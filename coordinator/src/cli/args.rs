@@ -190,7 +190,8 @@ pub struct Up {
     #[arg(value_name = "MODEL", value_parser = NonEmpty::new())]
     #[serde(skip)]
     pub model_positional: Option<String>,
-    /// Directory of the model, or NAME=DIR.
+    /// Directory of the model, or NAME=DIR. If it has a SHA256SUMS, as `sha256sum * > SHA256SUMS` writes it, every file
+    /// listed there is checked first.
     #[arg(long, env = "CLUSTER_MODEL", value_name = "[NAME=]DIR", value_parser = NonEmpty::new(),
           help_heading = MODEL)]
     pub model: Option<String>,

@@ -21,6 +21,7 @@ use topology::fit::{Asked, FitError, FitReport, GpuMemory, Memory, RankNeeds, Si
 use topology::host::{HostCores, HostMemory};
 use topology::ids::Rank;
 use topology::launch::probe;
+use topology::manifest;
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, ModelShape};
 use topology::partition::Partition;
@@ -217,6 +218,10 @@ impl Model {
             names.extend(up.model().map(|given| values::model(given).1.to_owned()));
         }
         names.dedup();
+        if let Some(verified) = manifest::verify(&files)? {
+            let (files, bytes) = (verified.files, verified.bytes);
+            tracing::info!(files, bytes, "the model is what its SHA256SUMS lists");
+        }
         let config = files.read_json("config.json")?;
         let shape = ModelShape::from_config(&config)
             .with_context(|| format!("{files} cannot be served"))?;

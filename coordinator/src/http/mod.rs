@@ -27,9 +27,9 @@ use crate::text::TextModel;
 use auth::ApiKeys;
 use axum::Router;
 use axum::extract::Request;
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use error::ApiError;
 use limits::{MAX_CHOICES, ServerLimits};
@@ -246,11 +246,23 @@ async fn name_request(mut request: Request, next: Next) -> Response {
         None => new_request_id(),
     };
     request.extensions_mut().insert(RequestId(id.clone()));
-    let mut response = next.run(request).await;
+    let mut response = if names_one_host(&request) {
+        next.run(request).await
+    } else {
+        let sentence = "A request of HTTP/1.1 must have exactly one Host header.";
+        ApiError::bad_request(sentence).into_response()
+    };
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// What RFC 9112, section 3.2, asks of a server: proxies that disagree about the host would disagree
+/// about who is asked.
+fn names_one_host(request: &Request) -> bool {
+    let hosts = request.headers().get_all(header::HOST).iter().count();
+    hosts == 1 || (hosts == 0 && request.version() < Version::HTTP_11)
 }
 
 fn new_request_id() -> String {

@@ -34,6 +34,16 @@ pub(crate) fn post(address: SocketAddr, path: &str, body: &Value) -> Value {
     serde_json::from_str(&answer).expect("the answer is JSON")
 }
 
+/// The answer to a POST with an API key.
+pub(crate) fn post_as(address: SocketAddr, key: &str, path: &str, body: &Value) -> Value {
+    let key = format!("Authorization: Bearer {key}\r\n");
+    let mut answer = send_with(address, "POST", path, (&key, &body.to_string()));
+    assert_eq!(answer.status, 200, "{body}");
+    let mut text = String::new();
+    answer.reader.read_to_string(&mut text).expect("UTF-8");
+    serde_json::from_str(&text).expect("the answer is JSON")
+}
+
 /// A value of `/metrics`: the sum over all series of this name whose labels contain `label`.
 pub(crate) fn metric(address: SocketAddr, name: &str, label: &str) -> f64 {
     let text = get(address, "/metrics");
@@ -126,12 +136,17 @@ struct Answer {
 }
 
 fn send(address: SocketAddr, method: &str, path: &str, body: &str) -> Answer {
+    send_with(address, method, path, ("", body))
+}
+
+/// Sends a request with further lines in its head.
+fn send_with(address: SocketAddr, method: &str, path: &str, (more, body): (&str, &str)) -> Answer {
     let mut stream = TcpStream::connect(address).expect("it listens");
     stream
         .set_read_timeout(Some(SILENCE))
         .expect("a timeout can be set");
     let head = format!(
-        "{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Type: application/json\r\n\
+        "{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Type: application/json\r\n{more}\
          Content-Length: {}\r\n\r\n",
         body.len()
     );

@@ -5,6 +5,7 @@
 
 mod client;
 mod doctor;
+mod hostile;
 mod hosts;
 mod lifecycle;
 mod network;
@@ -13,6 +14,7 @@ mod process;
 mod recovery;
 mod serving;
 mod sockets;
+mod tenants;
 mod wrong_input;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

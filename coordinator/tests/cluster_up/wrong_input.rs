@@ -267,6 +267,28 @@ fn models_that_cannot_be_served_are_refused() {
 }
 
 #[test]
+fn a_model_that_is_not_what_its_manifest_lists_is_refused() {
+    let directory = model();
+    let path = directory.path().to_str().expect("a plain name");
+    let manifest = directory.path().join("SHA256SUMS");
+    let (zeros, config) = ("0".repeat(64), "config.json");
+    fs::write(&manifest, format!("{zeros}  {config}\n")).expect("it is written");
+    let unlisted = ["model.safetensors", "not listed", "SHA256SUMS"];
+    refused(&["--model", path], &unlisted);
+    let sums = std::process::Command::new("sha256sum")
+        .args([config, "model.safetensors"])
+        .current_dir(directory.path())
+        .output()
+        .expect("coreutils has it");
+    let sums = String::from_utf8(sums.stdout).expect("it is UTF-8");
+    fs::write(&manifest, &sums).expect("it is written");
+    assert_eq!(run(&["plan", path]).0, 0);
+    let right = &sums[..64];
+    fs::write(&manifest, sums.replace(right, &zeros)).expect("it is written");
+    refused(&["--model", path], &[config, right, &zeros]);
+}
+
+#[test]
 fn a_model_that_does_not_fit_is_refused_with_the_arithmetic() {
     let directory = model();
     let mut config = config();

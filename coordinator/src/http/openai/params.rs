@@ -383,7 +383,10 @@ impl<'de> Deserialize<'de> for LogitBiases {
                     let Ok(token) = key.parse() else {
                         return Err(A::Error::custom(format!("{key:?} is not a token id")));
                     };
-                    biases.insert(token, map.next_value()?);
+                    // Entries that overwrote each other would get around the bound below.
+                    if biases.insert(token, map.next_value()?).is_some() {
+                        return Err(A::Error::custom(format!("token id {token} is given twice")));
+                    }
                     if biases.len() > MAX_LOGIT_BIAS {
                         return Err(A::Error::custom(format!(
                             "at most {MAX_LOGIT_BIAS} entries are allowed"

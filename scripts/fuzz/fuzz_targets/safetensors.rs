@@ -1,0 +1,5 @@
+//! libFuzzer's way into [`cluster_fuzz::targets::safetensors`].
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cluster_fuzz::targets::safetensors(data));
