@@ -146,7 +146,8 @@ fn down_waits_for_requests_says_so_and_up_again_works() {
     assert!(followed.wait().expect("it ends with the cluster").success());
 
     let cluster = Cluster::start(&["--name", "again", "--shutdown-timeout", "0"]);
-    let _stream = Stream::open(cluster.address, COMPLETIONS, endless("Once", 1000));
+    let mut stream = Stream::open(cluster.address, COMPLETIONS, endless("Once", 1000));
+    stream.next().expect("it streams");
     let (code, stdout, _) = run(&["down", "--name", "again"]);
     assert_eq!(code, 0);
     assert!(stdout.contains("1 request was cut off"), "{stdout}");

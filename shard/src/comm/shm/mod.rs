@@ -1,28 +1,21 @@
 //! Collectives between the processes of one host, through shared memory.
 //!
 //! The arithmetic is `rounds`', shared with TCP; the memory and how values are shown in it are
-//! `segment`'s. A dead peer is not noticed here; only [`Abort`] ends a wait.
+//! `segment`'s. A dead peer is not noticed here; only an abort ends a wait.
 //!
 //! Invariant: no process of another host can take part, and no memory outlives the group.
 
 mod segment;
 
-use super::rounds::{self, Rounds};
-use super::{Abort, Comm, CommError, CommTimings, Seat};
-use crate::clock;
+use super::rounds::Member;
+use super::{Comm, CommError, CommTimings, Seat};
 use kernels::cpu::{CpuBackend, CpuTensor};
 use segment::{Identity, Segment};
 use std::net::IpAddr;
-use std::time::Duration;
 
 /// One rank's end of a group of processes on one host. With one rank it is nothing and costs nothing.
 #[derive(Debug)]
-pub struct ShmComm {
-    segment: Option<Segment>,
-    abort: Abort,
-    tag: [u64; 2],
-    total: Duration,
-}
+pub struct ShmComm(Member<Segment>);
 
 impl ShmComm {
     /// Makes the shared memory for a group and returns its identity: opaque bytes that every rank,
@@ -50,75 +43,51 @@ impl ShmComm {
     /// [`CommError::Incomplete`] if some do not come within the seat's limit, [`CommError::Aborted`],
     /// [`CommError::Failed`] if the identity is not that of a group of this size on this host.
     pub fn join_group(seat: &Seat<'_>) -> Result<Self, CommError> {
-        let mut comm = Self {
-            segment: None,
-            abort: seat.abort.clone(),
-            tag: [0; 2],
-            total: Duration::ZERO,
-        };
-        if seat.world_size > 1 {
-            let identity = Identity::from_bytes(seat.id)?;
-            if identity.world_size() != seat.world_size {
-                return Err(CommError::Failed(format!(
-                    "the communicator is for {} ranks, this group has {}",
-                    identity.world_size(),
-                    seat.world_size
-                )));
-            }
-            let segment = Segment::join(identity, seat.rank, seat.limit, seat.abort)?;
-            comm.segment = Some(segment);
+        if seat.world_size == 1 {
+            return Ok(Self(Member::new(None, seat.abort)));
         }
-        Ok(comm)
+        let identity = Identity::from_bytes(seat.id)?;
+        if identity.world_size() != seat.world_size {
+            return Err(CommError::Failed(format!(
+                "the communicator is for {} ranks, this group has {}",
+                identity.world_size(),
+                seat.world_size
+            )));
+        }
+        let segment = Segment::join(identity, seat.rank, seat.limit, seat.abort)?;
+        Ok(Self(Member::new(Some(segment), seat.abort)))
     }
 
     /// `x = sum over ranks of x`, in rank order. All ranks pass the same length.
+    ///
+    /// # Errors
+    /// [`CommError`]; the group is of no use afterwards.
     pub fn all_reduce(&mut self, x: &mut [f32]) -> Result<(), CommError> {
-        self.check_abort()?;
-        let Some(segment) = &mut self.segment else {
-            return Ok(());
-        };
-        let start = clock::now();
-        rounds::all_reduce(segment, self.tag, x)?;
-        self.total += clock::now().duration_since(start);
-        Ok(())
+        self.0.all_reduce(x)
     }
 
     /// `out[row] = part_0[row] ++ part_1[row] ++ …` for rows of `width` elements: `part: [rows, width]`,
     /// `out: [rows, world_size * width]`.
+    ///
+    /// # Errors
+    /// [`CommError`]; the group is of no use afterwards.
     pub fn all_gather_rows(
         &mut self,
         part: &[f32],
         width: usize,
         out: &mut [f32],
     ) -> Result<(), CommError> {
-        self.check_abort()?;
-        let Some(segment) = &mut self.segment else {
-            out.copy_from_slice(part);
-            return Ok(());
-        };
-        let start = clock::now();
-        rounds::all_gather_rows(segment, self.tag, (part, width), out)?;
-        self.total += clock::now().duration_since(start);
-        Ok(())
-    }
-
-    /// Also with one rank: a long step ends at its next collective.
-    fn check_abort(&self) -> Result<(), CommError> {
-        if self.abort.is_aborted() {
-            return Err(CommError::Aborted);
-        }
-        Ok(())
+        self.0.all_gather_rows((part, width), out)
     }
 
     /// Time inside collectives since the last call.
     pub fn timings(&mut self) -> CommTimings {
-        let waited = self.segment.as_mut().map(|s| std::mem::take(&mut s.waited));
-        CommTimings::new(std::mem::take(&mut self.total), waited.unwrap_or_default())
+        self.0.take_timings()
     }
 
     /// Names the plan being computed: ranks with different ones fail instead of adding up.
     pub fn set_tag(&mut self, tag: [u8; 16]) {
-        self.tag = rounds::tag(tag);
+        self.0.set_tag(tag);
     }
 }
 
@@ -141,7 +110,7 @@ impl Comm<CpuBackend> for ShmComm {
     }
 
     fn world_size(&self) -> u32 {
-        self.segment.as_ref().map_or(1, Rounds::world_size)
+        self.0.world_size()
     }
 
     fn begin_step(&mut self, digest: [u8; 16]) {
@@ -169,10 +138,12 @@ impl Comm<CpuBackend> for ShmComm {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock;
+    use crate::comm::Abort;
     use crate::testing::Random;
     use std::path::PathBuf;
     use std::thread;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     const LIMIT: Duration = Duration::from_secs(20);
 

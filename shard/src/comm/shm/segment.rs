@@ -203,7 +203,7 @@ pub(super) struct Segment {
     spins: u32,
     abort: Abort,
     /// Asleep or spinning for others since the caller last took it.
-    pub(super) waited: Duration,
+    waited: Duration,
 }
 
 impl Segment {
@@ -445,6 +445,10 @@ impl Rounds for Segment {
             buffer,
             elements: values.len(),
         })
+    }
+
+    fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
     }
 }
 

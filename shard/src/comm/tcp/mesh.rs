@@ -37,7 +37,7 @@ pub(super) struct Mesh {
     round: u64,
     abort: Abort,
     /// Without progress since the caller last took it.
-    pub(super) waited: Duration,
+    waited: Duration,
 }
 
 #[derive(Debug)]
@@ -142,6 +142,10 @@ impl Rounds for Mesh {
             mesh: self,
             elements: values.len(),
         })
+    }
+
+    fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
     }
 }
 

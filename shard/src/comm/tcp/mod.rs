@@ -3,7 +3,7 @@
 //! The same arithmetic as over shared memory (`rounds`), hence the same bits. Ranks find each
 //! other with `join`, prove with `proof` that they belong together, and exchange over `mesh`.
 //! Values travel in clear; who may take part is what the key decides. A dead peer is not noticed here;
-//! only [`Abort`] ends a wait.
+//! only an abort ends a wait.
 //!
 //! Invariant: a rank reads values only from connections that have proven the group's key.
 
@@ -14,23 +14,16 @@ mod proof;
 #[cfg(test)]
 mod tests;
 
-use super::rounds::{self, Rounds};
-use super::{Abort, Comm, CommError, CommTimings, Seat};
-use crate::clock;
+use super::rounds::Member;
+use super::{Comm, CommError, CommTimings, Seat};
 use identity::Identity;
 use kernels::cpu::{CpuBackend, CpuTensor};
 use mesh::Mesh;
 use std::net::IpAddr;
-use std::time::Duration;
 
 /// One rank's end of a group over TCP. With one rank it is nothing and costs nothing.
 #[derive(Debug)]
-pub struct TcpComm {
-    mesh: Option<Mesh>,
-    abort: Abort,
-    tag: [u64; 2],
-    total: Duration,
-}
+pub struct TcpComm(Member<Mesh>);
 
 impl TcpComm {
     /// `x = sum over ranks of x`, in rank order. All ranks pass the same length.
@@ -38,14 +31,7 @@ impl TcpComm {
     /// # Errors
     /// [`CommError`]; the group is of no use afterwards.
     pub fn all_reduce(&mut self, x: &mut [f32]) -> Result<(), CommError> {
-        self.check_abort()?;
-        let Some(mesh) = &mut self.mesh else {
-            return Ok(());
-        };
-        let start = clock::now();
-        rounds::all_reduce(mesh, self.tag, x)?;
-        self.total += clock::now().duration_since(start);
-        Ok(())
+        self.0.all_reduce(x)
     }
 
     /// `out[row] = part_0[row] ++ part_1[row] ++ …` for rows of `width` elements: `part: [rows, width]`,
@@ -59,23 +45,7 @@ impl TcpComm {
         width: usize,
         out: &mut [f32],
     ) -> Result<(), CommError> {
-        self.check_abort()?;
-        let Some(mesh) = &mut self.mesh else {
-            out.copy_from_slice(part);
-            return Ok(());
-        };
-        let start = clock::now();
-        rounds::all_gather_rows(mesh, self.tag, (part, width), out)?;
-        self.total += clock::now().duration_since(start);
-        Ok(())
-    }
-
-    /// Also with one rank: a long step ends at its next collective.
-    fn check_abort(&self) -> Result<(), CommError> {
-        if self.abort.is_aborted() {
-            return Err(CommError::Aborted);
-        }
-        Ok(())
+        self.0.all_gather_rows((part, width), out)
     }
 }
 
@@ -100,33 +70,27 @@ impl Comm<CpuBackend> for TcpComm {
     }
 
     fn join(_: &CpuBackend, seat: &Seat<'_>) -> Result<Self, CommError> {
-        let mut comm = Self {
-            mesh: None,
-            abort: seat.abort.clone(),
-            tag: [0; 2],
-            total: Duration::ZERO,
-        };
-        if seat.world_size > 1 {
-            let identity = Identity::from_bytes(seat.id)?;
-            if identity.world_size != seat.world_size || seat.rank >= seat.world_size {
-                return Err(CommError::Failed(format!(
-                    "the communicator is for {} ranks; this is rank {} of {}",
-                    identity.world_size, seat.rank, seat.world_size
-                )));
-            }
-            let streams = join::join(&identity, seat)?;
-            let mesh = Mesh::new(&identity, seat.rank, streams, seat.abort.clone());
-            comm.mesh = Some(mesh);
+        if seat.world_size == 1 {
+            return Ok(Self(Member::new(None, seat.abort)));
         }
-        Ok(comm)
+        let identity = Identity::from_bytes(seat.id)?;
+        if identity.world_size != seat.world_size || seat.rank >= seat.world_size {
+            return Err(CommError::Failed(format!(
+                "the communicator is for {} ranks; this is rank {} of {}",
+                identity.world_size, seat.rank, seat.world_size
+            )));
+        }
+        let streams = join::join(&identity, seat)?;
+        let mesh = Mesh::new(&identity, seat.rank, streams, seat.abort.clone());
+        Ok(Self(Member::new(Some(mesh), seat.abort)))
     }
 
     fn world_size(&self) -> u32 {
-        self.mesh.as_ref().map_or(1, Rounds::world_size)
+        self.0.world_size()
     }
 
     fn begin_step(&mut self, digest: [u8; 16]) {
-        self.tag = rounds::tag(digest);
+        self.0.set_tag(digest);
     }
 
     fn all_reduce_sum(&mut self, _: &CpuBackend, x: &mut CpuTensor) -> Result<(), CommError> {
@@ -143,7 +107,6 @@ impl Comm<CpuBackend> for TcpComm {
     }
 
     fn take_timings(&mut self) -> CommTimings {
-        let waited = self.mesh.as_mut().map(|m| std::mem::take(&mut m.waited));
-        CommTimings::new(std::mem::take(&mut self.total), waited.unwrap_or_default())
+        self.0.take_timings()
     }
 }

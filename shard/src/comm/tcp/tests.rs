@@ -1,12 +1,14 @@
 //! Groups over loopback: the bits of shared memory, strangers, deaths and aborts.
 
 use super::*;
+use crate::clock;
+use crate::comm::Abort;
 use crate::comm::shm::ShmComm;
 use crate::testing::Random;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const HOME: Option<IpAddr> = Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
