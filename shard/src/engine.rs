@@ -270,16 +270,17 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let last = sampler::last_tokens(plan, &before)?;
         let host = pool.batcher.build(plan)?;
         host.set_last_tokens(&last);
-        let mut requests = sampler::requests(plan, &last);
         group.next = plan.step.next();
         group.comm.begin_step(digest);
         let idle_us = group.ended.map_or(0, |ended| clock::micros(ended, start));
 
         let reports = self.partition.rank == Rank(0);
         let samples = reports || self.keeps_tokens;
-        if !reports {
-            requests = sampler::choices(requests);
-        }
+        let requests = match (samples, reports) {
+            (false, _) => Vec::new(),
+            (true, true) => sampler::requests(plan, &last),
+            (true, false) => sampler::choices(sampler::requests(plan, &last)),
+        };
         let mut run = Run {
             backend: &self.backend,
             comm: &mut group.comm,

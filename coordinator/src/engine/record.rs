@@ -60,6 +60,10 @@ impl<G> Engine<G> {
         let counters = stats.counters;
         engine.num_preemptions_total.absolute(counters.preemptions);
         engine
+            .prefill_tokens_total
+            .absolute(counters.prefill_tokens);
+        engine.decode_tokens_total.absolute(counters.decode_tokens);
+        engine
             .discarded_tokens_total
             .absolute(counters.discarded_tokens);
         requests

@@ -230,6 +230,12 @@ handles! {
             "Taking in and delivering what a step gave.";
         step_overhead_seconds: Histogram = "cluster_step_overhead_seconds",
             "Time from one step's answer to the next beyond the slowest rank's own time.";
+        prefill_tokens_total: Counter = "cluster_computed_tokens_total",
+            "Tokens computed, by kind; prefill: prompts, and what was preempted or lost to a fault.",
+            ("kind", "prefill");
+        decode_tokens_total: Counter = "cluster_computed_tokens_total",
+            "Tokens computed, by kind; prefill: prompts, and what was preempted or lost to a fault.",
+            ("kind", "decode");
         discarded_tokens_total: Counter = "cluster_discarded_tokens_total",
             "Tokens computed for sequences that had ended in the step before.";
         prefill_backlog_tokens: Gauge = "cluster_prefill_backlog_tokens",

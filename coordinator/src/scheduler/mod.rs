@@ -65,8 +65,6 @@ pub struct Scheduler {
     /// changes, there is no use in looking again.
     blocked: Option<(SequenceId, u64)>,
     events: Vec<Event>,
-    last_prefill_tokens: usize,
-    last_decode_tokens: usize,
     counters: Counters,
 }
 
@@ -94,8 +92,6 @@ impl Scheduler {
             under_way: VecDeque::new(),
             blocked: None,
             events: Vec::new(),
-            last_prefill_tokens: 0,
-            last_decode_tokens: 0,
             counters: Counters::default(),
         })
     }
@@ -203,8 +199,6 @@ impl Scheduler {
             blocks_used: self.pool.num_blocks() - self.pool.num_available(),
             blocks_evictable: self.pool.num_idle(),
             blocks_free: self.pool.num_free(),
-            last_prefill_tokens: self.last_prefill_tokens,
-            last_decode_tokens: self.last_decode_tokens,
             counters: self.counters,
         }
     }

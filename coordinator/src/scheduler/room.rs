@@ -11,7 +11,7 @@
 use super::SchedulerConfig;
 use super::request::{Request, SamplingParams};
 use super::sequence::Sequence;
-use topology::wire::MAX_FRAME_BYTES;
+use topology::wire::{self, MAX_FRAME_BYTES};
 
 /// A token or block id: a variable-length integer of at most 32 bits.
 const ID_BYTES: usize = 5;
@@ -143,20 +143,13 @@ fn score_bytes(alternatives: u32) -> usize {
 /// Which tokens a plan has to carry: a parameter that is off costs nothing.
 impl SamplingParams {
     pub(super) fn penalises_prompt(&self) -> bool {
-        differs(self.repetition_penalty, 1.0)
+        wire::penalises_prompt(self.repetition_penalty)
     }
 
     pub(super) fn penalises_generated(&self) -> bool {
-        self.penalises_prompt()
-            || differs(self.presence_penalty, 0.0)
-            || differs(self.frequency_penalty, 0.0)
+        let additive = [self.presence_penalty, self.frequency_penalty];
+        wire::penalises_generated(self.repetition_penalty, additive)
     }
-}
-
-/// Whether a penalty is on; exact, because off is one exact value.
-#[expect(clippy::float_cmp, reason = "the neutral values are exact")]
-fn differs(value: f32, neutral: f32) -> bool {
-    value != neutral
 }
 
 #[cfg(test)]
@@ -235,7 +228,7 @@ mod tests {
                 digest: [0xff; 16],
                 outputs: answer(&plan),
                 chosen: Some([0xff; 16]),
-                timings: topology::wire::StepTimings::default(),
+                timings: wire::StepTimings::default(),
             }));
             let bytes = encode(&ran).expect("the answer fits a frame");
             assert!(decode::<FromShard>(&bytes).expect("it is decoded") == ran);

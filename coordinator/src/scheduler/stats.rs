@@ -27,10 +27,6 @@ pub struct Stats {
     pub blocks_evictable: usize,
     /// Blocks without content.
     pub blocks_free: usize,
-    /// Of the last step: tokens computed to close a gap.
-    pub last_prefill_tokens: usize,
-    /// Of the last step: sequences that only computed the token they chose before.
-    pub last_decode_tokens: usize,
     /// Counters.
     pub counters: Counters,
 }

@@ -102,13 +102,15 @@ impl Scheduler {
     }
 
     fn count_step(&mut self) {
-        let prefilling = self.running.iter().filter(|s| s.in_prefill());
-        self.last_prefill_tokens = prefilling.map(|s| s.share).sum();
-        let all: usize = self.running.iter().map(|s| s.share).sum();
-        self.last_decode_tokens = all - self.last_prefill_tokens;
         self.counters.steps += 1;
-        self.counters.prefill_tokens += self.last_prefill_tokens as u64;
-        self.counters.decode_tokens += self.last_decode_tokens as u64;
+        for sequence in &self.running {
+            let tokens = if sequence.in_prefill() {
+                &mut self.counters.prefill_tokens
+            } else {
+                &mut self.counters.decode_tokens
+            };
+            *tokens += sequence.share as u64;
+        }
     }
 
     /// Takes in what the oldest step under way gave: one output for each row.

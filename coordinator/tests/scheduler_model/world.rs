@@ -215,7 +215,8 @@ impl World {
             plan.rows.len() == after.running || under_way == 1 && plan.rows.len() < after.running,
             "S4: a running sequence has no row"
         );
-        assert_eq!(after.last_prefill_tokens + after.last_decode_tokens, tokens);
+        let computed = |stats: &Stats| stats.counters.prefill_tokens + stats.counters.decode_tokens;
+        assert_eq!(computed(&after) - computed(&before), tokens as u64);
         assert_eq!((plan.epoch, plan.step), (self.epoch, self.next_step));
         let preempted = after.counters.preemptions - before.counters.preemptions;
         assert!(preempted == 0 || under_way == 0);

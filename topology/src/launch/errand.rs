@@ -4,14 +4,13 @@
 //! is dropped. Secrets, such as a group's identity, cross only these pipes. Invariant: every answer comes
 //! within its deadline, or the errand has failed.
 
-use super::local::without_private_variables;
+use super::local::spawn;
 use super::{LaunchError, to_line, within};
 use crate::examine::{Answer, Question};
 use std::ffi::OsStr;
-use std::process::Stdio;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio::time::timeout;
 
 /// Longest answer in bytes: the digests of thousands of files fit.
@@ -41,19 +40,7 @@ impl Errand {
         program: &OsStr,
         arguments: impl IntoIterator<Item = A>,
     ) -> Result<Self, LaunchError> {
-        let mut command = Command::new(program);
-        command
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true);
-        without_private_variables(&mut command);
-        let mut child = command.spawn().map_err(|e| match program.to_str() {
-            Some("ssh") => super::ssh::no_ssh(&e),
-            _ => LaunchError::Io(format!("cannot start {}: {e}", program.display())),
-        })?;
+        let mut child = spawn(program, arguments, &[])?;
         let missing = || LaunchError::Io("the child's pipes are missing".to_owned());
         Ok(Self {
             stdin: child.stdin.take().ok_or_else(missing)?,

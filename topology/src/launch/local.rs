@@ -82,11 +82,12 @@ pub async fn start_for<A: AsRef<OsStr>>(
     start_command(program, arguments, &environment::of(device)).await
 }
 
-async fn start_command<A: AsRef<OsStr>>(
+/// Starts a child with pipes, which dies with its handle.
+pub(super) fn spawn<A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
     environment: &[(&str, &str)],
-) -> Result<Started, LaunchError> {
+) -> Result<Child, LaunchError> {
     let mut command = Command::new(program);
     command
         .args(arguments)
@@ -102,10 +103,18 @@ async fn start_command<A: AsRef<OsStr>>(
             command.env(name, value);
         }
     }
-    let mut child = command.spawn().map_err(|e| match program.to_str() {
+    command.spawn().map_err(|e| match program.to_str() {
         Some("ssh") => super::ssh::no_ssh(&e),
         _ => LaunchError::Io(format!("cannot start {}: {e}", program.display())),
-    })?;
+    })
+}
+
+async fn start_command<A: AsRef<OsStr>>(
+    program: &OsStr,
+    arguments: impl IntoIterator<Item = A>,
+    environment: &[(&str, &str)],
+) -> Result<Started, LaunchError> {
+    let mut child = spawn(program, arguments, environment)?;
     let missing = || LaunchError::Io("the child's pipes are missing".to_owned());
     let stdin = child.stdin.take().ok_or_else(missing)?;
     let mut stdout = BufReader::new(child.stdout.take().ok_or_else(missing)?);

@@ -30,6 +30,7 @@ use bincode::{Decode, Encode};
 pub use codec::{Preamble, WireError, build_text, decode, digest_of_tokens, encode};
 pub use plan::{
     LogitBias, PlanDigest, PlanRow, RowOutput, Sampling, ScoredToken, StepPlan, TokenScore,
+    penalises_generated, penalises_prompt,
 };
 
 /// Raised with every change of a message's meaning or layout.

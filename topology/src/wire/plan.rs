@@ -82,18 +82,26 @@ pub struct Sampling {
 impl Sampling {
     /// Whether a penalty needs [`Self::generated`].
     pub fn penalises_generated(&self) -> bool {
-        self.penalises_prompt() || is_on(self.presence_penalty) || is_on(self.frequency_penalty)
-    }
-
-    /// Whether a penalty needs [`Self::prompt`].
-    pub fn penalises_prompt(&self) -> bool {
-        is_on(self.repetition_penalty - 1.0)
+        let additive = [self.presence_penalty, self.frequency_penalty];
+        penalises_generated(self.repetition_penalty, additive)
     }
 }
 
-/// Exact, because off is one exact value.
-fn is_on(penalty: f32) -> bool {
-    penalty.abs() > 0.0
+/// Whether this penalty needs the prompt's tokens.
+pub fn penalises_prompt(repetition: f32) -> bool {
+    differs(repetition, 1.0)
+}
+
+/// Whether any of these penalties needs the generated tokens; the additive ones are presence and
+/// frequency.
+pub fn penalises_generated(repetition: f32, additive: [f32; 2]) -> bool {
+    penalises_prompt(repetition) || additive.iter().any(|penalty| differs(*penalty, 0.0))
+}
+
+/// Whether a penalty is on; exact, because off is one exact value.
+#[expect(clippy::float_cmp, reason = "the neutral values are exact")]
+fn differs(value: f32, neutral: f32) -> bool {
+    value != neutral
 }
 
 impl Default for Sampling {
