@@ -10,6 +10,7 @@
 //! on what else is in the batch or how a sequence was cut into steps.
 
 use crate::batch::Batch;
+use crate::quantized::{Code, HostQuantized};
 use bytes::Bytes;
 
 /// Why a device cannot do what was asked.
@@ -195,6 +196,17 @@ pub trait Backend: Send + 'static {
         &self,
         parts: &[HostMatrix],
         store: Element,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self::Weight, DeviceError>;
+
+    /// Whether [`Self::load_quantized`] takes matrices of such codes.
+    fn takes(&self, code: Code) -> bool;
+
+    /// Puts the `parts`, stacked by rows, on the device, in as many bits as their codes have. `progress` as with
+    /// [`Self::load`].
+    fn load_quantized(
+        &self,
+        parts: &[HostQuantized],
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self::Weight, DeviceError>;
 

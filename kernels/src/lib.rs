@@ -22,6 +22,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod ops;
+pub mod quantized;
 pub mod sampling;
 #[cfg(test)]
 mod testing;

@@ -29,6 +29,7 @@ use crate::backend::{
 };
 use crate::batch::Batch;
 use crate::ops;
+use crate::quantized::{Code, HostQuantized};
 use crate::sampling::{SampleRequest, SampleResult};
 use scratch::Scratch;
 use simd::Isa;
@@ -126,6 +127,36 @@ impl Backend for CpuBackend {
         self.reserve("a weight", packed.sum())?;
         let weight = CpuWeight::load(&self.threads, parts, store, progress)?;
         Ok(weight)
+    }
+
+    fn takes(&self, _code: Code) -> bool {
+        true
+    }
+
+    fn load_quantized(
+        &self,
+        parts: &[HostQuantized],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<CpuWeight, DeviceError> {
+        let mut matrices = Vec::with_capacity(parts.len());
+        for part in parts {
+            part.check().map_err(|reason| DeviceError::Failed {
+                device: self.name(),
+                reason,
+            })?;
+            let mut values = vec![0.0; part.rows * part.cols];
+            for (row, values) in values.chunks_exact_mut(part.cols).enumerate() {
+                part.read_row(row, values);
+            }
+            matrices.push(HostMatrix {
+                data: bytemuck::cast_slice(&values).to_vec().into(),
+                element: Element::F32,
+                rows: part.rows,
+                cols: part.cols,
+                row_stride: part.cols,
+            });
+        }
+        self.load(&matrices, Element::F32, progress)
     }
 
     fn kv_cache(&self, layout: KvLayout) -> Result<CpuKvCache, DeviceError> {

@@ -13,6 +13,7 @@ use crate::backend::{
 use crate::batch::Batch;
 use crate::cpu::element::{Stored, by_element};
 use crate::ops;
+use crate::quantized::{Code, HostQuantized};
 use crate::sampling::{SampleRequest, SampleResult};
 use std::ops::Range;
 
@@ -88,6 +89,22 @@ impl Backend for CudaBackend {
     ) -> Result<CudaWeight, DeviceError> {
         let way = (&self.device, &mut *self.transfer.borrow_mut());
         load::load(way, parts, (store, self.element), progress)
+    }
+
+    fn takes(&self, _code: Code) -> bool {
+        false
+    }
+
+    fn load_quantized(
+        &self,
+        parts: &[HostQuantized],
+        _progress: &mut dyn FnMut(u64),
+    ) -> Result<CudaWeight, DeviceError> {
+        let codes: Vec<_> = parts.iter().map(|part| part.code).collect();
+        Err(DeviceError::Failed {
+            device: self.name(),
+            reason: format!("cannot multiply with quantised weights yet ({codes:?})"),
+        })
     }
 
     fn kv_cache(&self, layout: KvLayout) -> Result<CudaKvCache, DeviceError> {
