@@ -1,13 +1,14 @@
 //! The step loop, and the handle by which the rest of the process reaches it.
 //!
 //! `take commands → schedule (pure) → fleet.send | fleet.receive (the only I/O) → apply (pure) →
-//! deliver`: every turn sends a step or takes in what one gave, nothing between. While the scheduler has
-//! another step to send, that goes first, so that shards never wait for what is done here. The
-//! loop knows no text, HTTP or process; what a step computes is the scheduler's decision, how it is
+//! deliver`: every turn sends a step or takes in what one gave, nothing between. While one is computed the
+//! next is sent, early enough that shards do not wait for it and late enough that requests do not wait
+//! behind it. The loop knows no text, HTTP or process; what a step computes is the scheduler's decision, how it is
 //! computed the shards'. A fault takes it to `recovery` and back. Invariant: however the loop ends,
 //! every stream that was opened got its last event.
 
 pub mod handle;
+mod lead;
 mod record;
 mod recovery;
 mod streams;
@@ -15,10 +16,11 @@ mod streams;
 mod tests;
 
 use crate::clock::{now, since};
-use crate::fleet::{Cause, Fault, Group};
+use crate::fleet::{Cause, Fault, Group, StepOutcome};
 use crate::metrics::Metrics;
 use crate::scheduler::Scheduler;
 use handle::{Readiness, Submission, SubmitError};
+use lead::Lead;
 use recovery::Attempts;
 use std::sync::Arc;
 use std::time::Instant;
@@ -43,6 +45,7 @@ pub struct Engine<G> {
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
     attempts: Attempts,
+    lead: Lead,
     /// When the last step was answered, unless there was a pause after it.
     last_answer: Option<Instant>,
 }
@@ -74,6 +77,7 @@ impl<G: Group> Engine<G> {
             readiness: connections.readiness,
             metrics: connections.metrics,
             attempts: Attempts::new(connections.max_recovery_attempts),
+            lead: Lead::default(),
             last_answer: None,
         }
     }
@@ -114,26 +118,51 @@ impl<G: Group> Engine<G> {
 
     async fn turns(&mut self) -> Result<(), Fault> {
         while self.take_commands().await? {
+            if let Some(moment) = self.lead.plan_at().filter(|moment| *moment > now()) {
+                self.wait_to_plan(moment).await?;
+                continue;
+            }
             let planned = now();
             if let Some(plan) = self.scheduler.schedule() {
                 self.metrics.engine.schedule_seconds.record(since(planned));
+                self.lead.sent(plan.num_tokens(), now());
                 self.fleet.send(plan).await?;
                 self.deliver(planned);
             } else if self.scheduler.steps_under_way() > 0 {
                 let outcome = self.fleet.receive().await?;
-                self.scheduler
-                    .apply(&outcome.outputs)
-                    .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
-                if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
-                    self.attempts.succeeded();
-                }
-                self.deliver(outcome.answered);
-                self.record(&outcome);
+                self.apply(&outcome)?;
             } else {
                 let cause = Cause::Coordinator("requests wait, but no step was planned".into());
                 return Err(Fault::group(cause));
             }
         }
+        Ok(())
+    }
+
+    /// Until `moment`, which is the next plan's, or until there is something to do before it.
+    async fn wait_to_plan(&mut self, moment: Instant) -> Result<(), Fault> {
+        tokio::select! {
+            biased;
+            outcome = self.fleet.receive() => self.apply(&outcome?),
+            Some(submission) = self.submissions.recv() => {
+                self.take(submission);
+                Ok(())
+            }
+            () = tokio::time::sleep_until(moment.into()) => Ok(()),
+        }
+    }
+
+    /// Takes in what the oldest step gave.
+    fn apply(&mut self, outcome: &StepOutcome) -> Result<(), Fault> {
+        self.lead.answered(outcome.took, outcome.answered);
+        self.scheduler
+            .apply(&outcome.outputs)
+            .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
+        if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
+            self.attempts.succeeded();
+        }
+        self.deliver(outcome.answered);
+        self.record(outcome);
         Ok(())
     }
 

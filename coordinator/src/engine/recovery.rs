@@ -79,6 +79,7 @@ impl<G: Group> Engine<G> {
             }
         };
         self.scheduler.reset(epoch);
+        self.lead.forget();
         // To whom the faults have to be laid hears of it here.
         self.deliver(now());
         self.last_answer = None;

@@ -122,20 +122,9 @@ impl Inbox {
         ranks: Range<usize>,
         phase: Phase,
         limit: Duration,
-        take: impl FnMut(Rank, FromShard) -> Result<Option<T>, FromShard>,
-    ) -> Result<Vec<T>, Fault> {
-        let values = ranks.map(|_| None).collect();
-        self.gather_rest(values, phase, limit, take).await
-    }
-
-    /// As [`Self::gather`], where some ranks' values are known.
-    pub(super) async fn gather_rest<T>(
-        &mut self,
-        mut values: Vec<Option<T>>,
-        phase: Phase,
-        limit: Duration,
         mut take: impl FnMut(Rank, FromShard) -> Result<Option<T>, FromShard>,
     ) -> Result<Vec<T>, Fault> {
+        let mut values: Vec<Option<T>> = ranks.map(|_| None).collect();
         let deadline = Instant::now() + limit;
         while let Some(missing) = values.iter().position(Option::is_none) {
             let next = timeout_at(deadline, self.next()).await;
@@ -169,7 +158,7 @@ impl Inbox {
 
     /// The next message, or the fault that takes its place. Cancel-safe: a fault that was heard of
     /// is kept, and every later call answers it until its rank is replaced.
-    async fn next(&mut self) -> Result<(Rank, FromShard), Fault> {
+    pub(super) async fn next(&mut self) -> Result<(Rank, FromShard), Fault> {
         if self.gone.is_empty()
             && let (rank, Some(message)) = self.hear().await
         {

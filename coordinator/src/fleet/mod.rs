@@ -62,7 +62,7 @@ pub trait Group: Send {
     /// the steps under way counts.
     fn send(&mut self, plan: StepPlan) -> impl Future<Output = Result<(), Fault>> + Send;
 
-    /// What the oldest step under way gave. An error means that nothing of the steps under way counts.
+    /// What the oldest step under way gave. An error means that nothing of the steps under way counts. Cancel-safe.
     fn receive(&mut self) -> impl Future<Output = Result<StepOutcome, Fault>> + Send;
 
     /// Waits until something goes wrong while no step is under way. Cancel-safe.

@@ -6,10 +6,12 @@
 
 use super::fault::{Cause, Fault, Phase};
 use super::host::Host;
+use super::inbox::unexpected;
 use super::{Fleet, StepOutcome};
 use crate::clock::now;
 use std::collections::VecDeque;
 use std::time::Instant;
+use tokio::time::timeout_at;
 use topology::ids::{Epoch, Rank, Step};
 use topology::link::Frame;
 use topology::wire::{FromShard, PlanDigest, Ran, StepPlan, digest_of_tokens};
@@ -18,8 +20,10 @@ use topology::wire::{FromShard, PlanDigest, Ran, StepPlan, digest_of_tokens};
 #[derive(Debug, Default)]
 pub(super) struct Steps {
     sent: VecDeque<Sent>,
-    /// By rank: answers to steps behind the oldest.
-    early: Vec<VecDeque<Ran>>,
+    /// By rank, to the oldest steps under way.
+    answers: Vec<VecDeque<Ran>>,
+    /// When the oldest has to be answered, once that is waited for.
+    deadline: Option<tokio::time::Instant>,
     /// When the last step before these was answered.
     answered: Option<Instant>,
 }
@@ -51,7 +55,7 @@ impl<H: Host> Fleet<H> {
             return Err(coordinator(why));
         }
         let (epoch, step) = (plan.epoch, plan.step);
-        let tokens = plan.rows.iter().map(|row| row.tokens.len()).sum();
+        let tokens = plan.num_tokens();
         let (frame, digest) = Frame::run(plan).map_err(|e| coordinator(e.to_string()))?;
         self.send_frame(&frame).await?;
         self.steps.sent.push_back(Sent {
@@ -66,29 +70,13 @@ impl<H: Host> Fleet<H> {
 
     /// See [`super::Group::receive`].
     pub(super) async fn receive_answers(&mut self) -> Result<StepOutcome, Fault> {
-        let world_size = self.members.len();
-        let Steps { sent, early, .. } = &mut self.steps;
         let none = || coordinator("an answer is awaited, and no plan was sent".into());
-        let oldest = sent.pop_front().ok_or_else(none)?;
-        early.resize_with(world_size, VecDeque::new);
-        let values: Vec<Option<Ran>> = early.iter_mut().map(VecDeque::pop_front).collect();
-        let mut has: Vec<bool> = values.iter().map(Option::is_some).collect();
-        let behind = sent.len();
-        let take = |rank: Rank, message| match message {
-            FromShard::Ran(ran) if !std::mem::replace(&mut has[rank.index()], true) => {
-                Ok(Some(*ran))
-            }
-            FromShard::Ran(ran) if early[rank.index()].len() < behind => {
-                early[rank.index()].push_back(*ran);
-                Ok(None)
-            }
-            other => Err(other),
-        };
-        let limit = self.pace.limit(oldest.tokens, self.setup.limits.step);
-        let answers = self
-            .inbox
-            .gather_rest(values, Phase::Step, limit, take)
-            .await?;
+        let oldest = *self.steps.sent.front().ok_or_else(none)?;
+        self.hear_answers(oldest.tokens).await?;
+        self.steps.sent.pop_front();
+        self.steps.deadline = None;
+        let answers = self.steps.answers.iter_mut();
+        let answers: Vec<Ran> = answers.filter_map(VecDeque::pop_front).collect();
         let answered = now();
         check_agreement(&oldest, &answers)?;
         let begun = self.steps.answered.replace(answered);
@@ -103,6 +91,35 @@ impl<H: Host> Fleet<H> {
             took,
             answered,
         })
+    }
+
+    /// Waits until every rank has answered the oldest step, of `tokens` tokens. Cancel-safe.
+    async fn hear_answers(&mut self, tokens: usize) -> Result<(), Fault> {
+        let (phase, limit) = (Phase::Step, self.pace.limit(tokens, self.setup.limits.step));
+        let Steps {
+            sent,
+            answers,
+            deadline,
+            ..
+        } = &mut self.steps;
+        // Who is cut off while waiting waits no longer for that.
+        let deadline = *deadline.get_or_insert_with(|| tokio::time::Instant::now() + limit);
+        answers.resize_with(self.members.len(), VecDeque::new);
+        while let Some(silent) = answers.iter().position(VecDeque::is_empty) {
+            let next = timeout_at(deadline, self.inbox.next()).await;
+            let Ok(next) = next else {
+                let silent = Rank(u32::try_from(silent).unwrap_or(u32::MAX));
+                return Err(Fault::of(silent, Cause::Deadline { phase, limit }));
+            };
+            let (rank, message) = next?;
+            match message {
+                FromShard::Ran(ran) if answers[rank.index()].len() < sent.len() => {
+                    answers[rank.index()].push_back(*ran);
+                }
+                other => return Err(unexpected(rank, phase, &other)),
+            }
+        }
+        Ok(())
     }
 }
 

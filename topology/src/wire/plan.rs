@@ -22,6 +22,13 @@ pub struct StepPlan {
     pub rows: Vec<PlanRow>,
 }
 
+impl StepPlan {
+    /// Tokens to compute, of all rows.
+    pub fn num_tokens(&self) -> usize {
+        self.rows.iter().map(|row| row.tokens.len()).sum()
+    }
+}
+
 /// One sequence's share of a step.
 #[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
 pub struct PlanRow {

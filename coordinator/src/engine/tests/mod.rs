@@ -205,3 +205,35 @@ async fn refusals_reach_who_asked_and_are_counted() {
     let text = rig.metrics.render();
     assert!(text.contains("reason=\"max_num_queued_reqs\"} 1"), "{text}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_during_a_long_step_is_in_the_next_one() {
+    let step = 100 * MS;
+    let rig = rig(step, None).await;
+    let first = rig.handle.submit(vec![request(&rig.handle, 1, 40)]);
+    let mut first = first.await.unwrap();
+    // Some steps have to be seen before the loop knows how long they take.
+    while !matches!(
+        first.recv().await.unwrap().kind,
+        StreamEventKind::Token { index: 19, .. }
+    ) {}
+    let begun = tokio::time::Instant::now();
+    let first = tokio::spawn(async move {
+        while first.recv().await.is_some() {}
+        begun.elapsed()
+    });
+    for offset in [10, 40, 70] {
+        let answered = tokio::time::Instant::now();
+        tokio::time::sleep(offset * MS).await;
+        let second = rig.handle.submit(vec![request(&rig.handle, 9, 1)]);
+        let second = read_all(second.await.unwrap(), 1).await;
+        assert_eq!(second[0].0, [10]);
+        // The rest of the step that was under way, and one more.
+        assert_eq!(answered.elapsed(), 2 * step, "after {offset} ms");
+    }
+    assert_eq!(
+        first.await.unwrap(),
+        20 * step,
+        "and no step is late for that"
+    );
+}

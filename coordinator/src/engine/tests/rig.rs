@@ -48,12 +48,13 @@ impl Group for Counting {
     }
 
     async fn receive(&mut self) -> Result<StepOutcome, Fault> {
-        let (mut plan, sent) = self.sent.pop_front().expect("a plan was sent");
-        let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        let (plan, sent) = self.sent.front().expect("a plan was sent");
         self.rows.store(plan.rows.len() as u64, Ordering::SeqCst);
-        let begun = self.free_at.max(Some(sent)).unwrap_or(sent);
+        let begun = self.free_at.max(Some(*sent)).unwrap_or(*sent);
         let answered = begun + self.step_takes;
         tokio::time::sleep_until(answered.into()).await;
+        let (mut plan, _) = self.sent.pop_front().expect("it is there still");
+        let step = self.steps.fetch_add(1, Ordering::SeqCst);
         self.free_at = Some(answered);
         for row in &mut plan.rows {
             if let (Some(from), Some(last)) = (row.last_from, row.tokens.last_mut()) {
@@ -80,7 +81,7 @@ impl Group for Counting {
         Ok(StepOutcome {
             outputs: self.sampled.iter().map(answer).collect(),
             timings: vec![StepTimings::default(); 2],
-            tokens: plan.rows.iter().map(|row| row.tokens.len()).sum(),
+            tokens: plan.num_tokens(),
             took: self.step_takes,
             answered,
         })

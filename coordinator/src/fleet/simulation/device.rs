@@ -232,7 +232,7 @@ impl Device {
         self.check(plan)?;
         let digest = plan.digest();
         let plan = &known(plan, &before)?;
-        let tokens: usize = plan.rows.iter().map(|row| row.tokens.len()).sum();
+        let tokens = plan.num_tokens();
         sleep(MS + MS * u32::try_from(tokens / 16).unwrap_or(0)).await;
         let prefixes: Vec<u64> = plan.rows.iter().map(|row| self.read(epoch, row)).collect();
         let rows = plan.rows.iter().zip(prefixes);
@@ -306,7 +306,7 @@ impl Device {
         let load = self.load.as_ref().expect("it has joined");
         let block_size = load.block_size as usize;
         let mut holders: BTreeMap<BlockId, u32> = BTreeMap::new();
-        let tokens: usize = plan.rows.iter().map(|row| row.tokens.len()).sum();
+        let tokens = plan.num_tokens();
         if plan.rows.is_empty()
             || plan.rows.len() > load.max_num_seqs as usize
             || tokens > load.max_num_batched_tokens as usize
