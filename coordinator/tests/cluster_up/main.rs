@@ -10,6 +10,7 @@ mod hosts;
 mod lifecycle;
 mod network;
 mod operator;
+mod pressure;
 mod process;
 mod recovery;
 mod serving;

@@ -58,9 +58,9 @@ pub(crate) fn recoveries(cluster: &Cluster) -> f64 {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "scripts/chaos.sh makes the test longer"
+    reason = "scripts/chaos.sh and soak.sh make tests longer"
 )]
-fn number(name: &str, otherwise: u64) -> u64 {
+pub(crate) fn number(name: &str, otherwise: u64) -> u64 {
     let given = std::env::var(name).ok();
     given.map_or(otherwise, |text| text.parse().expect("it is a number"))
 }
