@@ -15,6 +15,8 @@ mod tls;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod weather;
 
 pub use connect::{Connected, connect};
 pub use frame::Frame;

@@ -10,9 +10,9 @@ use crate::wire::{
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-const LIMIT: Duration = Duration::from_secs(30);
+pub(super) const LIMIT: Duration = Duration::from_secs(30);
 
-fn hello(rank: u32) -> Hello {
+pub(super) fn hello(rank: u32) -> Hello {
     Hello {
         rank: Rank(rank),
         pid: 7,
@@ -22,7 +22,7 @@ fn hello(rank: u32) -> Hello {
     }
 }
 
-fn plan(tokens: usize) -> ToShard {
+pub(super) fn plan(tokens: usize) -> ToShard {
     let tokens = (0..).take(tokens).collect();
     let row = PlanRow {
         tokens,
@@ -36,13 +36,13 @@ fn plan(tokens: usize) -> ToShard {
 }
 
 /// A listener that expects one process for each rank.
-struct Setup {
-    listener: Listener,
-    address: SocketAddr,
-    identities: Vec<Identity>,
+pub(super) struct Setup {
+    pub(super) listener: Listener,
+    pub(super) address: SocketAddr,
+    pub(super) identities: Vec<Identity>,
 }
 
-fn setup(ranks: u32) -> Setup {
+pub(super) fn setup(ranks: u32) -> Setup {
     setup_with(ranks, IDLE_LIMIT)
 }
 
