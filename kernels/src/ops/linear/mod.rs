@@ -106,7 +106,7 @@ fn narrow(
                     }
                 });
                 if let Some(bias) = bias {
-                    add_bias(bias, &mut panel);
+                    add_bias(bias, 0..x.rows(), &mut panel);
                 }
             }
         });
@@ -281,6 +281,22 @@ pub(crate) mod tests {
             .collect();
         for (name, bits) in &fused {
             assert!(*bits == fused[0].1, "{name} differs from {}", fused[0].0);
+        }
+    }
+
+    /// More rows than a thread's memory holds are multiplied in parts.
+    #[test]
+    fn every_part_of_the_rows_gets_its_bias_once() {
+        let mut rng = Rng::new(10);
+        for cpu in backends() {
+            let (rows, inputs, outputs) = (rng.within(600..1200), 40, 35);
+            let (w, w_values) = weight(&mut rng, &cpu, (outputs, inputs), Element::Bf16);
+            let (bias, bias_values) = weight(&mut rng, &cpu, (1, outputs), Element::Bf16);
+            let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
+            let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
+            cpu.linear(&x, &w, Some(&bias), &mut out);
+            let expected = reference(x.values(), &w_values, inputs, Some(&bias_values));
+            assert_close(out.values(), &expected, 1e-4, 1e-5);
         }
     }
 
