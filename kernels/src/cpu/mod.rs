@@ -124,7 +124,8 @@ impl Backend for CpuBackend {
         memory::total_and_free()
     }
 
-    // f32, whatever the weights are stored as: narrower activations would be slower here.
+    // f32, whatever the weights are stored as: narrower activations would be slower here. Products on tiles round them as
+    // they lay them out.
     fn compute_in(&mut self, _element: Element) {}
 
     fn element_bytes(&self, _precision: Precision) -> usize {

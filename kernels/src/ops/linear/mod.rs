@@ -217,7 +217,8 @@ pub(crate) mod cuda {
 #[cfg(test)]
 pub(crate) mod tests {
     use crate::backend::{Backend, Element, Precision};
-    use crate::cpu::CpuBackend;
+    use crate::cpu::weight::Values;
+    use crate::cpu::{CpuBackend, CpuWeight};
     use crate::testing::{
         ELEMENTS, Rng, assert_close, backends, bits, host_matrix, rounded, tensor, weight,
     };
@@ -241,11 +242,12 @@ pub(crate) mod tests {
         out
     }
 
-    /// `x` as products with weights of `element` take it. With that the tolerance of all sets is the same: that of f32
+    /// `x` as products with `weight` take it. With that the tolerance of all sets is the same: that of f32
     /// sums in another order.
-    fn taken(cpu: &CpuBackend, x: &[f32], element: Element) -> Vec<f32> {
-        match element {
-            Element::Bf16 if cpu.isa.has_tiles() => rounded(x, element),
+    fn taken(cpu: &CpuBackend, x: &[f32], weight: &CpuWeight) -> Vec<f32> {
+        let on_tiles = cpu.isa.has_tiles() && matches!(weight.values(), Values::Matrix(_));
+        match weight.element() {
+            Element::Bf16 if on_tiles => rounded(x, Element::Bf16),
             _ => x.to_vec(),
         }
     }
@@ -267,7 +269,7 @@ pub(crate) mod tests {
                 let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
                 cpu.linear(&x, &w, bias, &mut out);
                 let bias_values = biased.then_some(&*bias_values);
-                let x_values = taken(&cpu, x.values(), element);
+                let x_values = taken(&cpu, x.values(), &w);
                 let expected = reference(&x_values, &w_values, inputs, bias_values);
                 assert_close(out.values(), &expected, 1e-5 * inputs as f32, 1e-5);
                 for row in 0..rows {
@@ -318,7 +320,7 @@ pub(crate) mod tests {
             let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
             let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
             cpu.linear(&x, &w, Some(&bias), &mut out);
-            let x_values = taken(&cpu, x.values(), Element::Bf16);
+            let x_values = taken(&cpu, x.values(), &w);
             let expected = reference(&x_values, &w_values, inputs, Some(&bias_values));
             assert_close(out.values(), &expected, 1e-4, 1e-5);
         }
@@ -353,7 +355,7 @@ pub(crate) mod tests {
                 let x = tensor(&cpu, &rng.values(2 * inputs), inputs);
                 let mut out = cpu.allocate(2, 11, Precision::Compute).unwrap();
                 cpu.linear(&x, &w, Some(&bias), &mut out);
-                let x_values = taken(&cpu, x.values(), store);
+                let x_values = taken(&cpu, x.values(), &w);
                 let expected = reference(&x_values, &values, inputs, Some(&bias_values));
                 assert_close(out.values(), &expected, 1e-4, 1e-5);
             }

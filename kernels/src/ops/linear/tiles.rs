@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_groups_and_parts_change_no_bit_of_the_twins_sums() {
+    fn tiles_in_plain_rust_give_the_twins_bits() {
         check(Model, 11);
     }
 
