@@ -1,6 +1,6 @@
 //! Prints how fast the CPU backend multiplies and attends, next to what this machine can do at most.
 //!
-//! `cargo run --release -p kernels --example cpu_speed [-- THREADS]`. Each line gives the best wall time, what one second
+//! `cargo run --release -p kernels --example cpu_speed [-- THREADS [ISA]]`. Each line gives the best wall time, what one second
 //! of CPU time does, which holds on a busy machine too, and its share of the bound: the weights or keys and values at
 //! the speed of memory, or the products at the speed of the arithmetic units, whichever takes longer, both
 //! measured here. It judges nothing: the tests decide what is right.
@@ -23,7 +23,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let threads = std::env::args()
         .nth(1)
         .map_or(Ok(1), |count| count.parse())?;
-    let cpu = CpuBackend::new(threads, None)?;
+    let isa = std::env::args().nth(2);
+    let cpu = CpuBackend::with_isa(threads, None, isa.as_deref().unwrap_or("auto"))?;
     println!("{}", cpu.name());
     let bounds = Bounds::measure(&cpu)?;
     for element in [Element::Bf16, Element::F16, Element::F32] {
@@ -51,6 +52,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 struct Bounds {
     bytes: f64,
     flops: f64,
+    /// The same with weights of bfloat16.
+    bf16_flops: f64,
 }
 
 impl Bounds {
@@ -67,12 +70,29 @@ impl Bounds {
             bytes / 1e9,
             flops / 1e9
         );
-        Ok(Self { bytes, flops })
+        let (_, seconds) = time(|| products = cpu.multiply_on_tiles(1 << 10));
+        let bf16_flops = if products > 0 {
+            let on_tiles = 2.0 * products as f64 / seconds;
+            println!("  {:.1} GFLOP/s on tiles", on_tiles / 1e9);
+            on_tiles
+        } else {
+            flops
+        };
+        Ok(Self {
+            bytes,
+            flops,
+            bf16_flops,
+        })
     }
 
     /// Prints a line: wall time, and rates of one core over `seconds` of CPU time.
-    fn report(&self, what: &str, (wall, seconds): (f64, f64), (bytes, flops): (f64, f64)) {
-        let (reading, computing) = (bytes / self.bytes, flops / self.flops);
+    fn report(
+        &self,
+        what: &str,
+        (wall, seconds): (f64, f64),
+        (bytes, flops, most): (f64, f64, f64),
+    ) {
+        let (reading, computing) = (bytes / self.bytes, flops / most);
         let (bound, least) = if reading > computing {
             ("memory", reading)
         } else {
@@ -116,7 +136,11 @@ fn linear(
     let times = time(|| cpu.linear(&x, &weight, None, &mut out));
     let bytes = (outputs * inputs * element.bytes()) as f64;
     let flops = 2.0 * (rows * inputs * outputs) as f64;
-    bounds.report(&format!("{rows:4} rows"), times, (bytes, flops));
+    let most = match element {
+        Element::Bf16 => bounds.bf16_flops,
+        _ => bounds.flops,
+    };
+    bounds.report(&format!("{rows:4} rows"), times, (bytes, flops, most));
     Ok(())
 }
 
@@ -195,7 +219,7 @@ fn attend(
     let bytes = (sequences * blocks * layout.block_bytes()) as f64;
     let flops = 4.0 * (seen * 32 * 128) as f64;
     let what = format!("{sequences:2} x {new:3} of {context:4}");
-    bounds.report(&what, times, (bytes, flops));
+    bounds.report(&what, times, (bytes, flops, bounds.flops));
     Ok(())
 }
 

@@ -173,7 +173,7 @@ pub trait Backend: Send + 'static {
     fn memory(&self) -> (u64, u64);
 
     /// Says what the model's matrices are stored as, which is what activations of [`Precision::Compute`] shall be.
-    /// Comes before anything is taken. Sums are f32 in any case, and the CPU computes in f32 throughout.
+    /// Comes before anything is taken. Sums are f32 in any case, and on the CPU activations are f32 throughout.
     fn compute_in(&mut self, element: Element);
 
     /// Bytes of one element of an activation matrix.

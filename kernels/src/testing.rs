@@ -62,8 +62,7 @@ pub(crate) fn backends() -> Vec<CpuBackend> {
         .into_iter()
         .flat_map(|isa| [(isa, 1), (isa, 3)]);
     let backend = |(isa, threads)| {
-        let mut cpu = CpuBackend::new(threads, None).expect("threads start");
-        cpu.isa = isa;
+        let mut cpu = CpuBackend::of(threads, None, isa).expect("threads start");
         cpu.threads.inline_cost = 0;
         cpu
     };

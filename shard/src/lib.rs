@@ -103,9 +103,10 @@ async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
     match launch.device.clone() {
         placement::Device::Cpu { threads, cores } => {
             let cores: Vec<usize> = cores.iter().map(|core| *core as usize).collect();
+            let cpu_isa = launch.cpu_isa.clone();
             let make = move || {
                 let cores = (!cores.is_empty()).then_some(cores.as_slice());
-                CpuBackend::new(threads as usize, cores)
+                CpuBackend::with_isa(threads as usize, cores, &cpu_isa)
             };
             let place = Place {
                 rank: launch.rank,

@@ -79,6 +79,7 @@ async fn shard() -> Shard {
             threads: 2,
             cores: vec![],
         },
+        cpu_isa: "avx2".to_owned(),
         interface: None,
     };
     let process = started.launch(&launch).await.expect("it listens");
@@ -205,6 +206,7 @@ async fn output_waits_and_is_not_lost() {
         certificate: identity.certificate().clone(),
         rank: Rank(0),
         device: Device::Gpu { index: 0, ranks: 1 },
+        cpu_isa: "auto".to_owned(),
         interface: None,
     };
     let mut process = started.launch(&launch).await.unwrap();

@@ -167,6 +167,36 @@ impl DtypeArg {
     }
 }
 
+/// What CPU shards compute with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum CpuIsaArg {
+    /// The best that the CPU has, in the order below.
+    Auto,
+    /// Matrix tiles for weights of bfloat16, AVX-512 for all else.
+    Amx,
+    /// 512-bit vectors.
+    Avx512,
+    /// 256-bit vectors.
+    Avx2,
+    /// What every CPU has.
+    Portable,
+}
+
+impl CpuIsaArg {
+    /// As it is spelled on the command line and for shards.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Amx => "amx",
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -229,6 +259,9 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_CPUS", value_name = "COUNT|LIST", value_parser = NonEmpty::new(),
           help_heading = DEVICES)]
     pub cpus: Option<String>,
+    /// Instruction set that CPU shards compute with; one that a CPU lacks is refused.
+    #[arg(long, env = "CLUSTER_CPU_ISA", default_value = "auto", help_heading = DEVICES)]
+    pub cpu_isa: CpuIsaArg,
     /// Shards the model is split over (short: -tp).
     #[arg(long, env = "CLUSTER_TENSOR_PARALLEL_SIZE", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=64), help_heading = DEVICES)]

@@ -4,7 +4,7 @@
 //! nothing and starts nothing. Invariant: what comes out can be started, as far as can be known
 //! here; every error is one sentence that says what to change.
 
-use super::args::{DtypeArg, Up};
+use super::args::{CpuIsaArg, DtypeArg, Up};
 use super::nodes;
 use super::values::{self, AutoTokens};
 use crate::builtin;
@@ -93,6 +93,11 @@ impl Prepared {
             Some(topology) => nodes::placement(topology),
             None => placement(up)?,
         };
+        let is_cpu = |device: &Device| matches!(device, Device::Cpu { .. });
+        ensure!(
+            up.cpu_isa == CpuIsaArg::Auto || placement.devices.iter().any(is_cpu),
+            "--cpu-isa is for CPU shards and all ranks are on GPUs; leave it out"
+        );
         let model = Model::open(up)?;
         let world_size = placement.world_size();
         let partitions = Partition::all(&model.shape, world_size)?;

@@ -405,6 +405,7 @@ async fn program(
     Ok(Program {
         path: path.into(),
         log_level: presence::shard_log_level(&up.log_level),
+        cpu_isa: up.cpu_isa.name().to_owned(),
         sites,
         address,
         alive,

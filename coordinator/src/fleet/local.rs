@@ -45,6 +45,8 @@ pub struct Program {
     pub path: OsString,
     /// Which of a shard's log lines are written.
     pub log_level: String,
+    /// The instruction set that CPU shards compute with, or `auto`.
+    pub cpu_isa: String,
     /// One for each rank.
     pub sites: Vec<RankSite>,
     /// The address of this machine that all ranks reach.
@@ -142,6 +144,7 @@ impl LocalHost {
                     certificate: self.listener.certificate().clone(),
                     rank,
                     device: site.device.clone(),
+                    cpu_isa: self.program.cpu_isa.clone(),
                     interface: site.interface,
                 };
                 started.launch(&launch).await

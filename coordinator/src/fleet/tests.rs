@@ -16,6 +16,7 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
     let host = LocalHost::new(Program {
         path: program.into(),
         log_level: "warn".into(),
+        cpu_isa: "auto".into(),
         sites: vec![RankSite::here(cpu.clone()), RankSite::here(cpu)],
         address: std::net::Ipv4Addr::LOCALHOST.into(),
         alive,

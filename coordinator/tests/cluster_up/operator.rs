@@ -26,6 +26,38 @@ fn state(port: &str) -> String {
 }
 
 #[test]
+fn an_instruction_set_is_forced_or_refused() {
+    let _turn = turn();
+    let cpu = fs::read_to_string("/proc/cpuinfo").expect("this is Linux");
+    for (isa, flag, name) in [
+        ("amx", "amx_bf16", "AMX"),
+        ("avx512", "avx512f", "AVX-512"),
+        ("avx2", "avx2", "AVX2"),
+        ("portable", "", "portable"),
+    ] {
+        let arguments = [
+            "--tensor-parallel-size",
+            "1",
+            "--cpus",
+            "1",
+            "--cpu-isa",
+            isa,
+        ];
+        if cpu.contains(flag) {
+            let cluster = Cluster::start(&arguments);
+            let (_, logs, _) = run(&["logs", "0"]);
+            let device = format!("cpu (1 thread, {name})");
+            assert!(logs.contains(&device), "{device} is not in:\n{logs}");
+            cluster.stop();
+        } else {
+            let (code, _, stderr) = run(&[&["up", "--port", "0"][..], &arguments].concat());
+            let sentence = format!("--cpu-isa {isa} cannot be used: this CPU");
+            assert!(code == 1 && stderr.contains(&sentence), "{code}: {stderr}");
+        }
+    }
+}
+
+#[test]
 fn a_running_cluster_says_where_it_stands() {
     let _turn = turn();
     let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);

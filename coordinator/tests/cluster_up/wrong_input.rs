@@ -165,6 +165,15 @@ fn flags_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn an_instruction_set_that_cannot_be_is_refused() {
+    refused(&["--cpu-isa", "sse2"], &["sse2", "--cpu-isa", "portable"]);
+    refused(
+        &["--gpus", "0", "--cpu-isa", "avx2"],
+        &["--cpu-isa is for CPU shards", "leave it out"],
+    );
+}
+
+#[test]
 fn a_port_in_use_is_refused() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("there are free ports");
     let port = taken.local_addr().expect("it is bound").port().to_string();

@@ -50,11 +50,38 @@ impl CpuBackend {
     /// the one that will use the backend, is confined to `cores`. With one thread the work runs on
     /// whichever thread calls. An error where there are no threads, or no such core.
     pub fn new(threads: usize, cores: Option<&[usize]>) -> Result<Self, DeviceError> {
-        let scratch = Scratch::of(threads);
+        Self::of(threads, cores, Isa::detect())
+    }
+
+    /// The same with a certain instruction set: `amx`, `avx512`, `avx2`, `portable`, or `auto` for the best there is.
+    ///
+    /// An error also where this CPU lacks it, or nothing is called so.
+    pub fn with_isa(
+        threads: usize,
+        cores: Option<&[usize]>,
+        isa: &str,
+    ) -> Result<Self, DeviceError> {
+        let isa = Isa::named(isa).map_err(|reason| DeviceError::Failed {
+            device: "cpu".into(),
+            reason,
+        })?;
+        Self::of(threads, cores, isa)
+    }
+
+    pub(crate) fn of(
+        threads: usize,
+        cores: Option<&[usize]>,
+        isa: Isa,
+    ) -> Result<Self, DeviceError> {
+        // Asking for tiles comes before any thread is started, which then may use them too.
+        let mut scratch = Scratch::of(threads);
+        if isa.has_tiles() {
+            scratch = scratch.with_tiles()?;
+        }
         Ok(Self {
             threads: Threads::start(threads, cores)?,
             scratch,
-            isa: Isa::detect(),
+            isa,
         })
     }
 
@@ -97,7 +124,8 @@ impl Backend for CpuBackend {
         memory::total_and_free()
     }
 
-    // f32, whatever the weights are stored as: narrower activations would be slower here.
+    // f32, whatever the weights are stored as: narrower activations would be slower here. Products on tiles round them as
+    // they lay them out.
     fn compute_in(&mut self, _element: Element) {}
 
     fn element_bytes(&self, _precision: Precision) -> usize {

@@ -1,6 +1,8 @@
 //! What this machine can do at most, for measurements to be compared with: products that need no memory, and memory
 //! that is read for nothing. No clock: whoever calls it has one.
 
+#[cfg(target_arch = "x86_64")]
+use super::simd::amx::{Amx, CHUNK_CELLS, Floats, Multiply, Product, TILE_ROWS, TileUnit};
 use super::simd::{CELL, Kernel, LANES, Simd};
 use super::weight::Values;
 use super::{CpuBackend, CpuWeight};
@@ -24,6 +26,40 @@ impl CpuBackend {
             },
         );
         count.into_inner()
+    }
+
+    /// As [`Self::multiply_in_registers`], in bfloat16 on tiles that come from the first-level cache; 0 without tiles.
+    pub fn multiply_on_tiles(&self, rounds: usize) -> u64 {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(amx) = self.isa.tiles() {
+            return self.on_tiles(amx, rounds);
+        }
+        let _ = rounds;
+        0
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn on_tiles(&self, amx: Amx, rounds: usize) -> u64 {
+        const CHUNKS: usize = 8;
+        let mut each = vec![0.0; self.threads.count()];
+        self.threads
+            .rows(&mut each, 1, usize::MAX >> 16, |thread, _| {
+                let mut memory = self.scratch.tile_sums(thread);
+                let (sums, operands) = memory.split_at_mut(4 * TILE_ROWS * 64);
+                let operands: &[Floats] = bytemuck::cast_slice(operands);
+                let (cells, operands) = operands.split_at(CHUNKS * CHUNK_CELLS);
+                let run = CHUNKS * TILE_ROWS;
+                let mut tiles = amx.tiles(TILE_ROWS);
+                for _ in 0..rounds {
+                    tiles.floats(Product {
+                        rows: &[&operands[..run], &operands[run..2 * run]],
+                        cells,
+                        sums: bytemuck::cast_slice_mut(sums),
+                        ahead: &[],
+                    });
+                }
+            });
+        (rounds * each.len() * 2 * TILE_ROWS * 2 * LANES * CHUNKS * CELL) as u64
     }
 
     /// Reads a matrix once, on all threads, and says how many bytes that were.

@@ -3,6 +3,8 @@
 //! Nothing outlives the work of one thread in one operation. Invariant: nothing is taken later.
 
 use super::simd::LANES;
+use crate::backend::DeviceError;
+use memmap2::MmapMut;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Vectors of a thread's memory, 448 KiB: with a panel of weights and the outputs it stays in a second-level
@@ -16,21 +18,59 @@ pub(crate) type Space = [[f32; LANES]];
 /// positions needs it all.
 const SHARED: usize = 1 << 20;
 
+/// Lines of 64 bytes for activations as tiles, 16 MiB: 512 rows of 16384 columns. What is not used is never touched.
+pub(crate) const TILE_INPUTS: usize = 256 << 10;
+
+/// Lines of 64 bytes for a thread's sums, 512 KiB: those of 512 rows and 256 outputs.
+pub(crate) const TILE_SUMS: usize = 8 << 10;
+
 /// One space for each thread, and one for all.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     threads: Vec<Mutex<Vec<[f32; LANES]>>>,
     shared: Mutex<Vec<f32>>,
+    tiles: Option<TileScratch>,
+}
+
+/// What products on matrix tiles need more: whole cache lines, which start where pages do.
+#[derive(Debug)]
+struct TileScratch {
+    inputs: Mutex<MmapMut>,
+    sums: Vec<Mutex<MmapMut>>,
 }
 
 impl Scratch {
     /// For the threads `0..threads`.
-    pub(super) fn of(threads: usize) -> Self {
+    pub(crate) fn of(threads: usize) -> Self {
         let space = || Mutex::new(vec![[0.0; LANES]; VECTORS]);
         Self {
             threads: (0..threads).map(|_| space()).collect(),
             shared: Mutex::new(vec![0.0; SHARED]),
+            tiles: None,
         }
+    }
+
+    /// The same with memory for tiles.
+    pub(crate) fn with_tiles(self) -> Result<Self, DeviceError> {
+        let lines = |count: usize| {
+            let memory = MmapMut::map_anon(count * 64).map_err(|e| DeviceError::Failed {
+                device: "cpu".into(),
+                reason: format!("taking {} bytes for tiles: {e}", count * 64),
+            });
+            memory.map(Mutex::new)
+        };
+        let tiles = TileScratch {
+            inputs: lines(TILE_INPUTS)?,
+            sums: self
+                .threads
+                .iter()
+                .map(|_| lines(TILE_SUMS))
+                .collect::<Result<_, _>>()?,
+        };
+        Ok(Self {
+            tiles: Some(tiles),
+            ..self
+        })
     }
 
     /// The memory of `thread`, [`VECTORS`] long, holding anything.
@@ -45,5 +85,28 @@ impl Scratch {
     /// The memory of all threads, [`SHARED`] long, for an operation that divides it among them.
     pub(crate) fn shared(&self) -> MutexGuard<'_, Vec<f32>> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The lines for activations as tiles.
+    ///
+    /// # Panics
+    /// Without memory for tiles.
+    pub(crate) fn tile_inputs(&self) -> MutexGuard<'_, MmapMut> {
+        let inputs = &self.tiles().inputs;
+        inputs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The lines for the sums of `thread`.
+    ///
+    /// # Panics
+    /// Without memory for tiles.
+    pub(crate) fn tile_sums(&self, thread: usize) -> MutexGuard<'_, MmapMut> {
+        let sums = &self.tiles().sums[thread];
+        sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tiles(&self) -> &TileScratch {
+        let tiles = self.tiles.as_ref();
+        tiles.expect("memory for tiles was taken, since they are used")
     }
 }

@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release -p shard --example engine_speed -- --model DIR [--device cpu|cuda:N] [--tp N]
 //!         [--decode 1,8,64,256] [--prefill 512,2048,8192] [--context 512] [--steps 32] [--dtype auto]
-//!         [--enforce-eager true]
+//!         [--enforce-eager true] [--cpu-isa auto]
 //!
 //! Prints one JSON object per line. With `--tp` it starts itself once per rank, all on the same GPU, or on the
 //! CPU. Every rank makes the same plans by itself, so nothing but the collectives connects them.
@@ -62,7 +62,7 @@ fn choose(options: &Options) -> Result<()> {
     match options.device {
         Device::Cpu => {
             let threads = std::thread::available_parallelism()?.get() / options.tp as usize;
-            let backend = CpuBackend::new(threads.max(1), None)?;
+            let backend = CpuBackend::with_isa(threads.max(1), None, &options.cpu_isa)?;
             measure::<CpuBackend, ShmComm>(backend, Some(Element::F32), options)
         }
         #[cfg(feature = "cuda")]

@@ -22,6 +22,8 @@ pub(crate) struct Options {
     pub(crate) context: u32,
     pub(crate) steps: u32,
     pub(crate) dtype: String,
+    /// Instruction set of the CPU, or `auto`.
+    pub(crate) cpu_isa: String,
     /// Whether no step is recorded and replayed.
     pub(crate) eager: bool,
     /// Set by the launcher: which rank this process is.
@@ -41,6 +43,7 @@ impl Options {
             context: 512,
             steps: 32,
             dtype: "auto".to_owned(),
+            cpu_isa: "auto".to_owned(),
             eager: false,
             rank: None,
             id: None,
@@ -62,6 +65,7 @@ impl Options {
                 "--context" => options.context = number()?,
                 "--steps" => options.steps = number()?,
                 "--dtype" => options.dtype = value,
+                "--cpu-isa" => options.cpu_isa = value,
                 "--enforce-eager" => {
                     options.eager = value.parse().context("--enforce-eager is true or false")?;
                 }

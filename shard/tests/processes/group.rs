@@ -90,6 +90,7 @@ impl Shard {
             certificate: listener.certificate().clone(),
             rank: Rank(rank),
             device,
+            cpu_isa: "auto".to_owned(),
             interface: None,
         };
         started.launch(&launch).await.expect("it takes the line")

@@ -53,6 +53,8 @@ pub struct Launch {
     pub rank: Rank,
     /// What it computes on.
     pub device: Device,
+    /// `--cpu-isa`: the instruction set that a CPU shard computes with, `auto` for the best that its CPU has.
+    pub cpu_isa: String,
     /// Its node's address on the network between the nodes; `None` where all ranks are on one host.
     pub interface: Option<IpAddr>,
 }

@@ -9,6 +9,8 @@
 //! portable version differs from them only where it must round the product.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -81,9 +83,15 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
+/// Names of all instruction sets for programs, best first.
+const NAMES: [&str; 4] = ["amx", "avx512", "avx2", "portable"];
+
 /// The instruction set in use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
+    /// Tiles for matrices of bfloat16, and 512-bit vectors for all else.
+    #[cfg(target_arch = "x86_64")]
+    Amx(amx::Amx),
     /// 512-bit vectors.
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
@@ -102,9 +110,10 @@ impl Isa {
 
     /// All that this CPU has, best first.
     pub(crate) fn available() -> Vec<Self> {
-        let mut found = Vec::with_capacity(3);
+        let mut found = Vec::with_capacity(NAMES.len());
         #[cfg(target_arch = "x86_64")]
         {
+            found.extend(amx::Amx::detect().map(Self::Amx));
             found.extend(avx512::Avx512::detect().map(Self::Avx512));
             found.extend(avx2::Avx2::detect().map(Self::Avx2));
         }
@@ -112,9 +121,51 @@ impl Isa {
         found
     }
 
+    /// The one of this name (`--cpu-isa`), or the best one where it is `auto`.
+    ///
+    /// # Errors
+    /// A sentence that says which there are.
+    pub(crate) fn named(name: &str) -> Result<Self, String> {
+        let available = Self::available();
+        if let Some(isa) = available.iter().find(|isa| isa.key() == name) {
+            return Ok(*isa);
+        }
+        let is_there = |key: &&&str| available.iter().any(|isa| isa.key() == **key);
+        let list = |keys: Vec<&&str>| keys.into_iter().copied().collect::<Vec<_>>().join(", ");
+        let (there, lacking) = NAMES.iter().partition(is_there);
+        match name {
+            "auto" => Ok(available[0]),
+            _ if NAMES.contains(&name) => Err(format!(
+                "--cpu-isa {name} cannot be used: this CPU, or its system, lacks {}; it has {}, of which `auto` takes \
+                 the first",
+                list(lacking),
+                list(there)
+            )),
+            _ => Err(format!(
+                "--cpu-isa {name} is none of auto, {}",
+                NAMES.join(", ")
+            )),
+        }
+    }
+
+    /// Its name for programs, one of [`NAMES`].
+    fn key(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "avx2",
+            Self::Portable(_) => "portable",
+        }
+    }
+
     /// Its name for people.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => "AMX",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "AVX-512",
             #[cfg(target_arch = "x86_64")]
@@ -123,15 +174,58 @@ impl Isa {
         }
     }
 
+    /// Whether products of bfloat16 matrices run on tiles, which take `x` in bfloat16 too.
+    pub(crate) fn has_tiles(self) -> bool {
+        self.key() == "amx"
+    }
+
+    /// The tiles, where [`Self::has_tiles`].
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn tiles(self) -> Option<amx::Amx> {
+        match self {
+            Self::Amx(amx) => Some(amx),
+            _ => None,
+        }
+    }
+
     /// Runs the copy of `kernel` made for this instruction set.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(simd) => simd.run(kernel),
             Self::Portable(simd) => kernel.run(simd),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_finds_its_set_or_says_what_is_there() {
+        let available = Isa::available();
+        assert_eq!(Isa::named("auto").unwrap().key(), available[0].key());
+        for name in NAMES {
+            let is_there = available.iter().any(|isa| isa.key() == name);
+            match Isa::named(name) {
+                Ok(isa) => assert!(is_there && isa.key() == name, "{name}"),
+                Err(why) => {
+                    assert!(!is_there, "{why}");
+                    assert!(why.contains(&format!("--cpu-isa {name} cannot")), "{why}");
+                    assert!(why.contains("portable"), "{why}");
+                }
+            }
+        }
+        let why = Isa::named("sse2").unwrap_err();
+        assert!(
+            why.contains("none of auto, amx, avx512, avx2, portable"),
+            "{why}"
+        );
     }
 }

@@ -6,11 +6,17 @@
 //! multiplied stay in the caches.
 //!
 //! Invariant: `out[i][j]` is the sum over blocks of [`BLOCK`] columns, from the first to the last, of the block's
-//! products summed one by one from the first to the last (and then the bias). Nothing else about the shapes,
-//! and nothing about threads, changes a bit.
+//! products summed one by one from the first to the last (and then the bias). On tiles (AMX, bfloat16 weights) `x` is
+//! rounded to bfloat16, and blocks have 32 columns: to the sum so far comes what the products of even columns, one by
+//! one, and those of odd columns, one by one, make together. Nothing else about the shapes, and nothing about threads,
+//! changes a bit.
 
 mod round;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
+#[cfg(target_arch = "x86_64")]
+use crate::backend::Element;
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::scratch::VECTORS;
@@ -53,6 +59,13 @@ pub(crate) fn linear(
     let Values::Matrix(packed) = weight.values() else {
         return narrow(cpu, x, weight, bias, out);
     };
+    // For one row as for many, so that what else is in a batch changes nothing.
+    #[cfg(target_arch = "x86_64")]
+    if let Some(unit) = cpu.isa.tiles()
+        && weight.element() == Element::Bf16
+    {
+        return tiles::linear((cpu, unit), x, packed, bias, out);
+    }
     let blocks = packed.cols().div_ceil(BLOCK);
     for part in equal_parts(rows, MAX_ROWS) {
         // All blocks at once where memory allows: threads meet after each round.
@@ -106,7 +119,7 @@ fn narrow(
                     }
                 });
                 if let Some(bias) = bias {
-                    add_bias(bias, &mut panel);
+                    add_bias(bias, 0..x.rows(), &mut panel);
                 }
             }
         });
@@ -204,7 +217,8 @@ pub(crate) mod cuda {
 #[cfg(test)]
 pub(crate) mod tests {
     use crate::backend::{Backend, Element, Precision};
-    use crate::cpu::CpuBackend;
+    use crate::cpu::weight::Values;
+    use crate::cpu::{CpuBackend, CpuWeight};
     use crate::testing::{
         ELEMENTS, Rng, assert_close, backends, bits, host_matrix, rounded, tensor, weight,
     };
@@ -228,6 +242,16 @@ pub(crate) mod tests {
         out
     }
 
+    /// `x` as products with `weight` take it. With that the tolerance of all sets is the same: that of f32
+    /// sums in another order.
+    fn taken(cpu: &CpuBackend, x: &[f32], weight: &CpuWeight) -> Vec<f32> {
+        let on_tiles = cpu.isa.has_tiles() && matches!(weight.values(), Values::Matrix(_));
+        match weight.element() {
+            Element::Bf16 if on_tiles => rounded(x, Element::Bf16),
+            _ => x.to_vec(),
+        }
+    }
+
     #[test]
     fn is_the_reference_and_a_row_alone_gives_the_same_bits() {
         let mut rng = Rng::new(7);
@@ -245,7 +269,8 @@ pub(crate) mod tests {
                 let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
                 cpu.linear(&x, &w, bias, &mut out);
                 let bias_values = biased.then_some(&*bias_values);
-                let expected = reference(x.values(), &w_values, inputs, bias_values);
+                let x_values = taken(&cpu, x.values(), &w);
+                let expected = reference(&x_values, &w_values, inputs, bias_values);
                 assert_close(out.values(), &expected, 1e-5 * inputs as f32, 1e-5);
                 for row in 0..rows {
                     let one = tensor(&cpu, x.row(row), inputs);
@@ -277,10 +302,27 @@ pub(crate) mod tests {
         }
         let fused: Vec<_> = all
             .iter()
-            .filter(|(name, _)| !name.contains("portable"))
+            .filter(|(name, _)| name.contains("AVX"))
             .collect();
         for (name, bits) in &fused {
             assert!(*bits == fused[0].1, "{name} differs from {}", fused[0].0);
+        }
+    }
+
+    /// More rows than a thread's memory holds are multiplied in parts.
+    #[test]
+    fn every_part_of_the_rows_gets_its_bias_once() {
+        let mut rng = Rng::new(10);
+        for cpu in backends() {
+            let (rows, inputs, outputs) = (rng.within(600..1200), 40, 35);
+            let (w, w_values) = weight(&mut rng, &cpu, (outputs, inputs), Element::Bf16);
+            let (bias, bias_values) = weight(&mut rng, &cpu, (1, outputs), Element::Bf16);
+            let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
+            let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
+            cpu.linear(&x, &w, Some(&bias), &mut out);
+            let x_values = taken(&cpu, x.values(), &w);
+            let expected = reference(&x_values, &w_values, inputs, Some(&bias_values));
+            assert_close(out.values(), &expected, 1e-4, 1e-5);
         }
     }
 
@@ -313,7 +355,8 @@ pub(crate) mod tests {
                 let x = tensor(&cpu, &rng.values(2 * inputs), inputs);
                 let mut out = cpu.allocate(2, 11, Precision::Compute).unwrap();
                 cpu.linear(&x, &w, Some(&bias), &mut out);
-                let expected = reference(x.values(), &values, inputs, Some(&bias_values));
+                let x_values = taken(&cpu, x.values(), &w);
+                let expected = reference(&x_values, &values, inputs, Some(&bias_values));
                 assert_close(out.values(), &expected, 1e-4, 1e-5);
             }
         }

@@ -53,7 +53,7 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
                 round.group(simd, group, &mut panel);
             }
             if let Some(bias) = round.bias {
-                add_bias(bias, &mut panel);
+                add_bias(bias, round.rows.clone(), &mut panel);
             }
         }
     }
@@ -195,11 +195,11 @@ impl<E: Stored> Work<'_, '_, E> {
     }
 }
 
-/// Adds the panel's part of `bias` to each row.
-pub(super) fn add_bias(bias: &CpuWeight, panel: &mut Panel<'_>) {
+/// Adds the panel's part of `bias` to each of `rows`.
+pub(super) fn add_bias(bias: &CpuWeight, rows: Range<usize>, panel: &mut Panel<'_>) {
     by_element!(bias.element(), E => {
         let bias = &bias.vector::<E>()[panel.columns()];
-        for row in panel.rows() {
+        for row in rows {
             for (value, bias) in panel.row(row).iter_mut().zip(bias) {
                 *value += bias.widen();
             }

@@ -1,0 +1,408 @@
+//! The matrix extension of x86 processors (AMX): tiles of up to sixteen rows of 64 bytes, and products of them.
+//!
+//! A product adds to tiles of sums what one or two tiles of activations give with the two cells of a packed panel that
+//! lie side by side, over as many chunks as a block has. A chunk is what one tile holds of a row: 32 bfloat16 or 64
+//! codes of a byte. What is not here: how matrices are cut into blocks (`ops/linear/tiles.rs`).
+//!
+//! Unsafe code here rests on two facts: an [`Amx`] exists only where CPU and system let this process use the
+//! instructions, and while a [`Tiles`] lives, its thread's tiles have the shapes that it says.
+//! Invariant: what a product adds to a sum depends on the row of activations and the row of the panel alone.
+#![expect(
+    unsafe_code,
+    reason = "instructions need a CPU that has them, and memory of the tiles' sizes; the types are the proof"
+)]
+
+use super::avx512::Avx512;
+use super::{CELL, Kernel, LANES};
+use half::bf16;
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _xgetbv};
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+/// Most rows of a tile.
+pub(crate) const TILE_ROWS: usize = 16;
+
+/// Cells of a panel that a chunk takes, two side by side: [`TILE_ROWS`] of each.
+pub(crate) const CHUNK_CELLS: usize = 2 * TILE_ROWS;
+
+/// What tiles hold of activations, of weights and of sums: 64 bytes each.
+pub(crate) type Floats = [bf16; CELL];
+/// Codes of a byte with a sign.
+pub(crate) type Signed = [i8; 64];
+/// Codes of a byte without one.
+pub(crate) type Unsigned = [u8; 64];
+
+/// Operands of a product of `n` chunks.
+#[derive(Debug)]
+pub(crate) struct Product<'a, A, B, S> {
+    /// One or two tiles of activations, `[n][rows]` each.
+    pub(crate) rows: &'a [&'a [A]],
+    /// `[n][16][2]`: each of 16 lines has 2 columns (of bytes: 4) of sixteen rows of the panel, as packed matrices do.
+    pub(crate) cells: &'a [B],
+    /// What is added to: `[tiles][2][rows]`.
+    pub(crate) sums: &'a mut [S],
+    /// Lines that will be read some time later, which are asked for now.
+    pub(crate) ahead: &'a [B],
+}
+
+/// Tiles, or what computes as they do.
+pub(crate) trait TileUnit: Copy + Sync {
+    /// One thread's.
+    type Tiles: Multiply;
+
+    /// Tiles of sums and of activations get `rows` rows, 1 to 16.
+    fn tiles(self, rows: usize) -> Self::Tiles;
+}
+
+/// Products of tiles.
+pub(crate) trait Multiply {
+    /// Of bfloat16. To each sum is added, chunk by chunk, the sum of two: of the products of even columns, summed one
+    /// by one from zero, and of those of odd ones. Each is rounded to nearest even together with its sum; what is too
+    /// small for a normal f32 counts as zero.
+    fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>);
+}
+
+/// Proof that this process may use AMX with bfloat16 and bytes, and of all that [`Avx512`] proves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Amx(Avx512);
+
+impl Amx {
+    /// Asks the CPU, and the system for permission, which then all threads have.
+    pub(super) fn detect() -> Option<Self> {
+        static ALLOWED: OnceLock<bool> = OnceLock::new();
+        let vectors = Avx512::detect()?;
+        let allowed = *ALLOWED.get_or_init(|| cpu_has_tiles() && system_saves_tiles());
+        allowed.then_some(Self(vectors))
+    }
+
+    /// Runs `kernel` compiled for 512-bit vectors.
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        self.0.run(kernel)
+    }
+}
+
+impl TileUnit for Amx {
+    type Tiles = Tiles;
+
+    fn tiles(self, rows: usize) -> Tiles {
+        Tiles::configure(self, rows)
+    }
+}
+
+/// AMX-BF16, AMX-TILE and AMX-INT8, and that the system has turned tiles on.
+fn cpu_has_tiles() -> bool {
+    // Who has AVX-512 has these leaves, and a system that saves registers with `xsave`.
+    let tiles = 1 << 22 | 1 << 24 | 1 << 25;
+    if __cpuid_count(0, 0).eax < 7 || __cpuid_count(7, 0).edx & tiles != tiles {
+        return false;
+    }
+    let (config, data) = (1 << 17, 1 << 18);
+    // SAFETY: only called where AVX-512 was found, which includes asking the system by this instruction.
+    let saved = unsafe { _xgetbv(0) };
+    saved & (config | data) == config | data
+}
+
+/// Asks Linux to save the tiles' contents, which it does for those who asked only.
+#[cfg(target_os = "linux")]
+fn system_saves_tiles() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
+    const XFEATURE_XTILEDATA: i64 = 18;
+    let answer: i64;
+    // SAFETY: a system call that takes numbers alone; the registers that it changes are named.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") ARCH_PRCTL => answer,
+            in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") XFEATURE_XTILEDATA,
+            out("rcx") _,
+            out("r11") _,
+            options(nostack),
+        );
+    }
+    answer == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn system_saves_tiles() -> bool {
+    false
+}
+
+/// What `ldtilecfg` reads.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+const _: () = assert!(size_of::<Config>() == 64);
+
+thread_local! {
+    static TAKEN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// This thread's tiles, until it is dropped.
+///
+/// 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. The system saves and restores what is in use when it switches
+/// threads, 8 KiB, so they are held for a product and no longer.
+#[derive(Debug)]
+pub(crate) struct Tiles {
+    rows: usize,
+    /// It stays in its thread.
+    here: PhantomData<*const ()>,
+}
+
+/// Addresses of a product's operands.
+struct Operands {
+    rows: [*const u8; 2],
+    cells: *const u8,
+    sums: *mut u8,
+    chunks: usize,
+    /// Bytes of a tile of activations or of sums.
+    tile: usize,
+    ahead: *const u8,
+    /// Lines that are asked for with each chunk.
+    lines: usize,
+}
+
+/// With two tiles of activations: four sums, for each of which half a tile is read, so that the cache keeps up.
+///
+/// The caller vouches that the memory behind each address is as large as tiles and chunks say. A prefetch may go beyond.
+macro_rules! run_two {
+    ($instruction:literal, $operands:ident) => {
+        asm!(
+            "tileloadd tmm0, [{sums} + {line}]",
+            "lea {at}, [{sums} + {tile}]",
+            "tileloadd tmm1, [{at} + {line}]",
+            "add {at}, {tile}",
+            "tileloadd tmm2, [{at} + {line}]",
+            "add {at}, {tile}",
+            "tileloadd tmm3, [{at} + {line}]",
+            "2:",
+            "tileloadd tmm6, [{cells} + {pair}]",
+            "tileloadd tmm4, [{rows} + {line}]",
+            "tileloadd tmm7, [{cells} + {pair} + 64]",
+            "tileloadd tmm5, [{others} + {line}]",
+            concat!($instruction, " tmm0, tmm4, tmm6"),
+            concat!($instruction, " tmm1, tmm4, tmm7"),
+            concat!($instruction, " tmm2, tmm5, tmm6"),
+            concat!($instruction, " tmm3, tmm5, tmm7"),
+            "add {cells}, 2048",
+            "add {rows}, {tile}",
+            "add {others}, {tile}",
+            "mov {at}, {lines}",
+            "test {at}, {at}",
+            "jz 4f",
+            "3:",
+            "prefetcht1 [{ahead}]",
+            "add {ahead}, 64",
+            "dec {at}",
+            "jnz 3b",
+            "4:",
+            "dec {chunks}",
+            "jnz 2b",
+            "tilestored [{sums} + {line}], tmm0",
+            "lea {at}, [{sums} + {tile}]",
+            "tilestored [{at} + {line}], tmm1",
+            "add {at}, {tile}",
+            "tilestored [{at} + {line}], tmm2",
+            "add {at}, {tile}",
+            "tilestored [{at} + {line}], tmm3",
+            sums = in(reg) $operands.sums,
+            rows = inout(reg) $operands.rows[0] => _,
+            others = inout(reg) $operands.rows[1] => _,
+            cells = inout(reg) $operands.cells => _,
+            ahead = inout(reg) $operands.ahead => _,
+            chunks = inout(reg) $operands.chunks => _,
+            lines = in(reg) $operands.lines,
+            tile = in(reg) $operands.tile,
+            line = in(reg) 64_usize,
+            pair = in(reg) 128_usize,
+            at = out(reg) _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// With one tile of activations: what is left of them, or the few rows of a decode step, which wait for memory anyway.
+///
+/// The caller vouches for the same as with two.
+macro_rules! run_one {
+    ($instruction:literal, $operands:ident) => {
+        asm!(
+            "tileloadd tmm0, [{sums} + {line}]",
+            "lea {at}, [{sums} + {tile}]",
+            "tileloadd tmm1, [{at} + {line}]",
+            "2:",
+            "tileloadd tmm6, [{cells} + {pair}]",
+            "tileloadd tmm4, [{rows} + {line}]",
+            "tileloadd tmm7, [{cells} + {pair} + 64]",
+            concat!($instruction, " tmm0, tmm4, tmm6"),
+            concat!($instruction, " tmm1, tmm4, tmm7"),
+            "add {cells}, 2048",
+            "add {rows}, {tile}",
+            "mov {at}, {lines}",
+            "test {at}, {at}",
+            "jz 4f",
+            "3:",
+            "prefetcht1 [{ahead}]",
+            "add {ahead}, 64",
+            "dec {at}",
+            "jnz 3b",
+            "4:",
+            "dec {chunks}",
+            "jnz 2b",
+            "tilestored [{sums} + {line}], tmm0",
+            "lea {at}, [{sums} + {tile}]",
+            "tilestored [{at} + {line}], tmm1",
+            sums = in(reg) $operands.sums,
+            rows = inout(reg) $operands.rows[0] => _,
+            cells = inout(reg) $operands.cells => _,
+            ahead = inout(reg) $operands.ahead => _,
+            chunks = inout(reg) $operands.chunks => _,
+            lines = in(reg) $operands.lines,
+            tile = in(reg) $operands.tile,
+            line = in(reg) 64_usize,
+            pair = in(reg) 128_usize,
+            at = out(reg) _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// One product: the sums come from memory and go back there, between them all chunks. One instruction adds the product
+/// of two tiles to a third.
+macro_rules! multiply {
+    ($instruction:literal, $tiles:expr, $product:expr) => {{
+        let (rows, product) = ($tiles.rows, $product);
+        let chunks = chunks(rows, &product);
+        // Empty products would run the loop below once.
+        if chunks == 0 {
+            return;
+        }
+        let (first, second) = (product.rows[0], product.rows.get(1));
+        let operands = Operands {
+            rows: [
+                first.as_ptr().cast(),
+                second.unwrap_or(&first).as_ptr().cast(),
+            ],
+            cells: product.cells.as_ptr().cast(),
+            sums: product.sums.as_mut_ptr().cast(),
+            chunks,
+            tile: 64 * rows,
+            ahead: product.ahead.as_ptr().cast(),
+            lines: product.ahead.len().div_ceil(chunks),
+        };
+        if second.is_some() {
+            // SAFETY: see `run_two!`; `chunks()` has checked the sizes.
+            unsafe { run_two!($instruction, operands) }
+        } else {
+            // SAFETY: see `run_one!`; `chunks()` has checked the sizes.
+            unsafe { run_one!($instruction, operands) }
+        }
+    }};
+}
+
+impl Tiles {
+    fn configure(_: Amx, rows: usize) -> Self {
+        assert!((1..=TILE_ROWS).contains(&rows), "{rows} rows of a tile");
+        assert!(!TAKEN.replace(true), "a thread has one set of tiles");
+        let mut config = Config {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            rows: [0; 16],
+        };
+        config.row_bytes[..8].fill(64);
+        // In a byte: at most 16.
+        config.rows[..6].fill(u8::try_from(rows).unwrap_or(u8::MAX));
+        config.rows[6..8].fill(16);
+        // SAFETY: `Amx` proves that the instruction is there, and the configuration is one that it takes. It reads
+        // memory, which is why this must not be said to read none.
+        unsafe {
+            asm!(
+                "ldtilecfg [{config}]",
+                config = in(reg) &raw const config,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+        Self {
+            rows,
+            here: PhantomData,
+        }
+    }
+
+    /// Of codes, summed exactly: activations with a sign, weights without one.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "no matrix of bytes is kept in this form yet")
+    )]
+    pub(crate) fn signed_by_unsigned(&mut self, p: Product<'_, Signed, Unsigned, [i32; LANES]>) {
+        multiply!("tdpbsud", self, p);
+    }
+
+    /// Of codes, summed exactly: both with a sign.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "no matrix of bytes is kept in this form yet")
+    )]
+    pub(crate) fn signed_by_signed(&mut self, p: Product<'_, Signed, Signed, [i32; LANES]>) {
+        multiply!("tdpbssd", self, p);
+    }
+}
+
+impl Multiply for Tiles {
+    fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>) {
+        multiply!("tdpbf16ps", self, product);
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: a `Tiles` is made of an `Amx`, which proves that the instruction is there. Nothing is left in tiles.
+        unsafe {
+            asm!(
+                "tilerelease",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nomem, nostack),
+            );
+        }
+        TAKEN.set(false);
+    }
+}
+
+/// Checks the operands' sizes and gives the number of chunks.
+fn chunks<A, B, S>(rows: usize, product: &Product<'_, A, B, S>) -> usize {
+    const { assert!(size_of::<A>() == 64 && size_of::<B>() == 64 && size_of::<S>() == 64) }
+    let tiles = product.rows.len();
+    assert!(tiles == 1 || tiles == 2, "{tiles} tiles of activations");
+    let chunks = product.cells.len() / CHUNK_CELLS;
+    assert_eq!(
+        product.cells.len() % CHUNK_CELLS,
+        0,
+        "whole chunks of cells"
+    );
+    for tile in product.rows {
+        assert_eq!(tile.len(), chunks * rows, "activations for each chunk");
+    }
+    assert_eq!(product.sums.len(), tiles * 2 * rows, "sums of all tiles");
+    chunks
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

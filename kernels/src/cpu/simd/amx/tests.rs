@@ -1,0 +1,150 @@
+//! Tiles in plain Rust, and the instructions compared with plain Rust. What whole products of bfloat16 come to is tested
+//! where they are made (`ops/linear/tiles.rs`).
+
+use super::*;
+use crate::cpu::simd::Isa;
+use crate::testing::Rng;
+
+/// Tiles in plain Rust.
+#[derive(Clone, Copy)]
+pub(crate) struct Model;
+
+pub(crate) struct ModelTiles(usize);
+
+impl TileUnit for Model {
+    type Tiles = ModelTiles;
+
+    fn tiles(self, rows: usize) -> ModelTiles {
+        ModelTiles(rows)
+    }
+}
+
+/// Calls `f(sum, line of activations, index of the first cell)` for each line of sums and each chunk.
+fn each<A, B, S>(
+    rows: usize,
+    product: &mut Product<'_, A, B, S>,
+    mut f: impl FnMut(&mut S, &A, usize),
+) {
+    let chunks = chunks(rows, product);
+    for (i, sums) in product.sums.iter_mut().enumerate() {
+        let (tile, half, row) = (i / (2 * rows), i / rows % 2, i % rows);
+        for chunk in 0..chunks {
+            f(
+                sums,
+                &product.rows[tile][chunk * rows + row],
+                chunk * CHUNK_CELLS + half,
+            );
+        }
+    }
+}
+
+impl Multiply for ModelTiles {
+    fn floats(&mut self, mut product: Product<'_, Floats, Floats, [f32; LANES]>) {
+        let cells = product.cells;
+        each(self.0, &mut product, |sums, x, first| {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                let mut halves = [0.0_f32; 2];
+                for (i, x) in x.iter().enumerate() {
+                    let w = cells[first + i / 2 * 2][2 * lane + i % 2];
+                    halves[i % 2] = x.to_f32().mul_add(w.to_f32(), halves[i % 2]);
+                }
+                *sum += halves[0] + halves[1];
+            }
+        });
+    }
+}
+
+fn codes<T>(rng: &mut Rng, lines: usize, code: impl Fn(u64) -> T) -> Vec<[T; 64]> {
+    let mut line = |_| std::array::from_fn(|_| code(rng.next()));
+    (0..lines).map(&mut line).collect()
+}
+
+/// Products of codes that have no more bits than `mask` compared with plain sums.
+fn check_codes(mask: u8) {
+    let Some(amx) = Isa::detect().tiles() else {
+        println!("skipped: this CPU has no tiles");
+        return;
+    };
+    let mut rng = Rng::new(14);
+    for case in 0..40 {
+        let (rows, tiles, chunks) = (rng.within(1..17), rng.within(1..3), rng.within(0..5));
+        println!("case {case}: {tiles} tiles of {rows} rows, {chunks} chunks");
+        let x: Vec<_> = (0..tiles)
+            .map(|_| {
+                codes(&mut rng, chunks * rows, |code| {
+                    (code as u8 & mask).cast_signed()
+                })
+            })
+            .collect();
+        let x: Vec<&[Signed]> = x.iter().map(|tile| &tile[..]).collect();
+        let unsigned = codes(&mut rng, chunks * CHUNK_CELLS, |code| code as u8 & mask);
+        let signed: &[Signed] = bytemuck::cast_slice(&unsigned);
+        let start = codes(&mut rng, tiles * 2 * rows, |code| code as i32 >> 8);
+        let start: Vec<[i32; LANES]> = start
+            .iter()
+            .map(|line| *line.first_chunk().unwrap())
+            .collect();
+
+        let (mut sums, mut expected) = (start.clone(), start);
+        amx.tiles(rows)
+            .signed_by_signed(product(&x, signed, &mut sums));
+        add_codes(rows, product(&x, signed, &mut expected), i32::from);
+        assert!(sums == expected, "both with a sign");
+        amx.tiles(rows)
+            .signed_by_unsigned(product(&x, &unsigned, &mut sums));
+        add_codes(rows, product(&x, &unsigned, &mut expected), i32::from);
+        assert!(sums == expected, "weights without a sign");
+    }
+}
+
+fn product<'a, A, B, S>(
+    rows: &'a [&'a [A]],
+    cells: &'a [B],
+    sums: &'a mut [S],
+) -> Product<'a, A, B, S> {
+    Product {
+        rows,
+        cells,
+        sums,
+        ahead: cells,
+    }
+}
+
+fn add_codes<T: Copy>(
+    rows: usize,
+    mut product: Product<'_, Signed, [T; 64], [i32; LANES]>,
+    widen: impl Fn(T) -> i32,
+) {
+    let cells = product.cells;
+    each(rows, &mut product, |sums, x, first| {
+        for (i, x) in x.iter().enumerate() {
+            let cell = &cells[first + i / 4 * 2];
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                *sum += i32::from(*x) * widen(cell[4 * lane + i % 4]);
+            }
+        }
+    });
+}
+
+#[test]
+fn codes_of_seven_bits_are_multiplied_and_summed_exactly() {
+    check_codes(0x7f);
+}
+
+#[test]
+fn codes_with_a_sign_are_multiplied_and_summed_exactly() {
+    check_codes(0xff);
+}
+
+#[test]
+fn a_thread_has_one_set_of_tiles_until_it_drops_it() {
+    let Some(amx) = Isa::detect().tiles() else {
+        println!("skipped: this CPU has no tiles");
+        return;
+    };
+    let first = amx.tiles(1);
+    let second = std::panic::catch_unwind(|| amx.tiles(2).rows);
+    assert!(second.is_err());
+    drop(first);
+    assert_eq!(amx.tiles(2).rows, 2);
+}

@@ -1,0 +1,405 @@
+//! A product on matrix tiles: `x` rounded to bfloat16, times a packed matrix of bfloat16.
+//!
+//! First all threads lay out the rows of `x` as tiles, once for all of them. Then each claims panels, takes a few at a
+//! time, and adds up their sums block by block of columns. In a second-level cache of 2 MiB stay the rows of one block,
+//! 512 KiB, which all panels of the group meet, and the group's sums, 512 KiB, which all blocks meet; in the first-level
+//! cache stays the part of one panel that all rows meet, 32 KiB. Where rows fill no more than two tiles, weights are
+//! what is read, and each panel is one block from its beginning to its end.
+//!
+//! Invariant: as said in `mod.rs`, a sum depends on a row and a column alone. Sums wait in memory between blocks as they
+//! are in tiles, so blocks do not change them.
+
+use super::{add_bias, equal_parts};
+use crate::cpu::packed::{PANEL_ROWS, Packed};
+use crate::cpu::scratch::{TILE_INPUTS, TILE_SUMS};
+use crate::cpu::simd::amx::{CHUNK_CELLS, Floats, Multiply, Product, TILE_ROWS, TileUnit};
+use crate::cpu::simd::{CELL, Isa, Kernel, LANES, Simd};
+use crate::cpu::threads::Panel;
+use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
+use half::bf16;
+use std::ops::Range;
+
+/// Columns of a tile of activations.
+const CHUNK: usize = CELL;
+
+/// Chunks of a block: 512 columns, of which a panel takes 32 KiB.
+const BLOCK_CHUNKS: usize = 16;
+
+/// Most rows that are multiplied at once.
+const MAX_ROWS: usize = 512;
+
+/// How far ahead weights are asked for where they are read only once: 32 KiB.
+const AHEAD: usize = BLOCK_CHUNKS * CHUNK_CELLS;
+
+/// How rows and columns are cut.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    rows: usize,
+    /// Tiles that the rows take, of `tile_rows` each; the last may have fewer.
+    tiles: usize,
+    tile_rows: usize,
+    /// Blocks of `block_chunks` chunks; the last may have fewer.
+    blocks: usize,
+    block_chunks: usize,
+}
+
+impl Shape {
+    fn of(rows: usize, cols: usize) -> Self {
+        let tiles = rows.div_ceil(TILE_ROWS);
+        let chunks = cols.div_ceil(CHUNK);
+        let blocks = if tiles <= 2 {
+            1
+        } else {
+            chunks.div_ceil(BLOCK_CHUNKS)
+        };
+        Self {
+            rows,
+            tiles,
+            tile_rows: rows.div_ceil(tiles),
+            blocks,
+            block_chunks: chunks.div_ceil(blocks),
+        }
+    }
+
+    /// Lines of one tile of activations through one block.
+    fn run(&self) -> usize {
+        self.block_chunks * self.tile_rows
+    }
+
+    /// Lines of the sums of a panel.
+    fn sums(&self) -> usize {
+        self.tiles * 2 * self.tile_rows
+    }
+
+    /// Panels of a group.
+    fn group(&self) -> usize {
+        // Sums that meet one block alone need not wait for other panels.
+        if self.blocks == 1 {
+            1
+        } else {
+            (TILE_SUMS / self.sums()).max(1)
+        }
+    }
+}
+
+/// The product, on the tiles of `unit`.
+pub(super) fn linear<U: TileUnit>(
+    (cpu, unit): (&CpuBackend, U),
+    x: &CpuTensor,
+    weight: &Packed,
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    let (cols, width) = (weight.cols(), out.width());
+    let lines_of_row = cols.div_ceil(CHUNK).next_multiple_of(BLOCK_CHUNKS);
+    let most = (TILE_INPUTS / lines_of_row / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
+    let mut inputs = cpu.scratch.tile_inputs();
+    for part in equal_parts(x.rows(), most) {
+        let shape = Shape::of(part.len(), cols);
+        let needed = shape.blocks * shape.tiles * shape.run();
+        let inputs: &mut [Floats] = &mut bytemuck::cast_slice_mut(&mut inputs)[..needed];
+        lay_out(cpu, x, (part.start, shape), inputs);
+        let cost = part.len() * cols * PANEL_ROWS;
+        let out = out.values_mut();
+        cpu.threads
+            .panels(out, width, (PANEL_ROWS, cost), |mut panels| {
+                let mut sums = cpu.scratch.tile_sums(panels.thread());
+                let mut turn = None;
+                while let Some(mut panel) = panels.claim() {
+                    let turn = turn.get_or_insert_with(|| Turn {
+                        tiles: unit.tiles(shape.tile_rows),
+                        shape,
+                        first_row: part.start,
+                        inputs,
+                        weight,
+                    });
+                    turn.panels(bytemuck::cast_slice_mut(&mut sums), &mut panel);
+                    if let Some(bias) = bias {
+                        add_bias(bias, part.clone(), &mut panel);
+                    }
+                }
+            });
+    }
+}
+
+/// Rounds the rows of `x` from `first` on: `[blocks][tiles][chunks][rows]`. What is left of the last tile is zero.
+fn lay_out(cpu: &CpuBackend, x: &CpuTensor, (first, shape): (usize, Shape), to: &mut [Floats]) {
+    let run = shape.run();
+    cpu.threads.rows(to, run, run * CHUNK, |i, lines| {
+        let (block, tile) = (i / shape.tiles, i % shape.tiles);
+        let from = block * shape.block_chunks * CHUNK;
+        let to = (from + shape.block_chunks * CHUNK).min(x.width());
+        for place in 0..shape.tile_rows {
+            let row = tile * shape.tile_rows + place;
+            let values = if row < shape.rows {
+                &x.row(first + row)[from..to]
+            } else {
+                &[]
+            };
+            let lines = lines.iter_mut().skip(place).step_by(shape.tile_rows);
+            round_row(cpu.isa, values, lines);
+        }
+    });
+}
+
+/// Rounds one row, padded with zeros, to every one of `lines`.
+fn round_row<'a>(isa: Isa, values: &[f32], lines: impl Iterator<Item = &'a mut Floats>) {
+    struct Round<'v, L>(&'v [f32], L);
+    impl<'a, L: Iterator<Item = &'a mut Floats>> Kernel for Round<'_, L> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) {
+            let (whole, rest) = self.0.as_chunks::<CHUNK>();
+            let mut last = [0.0; CHUNK];
+            last[..rest.len()].copy_from_slice(rest);
+            let mut whole = whole.iter();
+            let mut last = Some(&last).into_iter();
+            for line in self.1 {
+                let values = whole
+                    .next()
+                    .or_else(|| last.next())
+                    .unwrap_or(&[0.0; CHUNK]);
+                for (to, from) in line.iter_mut().zip(values) {
+                    *to = round(*from);
+                }
+            }
+        }
+    }
+    isa.run(Round(values, lines));
+}
+
+/// To nearest even, as every element is narrowed; in a form that compilers turn into vector code.
+#[inline(always)]
+fn round(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let even = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // A bit that survives says that it is not a number.
+    let nan = bits >> 16 | 0x40;
+    let high = if value.is_nan() { nan } else { even };
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the upper half was shifted into the lower"
+    )]
+    bf16::from_bits(high as u16)
+}
+
+/// One thread with its tiles.
+struct Turn<'a, T> {
+    tiles: T,
+    shape: Shape,
+    first_row: usize,
+    inputs: &'a [Floats],
+    weight: &'a Packed,
+}
+
+impl<T: Multiply> Turn<'_, T> {
+    /// The sums of a claimed panel, which may be many panels of the weight.
+    fn panels(&mut self, sums: &mut [[f32; LANES]], out: &mut Panel<'_>) {
+        let columns = out.columns();
+        let claimed = columns.start / PANEL_ROWS..columns.end.div_ceil(PANEL_ROWS);
+        for first in claimed.clone().step_by(self.shape.group()) {
+            let group = first..(first + self.shape.group()).min(claimed.end);
+            let sums = &mut sums[..group.len() * self.shape.sums()];
+            sums.fill([0.0; LANES]);
+            for block in 0..self.shape.blocks {
+                for (panel, sums) in group.clone().zip(sums.chunks_exact_mut(self.shape.sums())) {
+                    let next = if panel + 1 < group.end {
+                        (block, panel + 1)
+                    } else if block + 1 < self.shape.blocks {
+                        (block + 1, group.start)
+                    } else {
+                        (0, group.end)
+                    };
+                    self.block((block, panel), next, sums);
+                }
+            }
+            for (panel, sums) in group.zip(sums.chunks_exact(self.shape.sums())) {
+                self.put(sums, panel * PANEL_ROWS - columns.start, out);
+            }
+        }
+    }
+
+    /// Where in the weight the cells of a block of a panel are; nowhere for a panel beyond the last.
+    fn cells(&self, (block, panel): (usize, usize)) -> Range<usize> {
+        let (all, own) = (self.weight.cells::<bf16>().len(), self.weight.panel_cells());
+        let start = (block * self.shape.block_chunks * CHUNK_CELLS).min(own);
+        let end = ((block + 1) * self.shape.block_chunks * CHUNK_CELLS).min(own);
+        (panel * own + start).min(all)..(panel * own + end).min(all)
+    }
+
+    /// Adds the products of all rows with one block of a panel to the panel's sums.
+    fn block(&mut self, at: (usize, usize), next: (usize, usize), sums: &mut [[f32; LANES]]) {
+        let all = self.weight.cells::<bf16>();
+        let own = self.cells(at);
+        let next = if self.shape.tiles <= 2 {
+            (own.start + AHEAD).min(all.len())..(own.end + AHEAD).min(all.len())
+        } else {
+            self.cells(next)
+        };
+        let (cells, ahead) = (&all[own], &all[next]);
+        let (run, rows) = (self.shape.run(), self.shape.tile_rows);
+        let (whole, rest) = cells.split_at(cells.len() / CHUNK_CELLS * CHUNK_CELLS);
+        let chunks = whole.len() / CHUNK_CELLS;
+        let inputs = &self.inputs[at.0 * self.shape.tiles * run..][..self.shape.tiles * run];
+        let pairs = inputs.chunks(2 * run).zip(sums.chunks_mut(4 * rows));
+        let count = self.shape.tiles.div_ceil(2);
+        for (pair, (inputs, sums)) in pairs.enumerate() {
+            // Each asks for its share of what comes next.
+            let [from, to] = [pair, pair + 1].map(|pair| pair * ahead.len() / count);
+            let tiles: [&[Floats]; 2] = [0, run].map(|start| inputs.get(start..).unwrap_or(&[]));
+            let tiles = &tiles[..inputs.len() / run];
+            let part = |lines: Range<usize>| {
+                let mut parts: [&[Floats]; 2] = [&[]; 2];
+                for (part, tile) in parts.iter_mut().zip(tiles) {
+                    *part = &tile[lines.clone()];
+                }
+                parts
+            };
+            let parts = part(0..chunks * rows);
+            self.tiles.floats(Product {
+                rows: &parts[..tiles.len()],
+                cells: whole,
+                sums,
+                ahead: &ahead[from..to],
+            });
+            if !rest.is_empty() {
+                // Half a chunk is left, which the tiles of activations have zeros for.
+                let mut last = Aligned([[bf16::ZERO; CELL]; CHUNK_CELLS]);
+                last.0[..rest.len()].copy_from_slice(rest);
+                let parts = part(chunks * rows..(chunks + 1) * rows);
+                self.tiles.floats(Product {
+                    rows: &parts[..tiles.len()],
+                    cells: &last.0,
+                    sums,
+                    ahead: &[],
+                });
+            }
+        }
+    }
+
+    /// Copies a panel's sums to the columns from `column` on; what is beyond the end is the weight's padding.
+    fn put(&self, sums: &[[f32; LANES]], column: usize, out: &mut Panel<'_>) {
+        let rows = self.shape.tile_rows;
+        for (tile, sums) in sums.chunks_exact(2 * rows).enumerate() {
+            let halves = sums.split_at(rows);
+            for (place, sums) in halves.0.iter().zip(halves.1).enumerate() {
+                let row = tile * rows + place;
+                if row < self.shape.rows {
+                    let to = &mut out.row(self.first_row + row)[column..];
+                    for (to, sums) in to.chunks_mut(LANES).zip([sums.0, sums.1]) {
+                        to.copy_from_slice(&sums[..to.len()]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Lines that are each a line of the cache.
+#[repr(align(64))]
+struct Aligned([Floats; CHUNK_CELLS]);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Backend, Element, Precision};
+    use crate::cpu::scratch::Scratch;
+    use crate::cpu::simd::amx::tests::Model;
+    use crate::cpu::weight::Values;
+    use crate::testing::{Rng, bits, tensor, weight};
+
+    /// One sum, as `mod.rs` says it: in plain Rust, without tiles or blocks.
+    fn twin(x: &[f32], w: &[f32], bias: Option<f32>) -> f32 {
+        let mut sum = 0.0;
+        for (x, w) in x.chunks(CHUNK).zip(w.chunks(CHUNK)) {
+            let mut halves = [0.0_f32; 2];
+            for (i, (x, w)) in x.iter().zip(w).enumerate() {
+                let x = bf16::from_f32(*x).to_f32();
+                halves[i % 2] = x.mul_add(*w, halves[i % 2]);
+            }
+            sum += halves[0] + halves[1];
+        }
+        bias.map_or(sum, |bias| sum + bias)
+    }
+
+    fn check<U: TileUnit>(unit: U, seed: u64) {
+        let mut rng = Rng::new(seed);
+        // One row and one tile; two tiles; blocks with a rest; several groups of panels; several parts of the rows.
+        let shapes = [
+            (1, 1200, 70),
+            (16, 90, 33),
+            (29, 640, 64),
+            (70, 1111, 97),
+            (131, 528, 900),
+            (530, 48, 40),
+        ];
+        for (rows, inputs, outputs) in shapes {
+            for threads in [1, 3] {
+                let mut cpu = CpuBackend::new(threads, None).unwrap();
+                cpu.scratch = Scratch::of(threads).with_tiles().unwrap();
+                cpu.threads.inline_cost = 0;
+                let inputs = inputs + rng.within(0..20);
+                let (w, w_values) = weight(&mut rng, &cpu, (outputs, inputs), Element::Bf16);
+                let (bias, bias_values) = weight(&mut rng, &cpu, (1, outputs), Element::Bf16);
+                let biased = rng.pick(&[false, true]);
+                println!("{rows} x {inputs} x {outputs} on {threads}, bias: {biased}");
+                let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
+                let mut out = cpu.allocate(rows, outputs, Precision::Compute).unwrap();
+                let Values::Matrix(packed) = w.values() else {
+                    panic!("a matrix is packed")
+                };
+                linear((&cpu, unit), &x, packed, biased.then_some(&bias), &mut out);
+                // All of a small product, some of a large one.
+                let step = if rows * outputs < 5000 { 1 } else { 37 };
+                for at in (0..rows * outputs).step_by(step) {
+                    let (row, column) = (at / outputs, at % outputs);
+                    let w = &w_values[column * inputs..][..inputs];
+                    let bias = biased.then_some(bias_values[column]);
+                    let expected = twin(x.row(row), w, bias);
+                    let actual = out.row(row)[column];
+                    assert_eq!(
+                        bits(&[actual]),
+                        bits(&[expected]),
+                        "row {row}, column {column}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_in_plain_rust_give_the_twins_bits() {
+        check(Model, 11);
+    }
+
+    #[test]
+    fn the_instructions_give_the_twins_bits() {
+        let Some(amx) = Isa::detect().tiles() else {
+            println!("skipped: this CPU has no tiles");
+            return;
+        };
+        check(amx, 12);
+    }
+
+    #[test]
+    fn rounds_as_elements_are_narrowed() {
+        let mut rng = Rng::new(13);
+        let special = [
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            f32::MAX,
+            f32::MIN_POSITIVE,
+        ];
+        let any = (0..100_000).map(|_| f32::from_bits(rng.next() as u32));
+        // Halves between two neighbours, which go to the even one.
+        let halves = (0..1000_u32).map(|i| f32::from_bits(0x3f80_8000 + (i << 16)));
+        for value in special.into_iter().chain(any).chain(halves) {
+            let (ours, theirs) = (round(value), bf16::from_f32(value));
+            assert_eq!(ours.to_bits(), theirs.to_bits(), "{value}");
+        }
+    }
+}
