@@ -3,32 +3,24 @@
 //! `[panels][pairs of columns][2]` cells: a panel is 32 rows (outputs) side by side, a cell two columns of sixteen of
 //! them, so a product reads memory from one end to the other whatever its shape. Rows and columns are padded
 //! with zeros, to 32 and 16. The copy is made once, when the weight is loaded, on all threads; the checkpoint's pages
-//! are not needed after that. Huge pages are asked for: reading them takes fewer table walks.
+//! are not needed after that.
 //!
 //! Invariant: padding is zero, and every other element has the bits of the stored one or, where it was to be
 //! of another type, is it rounded to nearest even.
 
 use super::element::{Stored, by_element};
+use super::region::Region;
 use super::simd::{CELL, LANES};
 use super::threads::Threads;
 use crate::backend::{DeviceError, Element, HostMatrix};
-use memmap2::{Advice, MmapMut};
 
 /// Rows of a panel: two cells.
 pub(crate) const PANEL_ROWS: usize = 2 * LANES;
 
-/// What huge pages are aligned to.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Progress is reported about this often, in bytes.
-const PROGRESS_BYTES: usize = 8 << 20;
-
 /// A packed matrix `[rows, cols]`.
 #[derive(Debug)]
 pub(crate) struct Packed {
-    memory: MmapMut,
-    /// Where in `memory` the first cell is.
-    start: usize,
+    memory: Region,
     element: Element,
     rows: usize,
     cols: usize,
@@ -42,51 +34,23 @@ impl Packed {
         (store, rows, cols): (Element, usize, usize),
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, DeviceError> {
-        let mut packed = Self::zeroed(store, rows, cols)?;
-        let panel = packed.panel_cells() * CELL;
-        let at_once = (PROGRESS_BYTES / (panel * store.bytes())).max(threads.count());
-        by_element!(store, E => {
-            let mut first = 0;
-            for panels in packed.elements_mut::<E>().chunks_mut(at_once * panel) {
-                threads.rows(panels, panel, panel, |i, cells| {
-                    pack_panel(parts, (first + i) * PANEL_ROWS, cells);
-                });
-                let done = first * PANEL_ROWS;
-                first += panels.len() / panel;
-                let rows = (first * PANEL_ROWS).min(rows) - done;
-                progress((rows * cols * store.bytes()) as u64);
-            }
-        });
-        Ok(packed)
-    }
-
-    fn zeroed(element: Element, rows: usize, cols: usize) -> Result<Self, DeviceError> {
-        let failed = |reason: String| DeviceError::Failed {
-            device: "cpu".into(),
-            reason,
-        };
         let columns = cols.next_multiple_of(LANES);
-        let bytes = rows
-            .next_multiple_of(PANEL_ROWS)
-            .checked_mul(columns)
-            .and_then(|elements| elements.checked_mul(element.bytes()))
-            .ok_or_else(|| failed(format!("a weight [{rows}, {cols}] is beyond any memory")))?;
-        let is_huge = bytes >= HUGE_PAGE;
-        let room = bytes + if is_huge { HUGE_PAGE } else { 0 };
-        let memory = MmapMut::map_anon(room)
-            .map_err(|e| failed(format!("taking {bytes} bytes for a weight: {e}")))?;
-        let start = if is_huge {
-            // A kernel without huge pages refuses, and the small ones do as well.
-            #[cfg(target_os = "linux")]
-            let _ = memory.advise(Advice::HugePage);
-            memory.as_ptr().align_offset(HUGE_PAGE)
-        } else {
-            0
+        let panels = rows.div_ceil(PANEL_ROWS);
+        let mut memory = Region::zeroed(&[panels, PANEL_ROWS, columns, store.bytes()])?;
+        let mut reported = 0;
+        let mut done = |panels: usize| {
+            let bytes = ((panels * PANEL_ROWS).min(rows) * cols * store.bytes()) as u64;
+            progress(bytes - std::mem::replace(&mut reported, bytes));
         };
+        let panel = PANEL_ROWS * columns * store.bytes();
+        memory.fill(threads, panel, &mut done, |i, panel| {
+            by_element!(store, E => {
+                pack_panel::<E>(parts, i * PANEL_ROWS, bytemuck::cast_slice_mut(panel));
+            });
+        });
         Ok(Self {
             memory,
-            start,
-            element,
+            element: store,
             rows,
             cols,
         })
@@ -99,7 +63,7 @@ impl Packed {
 
     /// Its memory, padding included.
     pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.memory[self.start..][..self.bytes()]
+        self.memory.as_bytes()
     }
 
     /// All cells of all panels.
@@ -129,17 +93,6 @@ impl Packed {
                 *value = cell[place].widen();
             }
         }
-    }
-
-    fn elements_mut<E: Stored>(&mut self) -> &mut [E] {
-        self.check::<E>();
-        let bytes = self.bytes();
-        bytemuck::cast_slice_mut(&mut self.memory[self.start..][..bytes])
-    }
-
-    fn bytes(&self) -> usize {
-        let columns = self.cols.next_multiple_of(LANES);
-        self.rows.next_multiple_of(PANEL_ROWS) * columns * self.element.bytes()
     }
 
     fn check<E: Stored>(&self) {

@@ -6,13 +6,13 @@
     reason = "intrinsics need a CPU that has them; the type is the proof"
 )]
 
-use super::{CELL, Kernel, LANES, Simd, avx2};
+use super::{CELL, CODES, Kernel, LANES, Simd, avx2};
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_castps512_ps256,
+    __m256i, __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_castps512_ps256,
     _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
-    _mm512_fmadd_ps, _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_fmadd_ps, _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
 /// Proof of AVX-512 F, BW and VL, AVX2, FMA and F16C.
@@ -78,6 +78,26 @@ fn sum(lanes: __m512) -> f32 {
         _mm512_castps512_ps256(lanes),
         _mm512_extractf32x8_ps::<1>(lanes),
     ])
+}
+
+/// Reads a cell of codes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn load_codes(cell: &[u8; CODES]) -> __m512i {
+    let words: [i32; LANES] = bytemuck::cast(*cell);
+    // SAFETY: the array covers 16 words.
+    unsafe { _mm512_loadu_epi32(words.as_ptr()) }
+}
+
+/// The low and the high halves of a cell's bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn nibbles(cell: &[u8; CODES]) -> [__m512i; 2] {
+    let (codes, mask) = (load_codes(cell), _mm512_set1_epi8(15));
+    [
+        _mm512_and_si512(codes, mask),
+        _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask),
+    ]
 }
 
 impl Simd for Avx512 {

@@ -13,10 +13,12 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod dot;
+mod ints;
 mod panel;
 mod portable;
 
 pub(crate) use dot::dot;
+pub(crate) use ints::{CODES, IntKernel, IntSimd};
 pub(crate) use panel::{by_rows, panel, tiles};
 
 use half::{bf16, f16};
@@ -84,6 +86,9 @@ pub(crate) trait Kernel {
 /// The instruction set in use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
+    /// 512-bit vectors, and instructions for products of bytes.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(ints::Vnni),
     /// 512-bit vectors.
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
@@ -102,9 +107,10 @@ impl Isa {
 
     /// All that this CPU has, best first.
     pub(crate) fn available() -> Vec<Self> {
-        let mut found = Vec::with_capacity(3);
+        let mut found = Vec::with_capacity(4);
         #[cfg(target_arch = "x86_64")]
         {
+            found.extend(ints::Vnni::detect().map(Self::Avx512Vnni));
             found.extend(avx512::Avx512::detect().map(Self::Avx512));
             found.extend(avx2::Avx2::detect().map(Self::Avx2));
         }
@@ -115,6 +121,8 @@ impl Isa {
     /// Its name for people.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(_) => "AVX-512 with VNNI",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "AVX-512",
             #[cfg(target_arch = "x86_64")]
@@ -127,6 +135,8 @@ impl Isa {
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]

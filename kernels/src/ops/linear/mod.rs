@@ -9,10 +9,15 @@
 //! products summed one by one from the first to the last (and then the bias). Nothing else about the shapes,
 //! and nothing about threads, changes a bit.
 
+mod activations;
+mod codes;
+#[cfg(test)]
+mod quantized_tests;
 mod round;
 
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::packed::PANEL_ROWS;
+use crate::cpu::quantized::{Part, Quantized};
 use crate::cpu::scratch::VECTORS;
 use crate::cpu::simd::{Kernel, LANES, Simd, dot};
 use crate::cpu::weight::Values;
@@ -50,8 +55,10 @@ pub(crate) fn linear(
         (rows, width),
         "out is [rows, out]"
     );
-    let Values::Matrix(packed) = weight.values() else {
-        return narrow(cpu, x, weight, bias, out);
+    let packed = match weight.values() {
+        Values::Matrix(packed) => packed,
+        Values::Quantized(quantized) => return linear_quantized(cpu, x, quantized, bias, out),
+        Values::Vector(_) => return narrow(cpu, x, weight, bias, out),
     };
     let blocks = packed.cols().div_ceil(BLOCK);
     for part in equal_parts(rows, MAX_ROWS) {
@@ -61,7 +68,8 @@ pub(crate) fn linear(
             let columns = first * BLOCK..((first + at_once) * BLOCK).min(packed.cols());
             let bias = bias.filter(|_| columns.end == packed.cols());
             let cost = part.len() * columns.len() * PANEL_ROWS;
-            cpu.threads.panels(out.values_mut(), width, (PANEL_ROWS, cost), |panels| {
+            let out = (out.values_mut(), width);
+            cpu.threads.panels(out, 0..width, (PANEL_ROWS, cost), |panels| {
                 by_element!(weight.element(), E => {
                     let mut space = cpu.scratch.of_thread(panels.thread());
                     let stored = PhantomData::<E>;
@@ -71,6 +79,23 @@ pub(crate) fn linear(
                 });
             });
         }
+    }
+}
+
+/// Each part by itself: parts may differ in everything but their inputs' number.
+fn linear_quantized(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    weight: &Quantized,
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    let mut first = 0;
+    for part in weight.parts() {
+        match part {
+            Part::Codes(codes) => codes::linear(cpu, x, (codes, first), bias, out),
+        }
+        first += part.rows();
     }
 }
 
@@ -92,9 +117,10 @@ fn narrow(
         }
     }
     let (width, inputs) = (weight.rows(), weight.cols());
+    let out = (out.values_mut(), width);
     cpu.threads
-        .panels(out.values_mut(), width, (1, inputs), |mut panels| {
-            while let Some(mut panel) = panels.claim() {
+        .panels(out, 0..width, (1, inputs), |mut panels| {
+            while let Some((_, mut panel)) = panels.claim() {
                 by_element!(weight.element(), E => {
                     let vector = weight.vector::<E>();
                     for row in panel.rows() {

@@ -42,13 +42,11 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
             mut panels,
         } = self;
         let mut is_laid_out = false;
-        while let Some(mut panel) = panels.claim() {
+        while let Some((groups, mut panel)) = panels.claim() {
             if !is_laid_out {
                 round.lay_out_rows(S::TILE.0);
                 is_laid_out = true;
             }
-            let groups =
-                panel.columns().start / PANEL_ROWS..panel.columns().end.div_ceil(PANEL_ROWS);
             for group in groups {
                 round.group(simd, group, &mut panel);
             }
@@ -145,49 +143,54 @@ impl<E: Stored, const M: usize> Kernel for Tile<'_, '_, E, M> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self(mut work) = self;
-        for m in 0..M {
-            let row = &work.out.row(work.row + m)[work.column..];
-            simd.prefetch(&row[0]);
-            simd.prefetch(&row[LANES.min(row.len() - 1)]);
-        }
+        let Self(work) = self;
+        let (row, column, is_first) = (work.row, work.column, work.is_first);
+        prefetch(simd, work.out, row..row + M, column);
         if const { S::TILE.1 >= 2 } {
             let sums = panel::<S, E, M, 2, 0, 2>(simd, work.x, work.cells, work.ahead);
-            work.put(simd, 0, &sums);
+            put(simd, work.out, (row, column, is_first), &sums);
         } else {
             let sums = panel::<S, E, M, 1, 0, 2>(simd, work.x, work.cells, work.ahead);
-            work.put(simd, 0, &sums);
+            put(simd, work.out, (row, column, is_first), &sums);
             let sums = panel::<S, E, M, 1, 1, 2>(simd, work.x, work.cells, &[]);
-            work.put(simd, LANES, &sums);
+            put(simd, work.out, (row, column + LANES, is_first), &sums);
         }
     }
 }
 
-impl<E: Stored> Work<'_, '_, E> {
-    /// Puts sums to the columns from `first` on, or adds them; what is beyond the end is the weight's padding.
-    #[inline(always)]
-    fn put<S: Simd, const M: usize, const N: usize>(
-        &mut self,
-        simd: S,
-        first: usize,
-        sums: &[[S::Vector; N]; M],
-    ) {
-        for m in 0..M {
-            let row = self.out.row(self.row + m);
-            let row = row.get_mut(self.column + first..).unwrap_or_default();
-            for (out, sums) in row.chunks_mut(LANES).zip(sums[m]) {
-                let sums = simd.to_array(sums);
-                match (<&mut [f32; LANES]>::try_from(&mut *out), self.is_first) {
-                    (Ok(out), true) => *out = sums,
-                    (Ok(out), false) => {
-                        for i in 0..LANES {
-                            out[i] += sums[i];
-                        }
+/// Asks for the places of sums.
+#[inline(always)]
+pub(super) fn prefetch<S: Simd>(simd: S, panel: &mut Panel<'_>, rows: Range<usize>, column: usize) {
+    for row in rows {
+        let row = &panel.row(row)[column..];
+        simd.prefetch(&row[0]);
+        simd.prefetch(&row[LANES.min(row.len() - 1)]);
+    }
+}
+
+/// Puts sums to `row` and the columns from `column` of the panel on, or adds them; what is beyond the end is the
+/// weight's padding.
+#[inline(always)]
+pub(super) fn put<S: Simd, const M: usize, const N: usize>(
+    simd: S,
+    panel: &mut Panel<'_>,
+    (row, column, is_first): (usize, usize, bool),
+    sums: &[[S::Vector; N]; M],
+) {
+    for m in 0..M {
+        let row = panel.row(row + m).get_mut(column..).unwrap_or_default();
+        for (out, sums) in row.chunks_mut(LANES).zip(sums[m]) {
+            let sums = simd.to_array(sums);
+            match (<&mut [f32; LANES]>::try_from(&mut *out), is_first) {
+                (Ok(out), true) => *out = sums,
+                (Ok(out), false) => {
+                    for i in 0..LANES {
+                        out[i] += sums[i];
                     }
-                    (Err(_), is_first) => {
-                        for (out, sum) in out.iter_mut().zip(sums) {
-                            *out = if is_first { sum } else { *out + sum };
-                        }
+                }
+                (Err(_), is_first) => {
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        *out = if is_first { sum } else { *out + sum };
                     }
                 }
             }
