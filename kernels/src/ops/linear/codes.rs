@@ -264,12 +264,8 @@ fn add_bytes<S: IntSimd, const M: usize, const N: usize, const F: usize>(
     cells: &[[u8; CODES]],
     dots: &mut [[S::Sums; N]; M],
 ) {
-    for n in 0..N {
-        let codes = simd.bytes(&cells[F + n]);
-        for m in 0..M {
-            dots[m][n] = simd.dot(codes, x[m], dots[m][n]);
-        }
-    }
+    let codes = std::array::from_fn(|n| simd.bytes(&cells[F + n]));
+    add(simd, x, codes, dots);
 }
 
 /// One step: eight columns. `x: [2][M]`, `cells: [WIDTH]`
@@ -280,13 +276,22 @@ fn add_halves<S: IntSimd, const M: usize, const N: usize, const F: usize>(
     cells: &[[u8; CODES]],
     dots: &mut [[S::Sums; N]; M],
 ) {
-    for n in 0..N {
-        let [low, high] = simd.nibbles(&cells[F + n]);
-        for m in 0..M {
-            dots[m][n] = simd.dot(low, x[m], dots[m][n]);
-        }
-        for m in 0..M {
-            dots[m][n] = simd.dot(high, x[M + m], dots[m][n]);
+    let codes: [_; N] = std::array::from_fn(|n| simd.nibbles(&cells[F + n]));
+    add(simd, &x[..M], codes.map(|[low, _]| low), dots);
+    add(simd, &x[M..], codes.map(|[_, high]| high), dots);
+}
+
+/// The activations one after the other, so that few registers are needed beside those of the sums.
+#[inline(always)]
+fn add<S: IntSimd, const M: usize, const N: usize>(
+    simd: S,
+    x: &[S::Quad],
+    codes: [S::Codes; N],
+    dots: &mut [[S::Sums; N]; M],
+) {
+    for m in 0..M {
+        for n in 0..N {
+            dots[m][n] = simd.dot(codes[n], x[m], dots[m][n]);
         }
     }
 }
