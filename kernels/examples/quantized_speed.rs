@@ -26,11 +26,13 @@ const ROWS: [usize; 5] = [1, 4, 8, 16, 512];
 /// What weights are stored as: codes in groups of so many columns (0: all), or bfloat16.
 type Format = Option<(Code, usize)>;
 
-const FORMATS: [Format; 4] = [
+const FORMATS: [Format; 6] = [
     None,
     Some((Code::Int8, 0)),
     Some((Code::Int4, 128)),
     Some((Code::Int4, 32)),
+    Some((Code::Fp8, 0)),
+    Some((Code::Fp8, 128)),
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -67,7 +69,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for ((format, model), taken) in FORMATS.iter().zip(&models).zip(&times) {
             println!(
                 "  {:28} {:9.0} us, {:5.2} x bf16 ({:9.0} us of CPU, {:5.2} x), {:5.1} GB/s of codes",
-                format.map_or("bf16".into(), |(code, group)| format!("{code:?} by {group}")),
+                format.map_or("bf16".into(), |(code, group)| format!(
+                    "{code:?} by {group}"
+                )),
                 wall(taken) * 1e6,
                 wall(&times[0]) / wall(taken),
                 cpu_time(taken) * 1e6,

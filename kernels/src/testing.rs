@@ -5,13 +5,17 @@
 use crate::backend::{Backend, Element, HostMatrix, Precision};
 use crate::batch::Batch;
 use crate::cpu::CpuBackend;
-use crate::cpu::element::{Stored, by_element};
+use crate::cpu::element::{Stored, by_element, by_kv_element};
 use crate::cpu::simd::Isa;
 use crate::quantized::{Code, HostQuantized};
 use std::ops::Range;
 
-/// All element types.
+/// All element types of weights.
 pub(crate) const ELEMENTS: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
+
+/// All element types of KV blocks.
+pub(crate) const KV_ELEMENTS: [Element; 4] =
+    [Element::F32, Element::Bf16, Element::F16, Element::Fp8];
 
 /// `SplitMix64`, for test data.
 pub(crate) struct Rng(u64);
@@ -121,7 +125,7 @@ pub(crate) fn tokens(token_ids: Vec<u32>, positions: Vec<u32>) -> Batch {
 
 /// `values` rounded to `element`, and widened again.
 pub(crate) fn rounded(values: &[f32], element: Element) -> Vec<f32> {
-    by_element!(element, E => values.iter().map(|&value| E::narrow(value).widen()).collect())
+    by_kv_element!(element, E => values.iter().map(|&value| E::narrow(value).widen()).collect())
 }
 
 /// `values: [rows, cols]` stored as `element`, with gaps of any values between rows.
@@ -192,9 +196,15 @@ pub(crate) fn quantized(rng: &mut Rng, code: Code, (rows, cols): (usize, usize))
     let gap = rng.pick(&[0, 3]);
     let row_stride = cols + gap;
     let most = if code == Code::Int4 { 16 } else { 256 };
-    let data: Vec<u8> = (0..rows * row_stride - gap)
+    let mut data: Vec<u8> = (0..rows * row_stride - gap)
         .map(|_| rng.within(0..most) as u8)
         .collect();
+    if code == Code::Fp8 {
+        // Numbers only.
+        data.iter_mut()
+            .filter(|code| **code & 0x7f == 0x7f)
+            .for_each(|code| *code &= 0x9f);
+    }
     let size = rng.pick(&[32, 64, 128, cols, 0]);
     let mut group_ends: Vec<usize> = if size == 0 {
         (0..6).map(|_| rng.within(1..cols + 1)).collect()

@@ -44,6 +44,11 @@ impl CpuWeight {
             reason,
         };
         let (rows, cols) = stacked_shape(parts).map_err(failed)?;
+        if store == Element::Fp8 {
+            return Err(failed(format!(
+                "a weight [{rows}, {cols}] as {store:?} without scales"
+            )));
+        }
         let values = if are_vectors(parts) {
             let vector = by_element!(store, E => gathered::<E>(parts));
             progress((rows * cols * store.bytes()) as u64);
@@ -140,6 +145,11 @@ fn check(part: &HostMatrix) -> Result<(), String> {
         .and_then(|start| start.checked_add(*cols))
         .and_then(|elements| elements.checked_mul(element.bytes()))
         .filter(|_| *cols > 0 && row_stride >= cols);
+    if *element == Element::Fp8 {
+        return Err(format!(
+            "a weight [{rows}, {cols}] of {element:?} without scales"
+        ));
+    }
     if needed == Some(data.len()) {
         return Ok(());
     }

@@ -202,7 +202,7 @@ fn panel_bytes(code: Code, columns: &Columns) -> usize {
 }
 
 /// The codes of the 32 rows of the stacked `parts` from row `first` on; nothing for those beyond the last.
-pub(super) fn rows_of(parts: &[HostQuantized], first: usize) -> [&[u8]; PANEL_ROWS] {
+pub(crate) fn rows_of(parts: &[HostQuantized], first: usize) -> [&[u8]; PANEL_ROWS] {
     let (mut rows, mut skipped) = ([&[][..]; PANEL_ROWS], 0);
     for part in parts {
         for row in first.max(skipped)..(first + PANEL_ROWS).min(skipped + part.rows) {

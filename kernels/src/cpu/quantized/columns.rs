@@ -1,7 +1,7 @@
-//! How the columns of a quantised matrix are cut for products.
+//! How the columns of a matrix are cut for products.
 //!
-//! A segment is a run of columns that have one scale in each output, and for which a row of activations has
-//! one scale, too. A block is some segments, which products go through for some outputs and all rows before
+//! A segment is a run of columns that have one scale in each output, if they have any; where activations are quantised, a
+//! row of them has one scale for it, too. A block is some segments, which products go through for some outputs and all rows before
 //! they come to the next block. What is not here: the codes.
 //!
 //! Invariant: how columns are cut depends on the weight alone. Segments are in order, each is padded by itself, and
@@ -12,13 +12,13 @@ use std::ops::Range;
 
 /// How to cut.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Cut {
+pub(crate) struct Cut {
     /// Most columns of a segment.
-    pub(super) segment: usize,
+    pub(crate) segment: usize,
     /// What a segment is padded to a multiple of.
-    pub(super) padding: usize,
+    pub(crate) padding: usize,
     /// Most columns of a block, padding included.
-    pub(super) block: usize,
+    pub(crate) block: usize,
 }
 
 /// A run of columns.
@@ -44,12 +44,23 @@ pub(crate) struct Columns {
 
 impl Columns {
     /// Those of `part`, and of all that are stacked with it.
-    pub(super) fn of(part: &HostQuantized, cut: Cut) -> Self {
+    pub(crate) fn of(part: &HostQuantized, cut: Cut) -> Self {
+        // A permutation that moves nothing costs time for nothing.
+        let inputs = part.inputs.clone().filter(|inputs| !is_identity(inputs));
+        Self::cut(&part.group_ends, inputs, cut)
+    }
+
+    /// So many columns, in one group and in order.
+    pub(crate) fn plain(count: usize, cut: Cut) -> Self {
+        Self::cut(&[count], None, cut)
+    }
+
+    fn cut(group_ends: &[usize], inputs: Option<Vec<u32>>, cut: Cut) -> Self {
         let mut segments: Vec<Segment> = Vec::new();
         let mut blocks = vec![0..0];
         let (mut start, mut block_start) = (0, 0);
         let mut column = 0;
-        for (group, &group_end) in part.group_ends.iter().enumerate() {
+        for (group, &group_end) in group_ends.iter().enumerate() {
             while column < group_end {
                 let columns = column..group_end.min(column + cut.segment);
                 let padded = start..start + columns.len().next_multiple_of(cut.padding);
@@ -71,9 +82,8 @@ impl Columns {
         Self {
             segments,
             blocks,
-            // A permutation that moves nothing costs time for nothing.
-            inputs: part.inputs.clone().filter(|inputs| !is_identity(inputs)),
-            groups: part.group_ends.len(),
+            inputs,
+            groups: group_ends.len(),
         }
     }
 

@@ -7,10 +7,12 @@ mod codes;
 mod columns;
 mod scales;
 
-pub(crate) use codes::{Codes, QUAD};
-pub(crate) use columns::{Columns, Segment};
-pub(crate) use scales::PanelScales;
+pub(crate) use codes::{Codes, QUAD, rows_of};
+pub(crate) use columns::{Columns, Cut, Segment};
+pub(crate) use scales::{PanelScales, Scales};
 
+use super::element::F8;
+use super::packed::Packed;
 use super::threads::Threads;
 use crate::backend::DeviceError;
 use crate::quantized::{Code, HostQuantized};
@@ -27,6 +29,8 @@ pub(crate) struct Quantized {
 pub(crate) enum Part {
     /// Products are integers.
     Codes(Codes),
+    /// Products are floats.
+    Floats(Packed),
 }
 
 impl Part {
@@ -34,6 +38,7 @@ impl Part {
     pub(crate) fn rows(&self) -> usize {
         match self {
             Self::Codes(codes) => codes.rows(),
+            Self::Floats(packed) => packed.rows(),
         }
     }
 }
@@ -67,7 +72,7 @@ impl Quantized {
             };
             packed.push(match alike[0].code {
                 Code::Int4 | Code::Int8 => Part::Codes(Codes::pack(threads, alike, &mut done)?),
-                Code::Fp8 => todo!(),
+                Code::Fp8 => Part::Floats(Packed::pack_codes(threads, alike, &mut done)?),
             });
         }
         Ok(Self {
@@ -97,6 +102,7 @@ impl Quantized {
             if row < part.rows() {
                 return match part {
                     Part::Codes(codes) => codes.read_row(row, out),
+                    Part::Floats(packed) => packed.read_row::<F8>(row, out),
                 };
             }
             row -= part.rows();

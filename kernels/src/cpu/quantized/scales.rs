@@ -31,7 +31,7 @@ pub(crate) enum PanelScales<'a> {
 
 impl Scales {
     /// `rows`: those of each row, `[groups]`.
-    pub(super) fn pack<'a>(
+    pub(crate) fn pack<'a>(
         rows: impl ExactSizeIterator<Item = &'a [f32]> + Clone,
         groups: usize,
     ) -> Result<Self, DeviceError> {
@@ -69,12 +69,12 @@ impl Scales {
         match self.element {
             Element::F32 => PanelScales::F32(bytemuck::cast_slice(bytes)),
             Element::Bf16 => PanelScales::Bf16(bytemuck::cast_slice(bytes)),
-            Element::F16 => PanelScales::F16(bytemuck::cast_slice(bytes)),
+            Element::F16 | Element::Fp8 => PanelScales::F16(bytemuck::cast_slice(bytes)),
         }
     }
 
     /// That of one row and group.
-    pub(super) fn at(&self, row: usize, group: usize) -> f32 {
+    pub(crate) fn at(&self, row: usize, group: usize) -> f32 {
         let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
         by_element!(self.element, E => {
             let all: &[E] = bytemuck::cast_slice(self.memory.as_bytes());
@@ -84,14 +84,19 @@ impl Scales {
 }
 
 impl PanelScales<'_> {
-    /// Of the `n`th sixteen rows.
+    /// `N` times sixteen rows, from the `first` sixteen on.
     #[inline(always)]
-    pub(crate) fn load<S: Simd>(&self, simd: S, group: usize, n: usize) -> S::Vector {
-        let at = group * (PANEL_ROWS / LANES) + n;
+    pub(crate) fn load<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        group: usize,
+        first: usize,
+    ) -> [S::Vector; N] {
+        let at = group * (PANEL_ROWS / LANES) + first;
         match self {
-            Self::F32(all) => simd.load(&all[at]),
-            Self::Bf16(all) => simd.load_bf16(&all[at]),
-            Self::F16(all) => simd.load_f16(&all[at]),
+            Self::F32(all) => std::array::from_fn(|n| simd.load(&all[at + n])),
+            Self::Bf16(all) => std::array::from_fn(|n| simd.load_bf16(&all[at + n])),
+            Self::F16(all) => std::array::from_fn(|n| simd.load_f16(&all[at + n])),
         }
     }
 }

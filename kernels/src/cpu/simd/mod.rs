@@ -21,6 +21,7 @@ pub(crate) use dot::dot;
 pub(crate) use ints::{CODES, IntKernel, IntSimd};
 pub(crate) use panel::{by_rows, panel, tiles};
 
+use super::element::F8;
 use half::{bf16, f16};
 use portable::Portable;
 
@@ -54,6 +55,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
     /// Reads and widens a cell of bfloat16, `[16][2]`: the first of each pair, and the second.
     fn cell_bf16(self, values: &[bf16; CELL]) -> [Self::Vector; 2];
+
+    /// Reads floats of 8 bits and widens them, in units.
+    fn load_f8<const NAN: bool>(self, values: &[F8<NAN>; LANES]) -> Self::Vector;
+
+    /// Reads and widens a cell of them, `[16][2]`, in units.
+    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [Self::Vector; 2];
 
     /// Asks for the cache line of `at`, to be read some time later.
     fn prefetch<T>(self, at: &T);

@@ -13,12 +13,16 @@ use crate::cpu::simd::{IntKernel, IntSimd};
 use bytemuck::{Pod, Zeroable};
 use std::ops::Range;
 
-/// What a row's codes of one segment are multiplied with, and their sum.
+/// What products with a row's codes of one segment need beside them.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Factor {
+    /// What one stands for.
     pub(super) scale: f32,
-    pub(super) sum: i32,
+    /// Their sum.
+    pub(super) sum: f32,
+    /// Their sum times what stands for zero in the weight, less than nothing: what products start from.
+    pub(super) start: i32,
 }
 
 /// The largest code.
@@ -78,6 +82,8 @@ impl IntKernel for Divide<'_> {
 pub(super) struct Quantize<'a> {
     pub(super) x: &'a CpuTensor,
     pub(super) columns: &'a Columns,
+    /// The code that stands for zero in all of the weight, or 0.
+    pub(super) zero: u8,
     pub(super) rows: Range<usize>,
     pub(super) slots: Slots,
     pub(super) slot: &'a mut [f32],
@@ -102,8 +108,12 @@ impl IntKernel for Quantize<'_> {
             {
                 let quads = &mut quads[segment.padded.start / QUAD * count + m..];
                 let mut quads = quads.iter_mut().step_by(count);
-                let (codes, factor) = quantized(self.columns, segment, row);
-                factors[m] = factor;
+                let (codes, scale, sum) = quantized(self.columns, segment, row);
+                factors[m] = Factor {
+                    scale,
+                    sum: sum as f32,
+                    start: -i32::from(self.zero) * sum,
+                };
                 for codes in &codes.as_chunks::<QUAD>().0[..segment.padded.len() / QUAD] {
                     if let Some(quad) = quads.next() {
                         *quad = simd.quad(*codes);
@@ -114,9 +124,9 @@ impl IntKernel for Quantize<'_> {
     }
 }
 
-/// The codes of one segment of a row, zeros after them.
+/// The codes of one segment of a row, zeros after them, their scale and their sum.
 #[inline(always)]
-fn quantized(columns: &Columns, segment: &Segment, row: &[f32]) -> ([i8; SEGMENT], Factor) {
+fn quantized(columns: &Columns, segment: &Segment, row: &[f32]) -> ([i8; SEGMENT], f32, i32) {
     let mut values = [0.0_f32; SEGMENT];
     columns.gather(segment, row, &mut values[..segment.columns.len()]);
     // As integers, sizes are in the order of the numbers, and what is no number is above all.
@@ -127,7 +137,7 @@ fn quantized(columns: &Columns, segment: &Segment, row: &[f32]) -> ([i8; SEGMENT
     let max = f32::from_bits(max);
     if !max.is_finite() || max < LEAST {
         let scale = if max.is_finite() { 0.0 } else { f32::NAN };
-        return ([0; SEGMENT], Factor { scale, sum: 0 });
+        return ([0; SEGMENT], scale, 0);
     }
     let (inverse, mut sum) = (MOST / max, 0);
     let mut codes = [0; SEGMENT];
@@ -136,13 +146,7 @@ fn quantized(columns: &Columns, segment: &Segment, row: &[f32]) -> ([i8; SEGMENT
         sum += rounded;
         *code = rounded.to_le_bytes()[0].cast_signed();
     }
-    (
-        codes,
-        Factor {
-            scale: max / MOST,
-            sum,
-        },
-    )
+    (codes, max / MOST, sum)
 }
 
 /// To nearest even, of what is smaller than 2^22: adding a number whose last bit is 1 rounds.

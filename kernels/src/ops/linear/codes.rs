@@ -28,6 +28,7 @@ pub(super) fn linear(
     let mut shared = cpu.scratch.shared();
     let room = shared.len();
     let slots = cpu.isa.run_ints(Divide { columns, room });
+    let zero = weight.zero().unwrap_or(0);
     // Tiles are not all of the largest size: one more may be needed.
     let at_once = match room / slots.slot {
         1 => slots.most.min(8),
@@ -43,6 +44,7 @@ pub(super) fn linear(
             cpu.isa.run_ints(Quantize {
                 x,
                 columns,
+                zero,
                 rows,
                 slots,
                 slot,
@@ -129,7 +131,6 @@ fn multiply<S: IntSimd>(
             // Each tile asks for as much as it has work.
             let asked = [tile.start, tile.end].map(|row| row * ahead.len() / rows.len());
             let work = Work {
-                zero: weight.zero(),
                 segments,
                 cells: &all[cells[0]..cells[1]],
                 ahead: &ahead[asked[0]..asked[1]],
@@ -152,7 +153,6 @@ fn multiply<S: IntSimd>(
 
 /// A few rows of `out` and 32 of its columns, of one block.
 struct Work<'a, 'p> {
-    zero: Option<u8>,
     segments: &'a [Segment],
     /// Those of the block.
     cells: &'a [[u8; CODES]],
@@ -190,6 +190,9 @@ impl<const M: usize, const HALF: bool> IntKernel for Tile<'_, '_, M, HALF> {
     }
 }
 
+/// Steps for which what is read later is asked for at once.
+const STEPS: usize = 4;
+
 /// Vectors of outputs of a panel: cells of a step.
 const WIDTH: usize = PANEL_ROWS / LANES;
 
@@ -202,10 +205,10 @@ impl Work<'_, '_> {
     ) {
         let floats = simd.floats();
         let quads_of_step = const { if HALF { 2 } else { 1 } };
-        let quads: &[S::Quad] = bytemuck::cast_slice(self.quads);
-        let (mut quads, mut cells) = (quads, self.cells);
-        let steps = (cells.len() / WIDTH).max(1);
-        let mut ahead = self.ahead.chunks(self.ahead.len().div_ceil(steps).max(1));
+        let (mut quads, mut cells): (&[S::Quad], _) =
+            (bytemuck::cast_slice(self.quads), self.cells);
+        let some = (cells.len() / (WIDTH * STEPS)).max(1);
+        let mut ahead = self.ahead.chunks(self.ahead.len().div_ceil(some).max(1));
         let mut sums = [[floats.splat(0.0); N]; M];
         for (segment, factors) in self.segments.iter().zip(self.factors.chunks_exact(M)) {
             let steps = segment.padded.len() / (QUAD * quads_of_step);
@@ -214,35 +217,30 @@ impl Work<'_, '_> {
             let (cells_of_segment, rest) = cells.split_at(steps * WIDTH);
             cells = rest;
             let mut dots = [[simd.splat(0); N]; M];
-            if let Some(zero) = self.zero {
-                for m in 0..M {
-                    dots[m] = [simd.splat(-i32::from(zero) * factors[m].sum); N];
-                }
+            for m in 0..M {
+                dots[m] = [simd.splat(factors[m].start); N];
             }
-            let x = of_segment.chunks_exact(quads_of_step * M);
-            for (x, cells) in x.zip(cells_of_segment.chunks_exact(WIDTH)) {
+            let x = of_segment.chunks(STEPS * quads_of_step * M);
+            for (x, cells) in x.zip(cells_of_segment.chunks(STEPS * WIDTH)) {
                 for cell in ahead.next().unwrap_or_default() {
                     floats.prefetch(cell);
                 }
-                if HALF {
-                    add_halves::<S, M, N, F>(simd, x, cells, &mut dots);
-                } else {
-                    add_bytes::<S, M, N, F>(simd, x, cells, &mut dots);
+                let x = x.chunks_exact(quads_of_step * M);
+                for (x, cells) in x.zip(cells.chunks_exact(WIDTH)) {
+                    if HALF {
+                        add_halves::<S, M, N, F>(simd, x, cells, &mut dots);
+                    } else {
+                        add_bytes::<S, M, N, F>(simd, x, cells, &mut dots);
+                    }
                 }
             }
-            for n in 0..N {
-                let scale = self.scales.load(floats, segment.group, F + n);
-                let offset = self
-                    .offsets
-                    .map(|all| all.load(floats, segment.group, F + n));
-                for m in 0..M {
-                    let mut dot = simd.to_floats(dots[m][n]);
-                    if let Some(offset) = offset {
-                        // Exact: both are integers, and so small that their product is one of f32.
-                        dot = floats.mul_add(floats.splat(factors[m].sum as f32), offset, dot);
-                    }
-                    let scaled = floats.mul_add(dot, scale, floats.splat(0.0));
-                    let x_scale = floats.splat(factors[m].scale);
+            let offsets = self.offsets.map(|all| all.load(floats, segment.group, F));
+            let scales = self.scales.load::<_, N>(floats, segment.group, F);
+            let dots = to_floats(simd, &dots, factors, offsets);
+            for m in 0..M {
+                let x_scale = floats.splat(factors[m].scale);
+                for n in 0..N {
+                    let scaled = floats.mul_add(dots[m][n], scales[n], floats.splat(0.0));
                     sums[m][n] = floats.mul_add(scaled, x_scale, sums[m][n]);
                 }
             }
@@ -254,6 +252,33 @@ impl Work<'_, '_> {
             &sums,
         );
     }
+}
+
+/// What sums of products stand for but for the scales. Where zeros differ, they come in here.
+#[inline(always)]
+fn to_floats<S: IntSimd, const M: usize, const N: usize>(
+    simd: S,
+    dots: &[[S::Sums; N]; M],
+    factors: &[Factor],
+    offsets: Option<[<S::Floats as Simd>::Vector; N]>,
+) -> [[<S::Floats as Simd>::Vector; N]; M] {
+    let floats = simd.floats();
+    let mut all = [[floats.splat(0.0); N]; M];
+    for m in 0..M {
+        for n in 0..N {
+            all[m][n] = simd.to_floats(dots[m][n]);
+        }
+    }
+    if let Some(offsets) = offsets {
+        for m in 0..M {
+            let sum = floats.splat(factors[m].sum);
+            for n in 0..N {
+                // Exact: both are integers, and so small that what comes out is one of f32.
+                all[m][n] = floats.mul_add(sum, offsets[n], all[m][n]);
+            }
+        }
+    }
+    all
 }
 
 /// One step: four columns. `x: [M]`, `cells: [WIDTH]`

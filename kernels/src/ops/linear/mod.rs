@@ -5,9 +5,9 @@
 //! for while this one is computed with; many rows by arithmetic, and then the blocks of `x` and of weights that are
 //! multiplied stay in the caches.
 //!
-//! Invariant: `out[i][j]` is the sum over blocks of [`BLOCK`] columns, from the first to the last, of the block's
-//! products summed one by one from the first to the last (and then the bias). Nothing else about the shapes,
-//! and nothing about threads, changes a bit.
+//! Invariant: `out[i][j]` is the sum over segments of at most [`BLOCK`] columns, from the first to the last, of the
+//! segment's products summed one by one from the first to the last, times its scale if it has one (and then the bias).
+//! Nothing else about the shapes, and nothing about threads, changes a bit. Integer codes: `codes.rs`.
 
 mod activations;
 mod codes;
@@ -15,8 +15,8 @@ mod codes;
 mod quantized_tests;
 mod round;
 
-use crate::cpu::element::{Stored, by_element};
-use crate::cpu::packed::PANEL_ROWS;
+use crate::cpu::element::{F8, Stored, by_element};
+use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Part, Quantized};
 use crate::cpu::scratch::VECTORS;
 use crate::cpu::simd::{Kernel, LANES, Simd, dot};
@@ -26,15 +26,8 @@ use round::{Round, Turn, add_bias};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Columns whose products are summed before they are added to the rest. 32 rows of bfloat16 weights of so many
-/// columns take 32 KiB, which stays in a first-level cache while rows of `x` come by.
-const BLOCK: usize = 512;
-
-/// Vectors of a row in a block.
-const BLOCK_VECTORS: usize = BLOCK / LANES;
-
-/// Rows of one block that a thread's memory holds; what is left holds half-filled vectors.
-const MAX_ROWS: usize = VECTORS / BLOCK_VECTORS;
+/// Rows of one segment that a thread's memory holds.
+const MAX_ROWS: usize = VECTORS / (BLOCK / LANES);
 
 /// The fast path.
 pub(crate) fn linear(
@@ -55,29 +48,52 @@ pub(crate) fn linear(
         (rows, width),
         "out is [rows, out]"
     );
-    let packed = match weight.values() {
-        Values::Matrix(packed) => packed,
-        Values::Quantized(quantized) => return linear_quantized(cpu, x, quantized, bias, out),
-        Values::Vector(_) => return narrow(cpu, x, weight, bias, out),
-    };
-    let blocks = packed.cols().div_ceil(BLOCK);
-    for part in equal_parts(rows, MAX_ROWS) {
-        // All blocks at once where memory allows: threads meet after each round.
-        let at_once = (MAX_ROWS / part.len()).max(1);
-        for first in (0..blocks).step_by(at_once) {
-            let columns = first * BLOCK..((first + at_once) * BLOCK).min(packed.cols());
-            let bias = bias.filter(|_| columns.end == packed.cols());
-            let cost = part.len() * columns.len() * PANEL_ROWS;
+    match weight.values() {
+        Values::Matrix(packed) => by_element!(weight.element(), E => {
+            multiply::<E>(cpu, x, (packed, 0), bias, out);
+        }),
+        Values::Quantized(quantized) => linear_quantized(cpu, x, quantized, bias, out),
+        Values::Vector(_) => narrow(cpu, x, weight, bias, out),
+    }
+}
+
+/// The outputs of `packed`, which are the columns of `out` from `first` on.
+fn multiply<E: Stored>(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    (packed, first): (&Packed, usize),
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    let (width, within) = (out.width(), first..first + packed.rows());
+    for part in equal_parts(x.rows(), MAX_ROWS) {
+        let mut segments = packed.columns().segments();
+        while let Some(one) = segments.first() {
+            // All segments at once where memory allows: threads meet after each round.
+            let room = one.padded.start + VECTORS * LANES / part.len();
+            let at_once = segments.partition_point(|segment| segment.padded.end <= room);
+            let (these, rest) = segments.split_at(at_once);
+            segments = rest;
+            let bias = bias.filter(|_| rest.is_empty());
+            let columns = these.iter().map(|segment| segment.columns.len());
+            let cost = part.len() * columns.sum::<usize>() * PANEL_ROWS;
             let out = (out.values_mut(), width);
-            cpu.threads.panels(out, 0..width, (PANEL_ROWS, cost), |panels| {
-                by_element!(weight.element(), E => {
+            cpu.threads
+                .panels(out, within.clone(), (PANEL_ROWS, cost), |panels| {
                     let mut space = cpu.scratch.of_thread(panels.thread());
-                    let stored = PhantomData::<E>;
-                    let (rows, columns) = (part.clone(), columns.clone());
-                    let round = Round { x, weight: packed, bias, rows, columns, space: &mut space, stored };
+                    let (rows, stored) = (part.clone(), PhantomData::<E>);
+                    let (weight, space) = (packed, &mut space[..]);
+                    let round = Round {
+                        x,
+                        weight,
+                        bias,
+                        rows,
+                        segments: these,
+                        space,
+                        stored,
+                    };
                     cpu.isa.run(Turn { round, panels });
                 });
-            });
         }
     }
 }
@@ -94,6 +110,7 @@ fn linear_quantized(
     for part in weight.parts() {
         match part {
             Part::Codes(codes) => codes::linear(cpu, x, (codes, first), bias, out),
+            Part::Floats(packed) => multiply::<F8<false>>(cpu, x, (packed, first), bias, out),
         }
         first += part.rows();
     }
