@@ -41,9 +41,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for rows in [1, 16, 64] {
         linear(&cpu, &bounds, Element::Bf16, (rows, 256, 768))?;
     }
-    println!("attention, 32 heads of 128 over 8 key heads, Bf16");
-    for (sequences, new, context) in [(1, 1, 4096), (16, 1, 512), (1, 256, 256), (1, 256, 2048)] {
-        attend(&cpu, &bounds, sequences, new, context)?;
+    for element in [Element::F32, Element::Bf16, Element::F16, Element::Fp8] {
+        println!("attention, 32 heads of 128 over 8 key heads, {element:?}");
+        for sizes in [(1, 1, 4096), (16, 1, 512), (1, 256, 256), (1, 256, 2048)] {
+            attend(&cpu, &bounds, element, sizes)?;
+        }
     }
     Ok(())
 }
@@ -148,9 +150,8 @@ fn linear(
 fn attend(
     cpu: &CpuBackend,
     bounds: &Bounds,
-    sequences: usize,
-    new: usize,
-    context: usize,
+    element: Element,
+    (sequences, new, context): (usize, usize, usize),
 ) -> Result<(), DeviceError> {
     let heads = Heads {
         local_heads: 32,
@@ -164,7 +165,7 @@ fn attend(
         block_size: 16,
         local_kv_heads: 8,
         head_dim: 128,
-        element: Element::Bf16,
+        element,
     };
     let narrow = |value: usize| u32::try_from(value).expect("small sizes");
     let tokens = sequences * new;

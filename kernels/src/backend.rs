@@ -53,6 +53,8 @@ pub enum Element {
     Bf16,
     /// IEEE half.
     F16,
+    /// 8-bit float, e4m3 without infinities: KV blocks only. What is too large becomes the largest, 448.
+    Fp8,
 }
 
 impl Element {
@@ -61,6 +63,7 @@ impl Element {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::Fp8 => 1,
         }
     }
 }

@@ -5,12 +5,17 @@
 use crate::backend::{Backend, Element, HostMatrix, Precision};
 use crate::batch::Batch;
 use crate::cpu::CpuBackend;
-use crate::cpu::element::{Stored, by_element};
+use crate::cpu::element::{Stored, by_element, by_kv_element};
 use crate::cpu::simd::Isa;
+use crate::quantized::{Code, HostQuantized};
 use std::ops::Range;
 
-/// All element types.
+/// All element types of weights.
 pub(crate) const ELEMENTS: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
+
+/// All element types of KV blocks.
+pub(crate) const KV_ELEMENTS: [Element; 4] =
+    [Element::F32, Element::Bf16, Element::F16, Element::Fp8];
 
 /// `SplitMix64`, for test data.
 pub(crate) struct Rng(u64);
@@ -119,7 +124,7 @@ pub(crate) fn tokens(token_ids: Vec<u32>, positions: Vec<u32>) -> Batch {
 
 /// `values` rounded to `element`, and widened again.
 pub(crate) fn rounded(values: &[f32], element: Element) -> Vec<f32> {
-    by_element!(element, E => values.iter().map(|&value| E::narrow(value).widen()).collect())
+    by_kv_element!(element, E => values.iter().map(|&value| E::narrow(value).widen()).collect())
 }
 
 /// `values: [rows, cols]` stored as `element`, with gaps of any values between rows.
@@ -182,5 +187,59 @@ pub(crate) fn assert_close(actual: &[f32], expected: &[f32], atol: f32, rtol: f3
             (a - e).abs() <= atol + rtol * e.abs(),
             "element {i}: {a} instead of {e}"
         );
+    }
+}
+
+/// A random quantised matrix with gaps between rows: groups of any kind, with and without a permutation of the inputs.
+pub(crate) fn quantized(rng: &mut Rng, code: Code, (rows, cols): (usize, usize)) -> HostQuantized {
+    let gap = rng.pick(&[0, 3]);
+    let row_stride = cols + gap;
+    let most = if code == Code::Int4 { 16 } else { 256 };
+    let mut data: Vec<u8> = (0..rows * row_stride - gap)
+        .map(|_| rng.within(0..most) as u8)
+        .collect();
+    if code == Code::Fp8 {
+        // Numbers only.
+        data.iter_mut()
+            .filter(|code| **code & 0x7f == 0x7f)
+            .for_each(|code| *code &= 0x9f);
+    }
+    let size = rng.pick(&[32, 64, 128, cols, 0]);
+    let mut group_ends: Vec<usize> = if size == 0 {
+        (0..6).map(|_| rng.within(1..cols + 1)).collect()
+    } else {
+        (1..cols.div_ceil(size)).map(|group| group * size).collect()
+    };
+    group_ends.push(cols);
+    group_ends.sort_unstable();
+    group_ends.dedup();
+    let count = rows * group_ends.len();
+    // Numbers of 16 bits of either kind, or of 32.
+    let element = rng.pick(&ELEMENTS);
+    let scales = rng
+        .values(count)
+        .iter()
+        .map(|scale| scale * 0.1)
+        .collect::<Vec<_>>();
+    let zeros = match (code, rng.pick(&[false, true])) {
+        (Code::Int4, true) => vec![8; count],
+        (Code::Int4, false) => (0..count).map(|_| rng.within(0..17) as u8).collect(),
+        _ => Vec::new(),
+    };
+    let inputs = rng.pick(&[false, true]).then(|| {
+        let mut inputs: Vec<u32> = (0..cols as u32).collect();
+        rng.shuffle(&mut inputs);
+        inputs
+    });
+    HostQuantized {
+        code,
+        data: data.into(),
+        rows,
+        cols,
+        row_stride,
+        inputs,
+        group_ends,
+        scales: rounded(&scales, element),
+        zeros,
     }
 }

@@ -6,6 +6,7 @@ use kernels::backend::{
 };
 use kernels::batch::Batch;
 use kernels::cpu::CpuBackend;
+use kernels::quantized::{Code, HostQuantized};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -58,6 +59,30 @@ fn weight(cpu: &CpuBackend, rows: usize, cols: usize) -> kernels::cpu::CpuWeight
         .expect("it is well formed")
 }
 
+fn quantized(
+    cpu: &CpuBackend,
+    code: Code,
+    (rows, cols): (usize, usize),
+) -> kernels::cpu::CpuWeight {
+    let part = HostQuantized {
+        code,
+        data: Bytes::from(vec![9; rows * cols]),
+        rows,
+        cols,
+        row_stride: cols,
+        inputs: Some((0..16).rev().chain(16..48).collect()),
+        group_ends: vec![32, cols],
+        scales: vec![0.5; 2 * rows],
+        zeros: if code == Code::Int4 {
+            vec![8; 2 * rows]
+        } else {
+            Vec::new()
+        },
+    };
+    cpu.load_quantized(&[part], &mut |_| ())
+        .expect("it is well formed")
+}
+
 /// Six tokens of one sequence and two of another.
 fn two_sequences() -> Batch {
     Batch {
@@ -86,6 +111,8 @@ fn a_step_takes_no_memory() {
         weight(&cpu, HEADS.qkv_width(), WIDTH),
     );
     let (gate_weight, down) = (weight(&cpu, 96, WIDTH), weight(&cpu, WIDTH, 48));
+    let codes = [Code::Int4, Code::Int8, Code::Fp8];
+    let quantized_downs = codes.map(|code| quantized(&cpu, code, (WIDTH, 48)));
     let bias = weight(&cpu, 1, WIDTH);
     let layout = KvLayout {
         layers: 1,
@@ -121,7 +148,9 @@ fn a_step_takes_no_memory() {
     cpu.add_rms_norm(&attended, &mut residual, &norm, NORM, &mut normed);
     cpu.linear(&normed, &gate_weight, None, &mut gate_up);
     cpu.gated_activation(Activation::GeluTanh, &gate_up, &mut hidden);
-    cpu.linear(&hidden, &down, Some(&bias), &mut x);
+    for down in quantized_downs.iter().chain([&down]) {
+        cpu.linear(&hidden, down, Some(&bias), &mut x);
+    }
     cpu.set_rows(&mut normed, 2);
     cpu.gather_logit_rows(&batch, &x, &mut normed);
     cpu.soft_cap(30.0, &mut normed);

@@ -5,7 +5,8 @@
 
 use super::simd::{CELL, LANES, Simd};
 use crate::backend::Element;
-use bytemuck::Pod;
+use crate::quantized::e4m3;
+use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 
 /// A stored element.
@@ -13,13 +14,16 @@ pub(crate) trait Stored: Pod + Send + Sync + std::fmt::Debug {
     /// The element's name at the seam.
     const ELEMENT: Element;
 
+    /// A power of two: what widened vectors have to be multiplied with, at any time, to be what they stand for.
+    const UNIT: f32 = 1.0;
+
     /// Exact.
     fn widen(self) -> f32;
 
     /// To nearest even.
     fn narrow(value: f32) -> Self;
 
-    /// Widens one vector of elements.
+    /// Widens one vector of elements, in [`Self::UNIT`]s.
     fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::Vector;
 
     /// Where in a cell column `column` (0 or 1) of row `row` lies.
@@ -31,7 +35,7 @@ pub(crate) trait Stored: Pod + Send + Sync + std::fmt::Debug {
         column * LANES + row
     }
 
-    /// Widens both columns of a cell.
+    /// Widens both columns of a cell, in [`Self::UNIT`]s.
     #[inline(always)]
     fn cell<S: Simd>(simd: S, values: &[Self; CELL]) -> [S::Vector; 2] {
         let (first, second) = values.split_at(LANES);
@@ -110,7 +114,82 @@ impl Stored for f16 {
     }
 }
 
-/// Evaluates an expression with `$E` standing for the Rust type of a run-time [`Element`].
+/// A float of 8 bits, e4m3: 4 of exponent and 3 of mantissa.
+///
+/// As the upper half of a half-precision number, which has one bit of exponent more, it is 2^8 times too small;
+/// vectors stay like that, for nothing but a multiplication would make them larger. `NAN` says whether what is no number
+/// is looked out for; if not, it is taken for 480.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(transparent)]
+pub(crate) struct F8<const NAN: bool = true>(pub(crate) u8);
+
+impl<const NAN: bool> F8<NAN> {
+    /// The largest number there is: larger ones become it.
+    pub(crate) const MAX: f32 = 448.0;
+
+    /// Widens in [`Stored::UNIT`]s.
+    #[inline(always)]
+    pub(crate) fn in_units(self) -> f32 {
+        let bits = u16::from(self.0 & 0x80) << 8 | u16::from(self.0 & 0x7f) << 7;
+        let is_nan = NAN && self.0 & 0x7f == 0x7f;
+        if is_nan {
+            f32::NAN
+        } else {
+            f16::from_bits(bits).to_f32()
+        }
+    }
+}
+
+impl<const NAN: bool> Stored for F8<NAN> {
+    const ELEMENT: Element = Element::Fp8;
+    const UNIT: f32 = 256.0;
+
+    #[inline]
+    fn widen(self) -> f32 {
+        e4m3(self.0)
+    }
+
+    /// To the largest number at most. What is no number stays none.
+    #[inline]
+    fn narrow(value: f32) -> Self {
+        /// Bits of a mantissa of f32 that are too many.
+        const DROPPED: u32 = 20;
+        /// The smallest number that is not denormal.
+        const NORMAL: f32 = 1.0 / 64.0;
+        let sign = value.to_bits() >> 24 & 0x80;
+        let size = value.abs();
+        let code = if size.is_nan() {
+            0x7f
+        } else if size < NORMAL {
+            // To nearest even: the last bit of such a sum is a denormal's.
+            const SHIFT: f32 = 16384.0;
+            (size + SHIFT).to_bits() - SHIFT.to_bits()
+        } else {
+            let bits = size.min(Self::MAX).to_bits();
+            let even = bits >> DROPPED & 1;
+            // From one bias to the other.
+            (bits + (1 << (DROPPED - 1)) - 1 + even >> DROPPED) - ((127 - 7) << 3)
+        };
+        Self((code | sign).to_le_bytes()[0])
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, values: &[Self; LANES]) -> S::Vector {
+        simd.load_f8(values)
+    }
+
+    #[inline]
+    fn place(column: usize, row: usize) -> usize {
+        2 * row + column
+    }
+
+    #[inline(always)]
+    fn cell<S: Simd>(simd: S, values: &[Self; CELL]) -> [S::Vector; 2] {
+        simd.cell_f8(values)
+    }
+}
+
+/// Evaluates an expression with `$E` standing for the Rust type of a run-time [`Element`] of weights.
 macro_rules! by_element {
     ($element:expr, $E:ident => $body:expr) => {
         match $element {
@@ -126,7 +205,99 @@ macro_rules! by_element {
                 type $E = half::f16;
                 $body
             }
+            $crate::backend::Element::Fp8 => {
+                unreachable!("floats of 8 bits without a scale, which no weight is stored as")
+            }
         }
     };
 }
 pub(crate) use by_element;
+
+/// As [`by_element`], of KV blocks: floats of 8 bits, too.
+macro_rules! by_kv_element {
+    ($element:expr, $E:ident => $body:expr) => {
+        match $element {
+            $crate::backend::Element::Fp8 => {
+                type $E = $crate::cpu::element::F8;
+                $body
+            }
+            element => $crate::cpu::element::by_element!(element, $E => $body),
+        }
+    };
+}
+pub(crate) use by_kv_element;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::simd::{Isa, Kernel};
+    use crate::testing::Rng;
+
+    #[test]
+    fn floats_of_eight_bits_round_to_the_nearest_even_and_saturate() {
+        let numbers: Vec<(f32, u8)> = (0..0x7f).map(|code| (e4m3(code), code)).collect();
+        let mut rng = Rng::new(64);
+        let mut values: Vec<f32> = numbers
+            .windows(2)
+            .map(|w| f32::midpoint(w[0].0, w[1].0))
+            .collect();
+        values.extend(numbers.iter().map(|number| number.0));
+        values.extend((0..2000).map(|_| rng.value().powi(5) * 460.0));
+        for value in values {
+            let off = |(number, code): &&(f32, u8)| ((value.abs() - number).abs(), code & 1);
+            let nearest = numbers
+                .iter()
+                .min_by(|a, b| off(a).partial_cmp(&off(b)).unwrap());
+            let sign = if value.is_sign_negative() { 0x80 } else { 0 };
+            assert_eq!(<F8>::narrow(value).0, nearest.unwrap().1 | sign, "{value}");
+        }
+        for (value, code) in [
+            (449.0, 0x7e),
+            (f32::INFINITY, 0x7e),
+            (-1e9, 0xfe),
+            (f32::NAN, 0x7f),
+        ] {
+            assert_eq!(<F8>::narrow(value).0 & 0x7f, code & 0x7f, "{value}");
+        }
+    }
+
+    /// All codes through the vectors of an instruction set.
+    struct All<const NAN: bool>;
+
+    impl<const NAN: bool> Kernel for All<NAN> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            let check = |code: u8, found: f32| {
+                let known = match code & 0x7f {
+                    0x7f if NAN => f32::NAN,
+                    0x7f => 480.0_f32.copysign(-f32::from(code >> 7) + 0.5),
+                    _ => e4m3(code),
+                };
+                let found = found * F8::<NAN>::UNIT;
+                assert!(found.to_bits() == known.to_bits() || found.is_nan() && known.is_nan());
+            };
+            for first in (0..=u8::MAX).step_by(CELL) {
+                let codes: [F8<NAN>; CELL] = std::array::from_fn(|i| F8(first + i as u8));
+                let cell = F8::cell(simd, &codes).map(|vector| simd.to_array(vector));
+                let (row, _) = codes.split_first_chunk::<LANES>().unwrap();
+                let row = simd.to_array(F8::load(simd, row));
+                for lane in 0..LANES {
+                    check(codes[lane].0, row[lane]);
+                    for column in 0..2 {
+                        check(codes[F8::<NAN>::place(column, lane)].0, cell[column][lane]);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_widens_all_floats_of_eight_bits() {
+        for isa in Isa::available() {
+            isa.run(All::<true>);
+            isa.run(All::<false>);
+        }
+    }
+}

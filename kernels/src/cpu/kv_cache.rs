@@ -4,7 +4,7 @@
 //! then sixteen keys are a panel of cells, as weights are, `[block_size / 16][head_dim / 2]`, and scores need no
 //! sums across lanes. Either way attention reads memory in order. Blocks hold anything until written.
 
-use super::element::{Stored, by_element};
+use super::element::{Stored, by_kv_element};
 use super::simd::{CELL, LANES};
 use crate::backend::{Element, KvLayout};
 
@@ -21,6 +21,8 @@ enum Store {
     /// The bits of bfloat16 or half: zeroed vectors of integers come from the system untouched, so that no
     /// page is taken before its block is used.
     Half(Vec<u16>),
+    /// Floats of 8 bits.
+    Byte(Vec<u8>),
 }
 
 impl CpuKvCache {
@@ -30,6 +32,7 @@ impl CpuKvCache {
         let store = match layout.element {
             Element::F32 => Store::Whole(vec![0.0; elements]),
             Element::Bf16 | Element::F16 => Store::Half(vec![0; elements]),
+            Element::Fp8 => Store::Byte(vec![0; elements]),
         };
         Self { layout, store }
     }
@@ -44,6 +47,7 @@ impl CpuKvCache {
         let values: &[E] = match &self.store {
             Store::Whole(all) => bytemuck::cast_slice(all),
             Store::Half(all) => bytemuck::cast_slice(all),
+            Store::Byte(all) => bytemuck::cast_slice(all),
         };
         let stride = values.len() / self.layout.layers;
         LayerBlocks {
@@ -66,10 +70,11 @@ impl CpuKvCache {
             block < blocks,
             "slot {slot} is in block {block} of {blocks}"
         );
-        by_element!(self.layout.element, E => {
+        by_kv_element!(self.layout.element, E => {
             let all: &mut [E] = match &mut self.store {
                 Store::Whole(all) => bytemuck::cast_slice_mut(all),
                 Store::Half(all) => bytemuck::cast_slice_mut(all),
+                Store::Byte(all) => bytemuck::cast_slice_mut(all),
             };
             let run = block_size * head_dim;
             let packed = is_packed(&self.layout);
@@ -113,6 +118,11 @@ impl<'a, E: Stored> LayerBlocks<'a, E> {
     /// Their shape.
     pub(crate) fn layout(&self) -> KvLayout {
         self.layout
+    }
+
+    /// What attention, which computes with elements where they are only if they are packed, has them in.
+    pub(crate) fn unit(&self) -> f32 {
+        if self.is_packed() { E::UNIT } else { 1.0 }
     }
 
     /// Whether [`Self::key_cells`] are there.

@@ -11,6 +11,8 @@ pub(crate) mod memory;
 pub(crate) mod packed;
 mod pool;
 mod probe;
+pub(crate) mod quantized;
+mod region;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 pub(crate) mod tanh;
@@ -166,25 +168,11 @@ impl Backend for CpuBackend {
         parts: &[HostQuantized],
         progress: &mut dyn FnMut(u64),
     ) -> Result<CpuWeight, DeviceError> {
-        let mut matrices = Vec::with_capacity(parts.len());
-        for part in parts {
-            part.check().map_err(|reason| DeviceError::Failed {
-                device: self.name(),
-                reason,
-            })?;
-            let mut values = vec![0.0; part.rows * part.cols];
-            for (row, values) in values.chunks_exact_mut(part.cols).enumerate() {
-                part.read_row(row, values);
-            }
-            matrices.push(HostMatrix {
-                data: bytemuck::cast_slice(&values).to_vec().into(),
-                element: Element::F32,
-                rows: part.rows,
-                cols: part.cols,
-                row_stride: part.cols,
-            });
-        }
-        self.load(&matrices, Element::F32, progress)
+        let packed = parts
+            .iter()
+            .map(|part| bytes(&[part.rows, part.cols, part.code.bits()]));
+        self.reserve("a weight", packed.sum::<Option<u64>>().map(|bits| bits / 8))?;
+        CpuWeight::load_quantized(&self.threads, parts, progress)
     }
 
     fn kv_cache(&self, layout: KvLayout) -> Result<CpuKvCache, DeviceError> {

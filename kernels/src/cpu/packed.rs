@@ -3,35 +3,52 @@
 //! `[panels][pairs of columns][2]` cells: a panel is 32 rows (outputs) side by side, a cell two columns of sixteen of
 //! them, so a product reads memory from one end to the other whatever its shape. Rows and columns are padded
 //! with zeros, to 32 and 16. The copy is made once, when the weight is loaded, on all threads; the checkpoint's pages
-//! are not needed after that. Huge pages are asked for: reading them takes fewer table walks.
+//! are not needed after that.
+//!
+//! Floats of 8 bits have scales beside them, and columns cut as those want it (`quantized/columns.rs`).
 //!
 //! Invariant: padding is zero, and every other element has the bits of the stored one or, where it was to be
 //! of another type, is it rounded to nearest even.
 
-use super::element::{Stored, by_element};
+use super::element::{F8, Stored, by_element};
+use super::quantized::{Columns, Cut, PanelScales, Scales, rows_of};
+use super::region::Region;
 use super::simd::{CELL, LANES};
 use super::threads::Threads;
 use crate::backend::{DeviceError, Element, HostMatrix};
-use memmap2::{Advice, MmapMut};
+use crate::quantized::HostQuantized;
 
 /// Rows of a panel: two cells.
 pub(crate) const PANEL_ROWS: usize = 2 * LANES;
 
-/// What huge pages are aligned to.
-const HUGE_PAGE: usize = 2 << 20;
+/// Columns whose products are summed before they are added to the rest. 32 rows of bfloat16 weights of so many
+/// columns take 32 KiB, which stays in a first-level cache while rows of activations come by.
+pub(crate) const BLOCK: usize = 512;
 
-/// Progress is reported about this often, in bytes.
-const PROGRESS_BYTES: usize = 8 << 20;
+const CUT: Cut = Cut {
+    segment: BLOCK,
+    padding: LANES,
+    block: BLOCK,
+};
 
 /// A packed matrix `[rows, cols]`.
 #[derive(Debug)]
 pub(crate) struct Packed {
-    memory: MmapMut,
-    /// Where in `memory` the first cell is.
-    start: usize,
+    memory: Region,
     element: Element,
     rows: usize,
-    cols: usize,
+    columns: Columns,
+    scales: Option<ProductScales>,
+}
+
+/// Scales of codes.
+#[derive(Debug)]
+struct ProductScales {
+    /// What elements stand for.
+    stored: Scales,
+    /// Where there are codes that are no numbers: the same, but no number for their groups. Products do
+    /// not look at each code, and any number times none is none.
+    products: Option<Scales>,
 }
 
 impl Packed {
@@ -42,64 +59,87 @@ impl Packed {
         (store, rows, cols): (Element, usize, usize),
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, DeviceError> {
-        let mut packed = Self::zeroed(store, rows, cols)?;
-        let panel = packed.panel_cells() * CELL;
-        let at_once = (PROGRESS_BYTES / (panel * store.bytes())).max(threads.count());
-        by_element!(store, E => {
-            let mut first = 0;
-            for panels in packed.elements_mut::<E>().chunks_mut(at_once * panel) {
-                threads.rows(panels, panel, panel, |i, cells| {
-                    pack_panel(parts, (first + i) * PANEL_ROWS, cells);
-                });
-                let done = first * PANEL_ROWS;
-                first += panels.len() / panel;
-                let rows = (first * PANEL_ROWS).min(rows) - done;
-                progress((rows * cols * store.bytes()) as u64);
-            }
+        let columns = Columns::plain(cols, CUT);
+        let panels = rows.div_ceil(PANEL_ROWS);
+        let mut memory = Region::zeroed(&[panels, PANEL_ROWS, columns.padded(), store.bytes()])?;
+        let mut reported = 0;
+        let mut done = |panels: usize| {
+            let bytes = ((panels * PANEL_ROWS).min(rows) * cols * store.bytes()) as u64;
+            progress(bytes - std::mem::replace(&mut reported, bytes));
+        };
+        let panel = PANEL_ROWS * columns.padded() * store.bytes();
+        memory.fill(threads, panel, &mut done, |i, panel| {
+            by_element!(store, E => {
+                pack_panel::<E>(parts, i * PANEL_ROWS, bytemuck::cast_slice_mut(panel));
+            });
         });
-        Ok(packed)
-    }
-
-    fn zeroed(element: Element, rows: usize, cols: usize) -> Result<Self, DeviceError> {
-        let failed = |reason: String| DeviceError::Failed {
-            device: "cpu".into(),
-            reason,
-        };
-        let columns = cols.next_multiple_of(LANES);
-        let bytes = rows
-            .next_multiple_of(PANEL_ROWS)
-            .checked_mul(columns)
-            .and_then(|elements| elements.checked_mul(element.bytes()))
-            .ok_or_else(|| failed(format!("a weight [{rows}, {cols}] is beyond any memory")))?;
-        let is_huge = bytes >= HUGE_PAGE;
-        let room = bytes + if is_huge { HUGE_PAGE } else { 0 };
-        let memory = MmapMut::map_anon(room)
-            .map_err(|e| failed(format!("taking {bytes} bytes for a weight: {e}")))?;
-        let start = if is_huge {
-            // A kernel without huge pages refuses, and the small ones do as well.
-            #[cfg(target_os = "linux")]
-            let _ = memory.advise(Advice::HugePage);
-            memory.as_ptr().align_offset(HUGE_PAGE)
-        } else {
-            0
-        };
         Ok(Self {
             memory,
-            start,
-            element,
+            element: store,
             rows,
-            cols,
+            columns,
+            scales: None,
         })
     }
 
-    /// Inputs.
-    pub(crate) fn cols(&self) -> usize {
-        self.cols
+    /// Packs `parts` of floats of 8 bits whose columns are alike. `progress` gets how many rows are done.
+    pub(super) fn pack_codes(
+        threads: &Threads,
+        parts: &[HostQuantized],
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Self, DeviceError> {
+        let columns = Columns::of(&parts[0], CUT);
+        let rows = parts.iter().map(|part| part.rows).sum::<usize>();
+        let panel = PANEL_ROWS * columns.padded();
+        let mut memory = Region::zeroed(&[rows.div_ceil(PANEL_ROWS), panel])?;
+        let mut done = |panels: usize| progress((panels * PANEL_ROWS).min(rows));
+        memory.fill(threads, panel, &mut done, |i, panel| {
+            let cells = bytemuck::cast_slice_mut::<u8, F8>(panel)
+                .as_chunks_mut::<CELL>()
+                .0;
+            for (lane, row) in rows_of(parts, i * PANEL_ROWS).into_iter().enumerate() {
+                for segment in columns.segments().iter().filter(|_| !row.is_empty()) {
+                    let cells = &mut cells[segment.padded.clone()];
+                    let cells = cells.iter_mut().skip(lane / LANES).step_by(2);
+                    pack_row::<F8, F8>(&row[segment.columns.clone()], lane % LANES, cells);
+                }
+            }
+        });
+        Ok(Self {
+            memory,
+            element: Element::Fp8,
+            rows,
+            scales: Some(ProductScales::pack(parts, columns.groups())?),
+            columns,
+        })
+    }
+
+    /// Outputs.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How its columns are cut: products of a segment are summed before they are added to the rest.
+    pub(crate) fn columns(&self) -> &Columns {
+        &self.columns
+    }
+
+    /// What products of a segment are multiplied with, for one panel.
+    #[inline(always)]
+    pub(crate) fn scales(&self, panel: usize) -> Option<PanelScales<'_>> {
+        let scales = self.scales.as_ref()?;
+        Some(
+            scales
+                .products
+                .as_ref()
+                .unwrap_or(&scales.stored)
+                .panel(panel),
+        )
     }
 
     /// Its memory, padding included.
     pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.memory[self.start..][..self.bytes()]
+        self.memory.as_bytes()
     }
 
     /// All cells of all panels.
@@ -114,32 +154,27 @@ impl Packed {
 
     /// Cells of one panel.
     pub(crate) fn panel_cells(&self) -> usize {
-        self.cols.next_multiple_of(LANES)
+        self.columns.padded()
     }
 
-    /// Widens one row. `[cols]`
+    /// Widens one row, in the order of the inputs. `out: [cols]`
     pub(crate) fn read_row<E: Stored>(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
         let cells = &self.cells::<E>()[panel * self.panel_cells()..][..self.panel_cells()];
         let places = [0, 1].map(|column| E::place(column, lane % LANES));
-        let cells = cells.iter().skip(lane / LANES).step_by(2);
-        for (values, cell) in out[..self.cols].chunks_mut(2).zip(cells) {
-            for (value, place) in values.iter_mut().zip(places) {
-                *value = cell[place].widen();
+        for segment in self.columns.segments() {
+            let scale = self
+                .scales
+                .as_ref()
+                .map_or(1.0, |all| all.stored.at(row, segment.group));
+            let cells = &cells[segment.padded.clone()];
+            let cells = cells.iter().skip(lane / LANES).step_by(2);
+            let values = cells.flat_map(|cell| places.map(|place| cell[place]));
+            for (column, value) in segment.columns.clone().zip(values) {
+                out[self.columns.input(column)] = scale * value.widen();
             }
         }
-    }
-
-    fn elements_mut<E: Stored>(&mut self) -> &mut [E] {
-        self.check::<E>();
-        let bytes = self.bytes();
-        bytemuck::cast_slice_mut(&mut self.memory[self.start..][..bytes])
-    }
-
-    fn bytes(&self) -> usize {
-        let columns = self.cols.next_multiple_of(LANES);
-        self.rows.next_multiple_of(PANEL_ROWS) * columns * self.element.bytes()
     }
 
     fn check<E: Stored>(&self) {
@@ -149,6 +184,37 @@ impl Packed {
             self.element,
             E::ELEMENT
         );
+    }
+}
+
+impl ProductScales {
+    fn pack(parts: &[HostQuantized], groups: usize) -> Result<Self, DeviceError> {
+        let rows = || {
+            parts
+                .iter()
+                .flat_map(|part| (0..part.rows).map(move |row| (part, row)))
+        };
+        let stored: Vec<&[f32]> = rows()
+            .map(|(part, row)| &part.scales[row * groups..][..groups])
+            .collect();
+        let mut products = Vec::new();
+        let mut has_nan = false;
+        for ((part, row), stored) in rows().zip(&stored) {
+            let codes = &part.data[row * part.row_stride..][..part.cols];
+            let mut start = 0;
+            for (end, scale) in part.group_ends.iter().zip(*stored) {
+                let bad = codes[start..*end].iter().any(|code| code & 0x7f == 0x7f);
+                has_nan |= bad;
+                products.push(if bad { f32::NAN } else { *scale });
+                start = *end;
+            }
+        }
+        Ok(Self {
+            stored: Scales::pack(stored.into_iter(), groups)?,
+            products: has_nan
+                .then(|| Scales::pack(products.chunks_exact(groups), groups))
+                .transpose()?,
+        })
     }
 }
 

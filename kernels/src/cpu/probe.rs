@@ -65,10 +65,10 @@ impl CpuBackend {
     /// Reads a matrix once, on all threads, and says how many bytes that were.
     ///
     /// # Panics
-    /// If it is a vector.
+    /// If it is a vector, or quantised.
     pub fn read_weight(&self, weight: &CpuWeight) -> u64 {
         let Values::Matrix(packed) = weight.values() else {
-            panic!("a vector in the place of a matrix")
+            panic!("it is not a matrix of floats")
         };
         let bytes = packed.as_bytes();
         let lines = bytes.as_chunks::<{ 2 * CELL }>().0;

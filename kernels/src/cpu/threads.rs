@@ -114,22 +114,23 @@ impl Threads {
         });
     }
 
-    /// Divides `values: [rows, width]` by columns, in groups of `columns`, which together cost `cost`. Each thread that
-    /// takes part calls `f` with what it uses to claim panels of whole groups.
+    /// Divides the columns `within` of `values: [rows, width]` in groups of `columns`, which together cost `cost`. Each
+    /// thread that takes part calls `f` with what it uses to claim panels of whole groups.
     pub(crate) fn panels<F>(
         &self,
-        values: &mut [f32],
-        width: usize,
+        (values, width): (&mut [f32], usize),
+        within: Range<usize>,
         (columns, cost): (usize, usize),
         f: F,
     ) where
         F: Fn(Panels<'_>) + Sync,
     {
         let matrix = Matrix::of(values, width);
-        self.share(width.div_ceil(columns), cost, |share| {
+        self.share(within.len().div_ceil(columns), cost, |share| {
             f(Panels {
                 share,
                 matrix,
+                within: within.clone(),
                 columns,
             });
         });
@@ -227,6 +228,7 @@ impl Share<'_> {
 pub(crate) struct Panels<'a> {
     share: Share<'a>,
     matrix: Matrix<f32>,
+    within: Range<usize>,
     columns: usize,
 }
 
@@ -236,12 +238,13 @@ impl Panels<'_> {
         self.share.thread()
     }
 
-    /// The next panel that is this thread's.
-    pub(crate) fn claim(&mut self) -> Option<Panel<'_>> {
+    /// The next groups of columns that are this thread's, by number, and the panel of them.
+    pub(crate) fn claim(&mut self) -> Option<(Range<usize>, Panel<'_>)> {
         let groups = self.share.claim()?;
-        let end = (groups.end * self.columns).min(self.matrix.width);
-        let rows = 0..self.matrix.rows;
-        Some(self.matrix.panel(rows, groups.start * self.columns..end))
+        let [start, end] =
+            [groups.start, groups.end].map(|group| self.within.start + group * self.columns);
+        let columns = start..end.min(self.within.end);
+        Some((groups, self.matrix.panel(0..self.matrix.rows, columns)))
     }
 }
 
@@ -410,17 +413,21 @@ mod tests {
                 threads.rows(&mut values, width, 1, |i, row| {
                     row.fill((i + 1) as f32 + row[0]);
                 });
-                threads.panels(&mut values, width, (16, 1), |mut panels| {
-                    assert!(panels.thread() < count);
-                    while let Some(mut panel) = panels.claim() {
-                        assert_eq!(panel.columns().start % 16, 0);
-                        for row in panel.rows() {
-                            for value in panel.row(row) {
-                                *value += 1.0;
+                for within in [0..width / 3, width / 3..width] {
+                    let start = within.start;
+                    let all = (&mut values[..], width);
+                    threads.panels(all, within, (16, 1), |mut panels| {
+                        assert!(panels.thread() < count);
+                        while let Some((groups, mut panel)) = panels.claim() {
+                            assert_eq!(panel.columns().start, start + 16 * groups.start);
+                            for row in panel.rows() {
+                                for value in panel.row(row) {
+                                    *value += 1.0;
+                                }
                             }
                         }
-                    }
-                });
+                    });
+                }
                 let mut other = vec![0.0; rows * width];
                 threads.row_pairs((&mut values, &mut other), width, 1, |_, a, b| {
                     b.copy_from_slice(a);

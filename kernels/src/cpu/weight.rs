@@ -1,12 +1,14 @@
-//! A weight: a packed matrix, or a vector as it was stored.
+//! A weight: a packed matrix, a quantised one, or a vector as it was stored.
 //!
 //! Matrices are packed when they are loaded, whatever they are stored as; what uses vectors (norms, biases) reads
 //! them in order. Invariant: a loaded weight keeps nothing of the checkpoint's bytes.
 
 use super::element::{Stored, by_element};
 use super::packed::Packed;
+use super::quantized::Quantized;
 use super::threads::Threads;
 use crate::backend::{DeviceError, Element, HostMatrix};
+use crate::quantized::HostQuantized;
 use bytes::Bytes;
 
 /// A matrix `[rows, cols]`, or a vector.
@@ -23,6 +25,8 @@ pub struct CpuWeight {
 pub(crate) enum Values {
     /// Of parts that are matrices.
     Matrix(Packed),
+    /// Of parts that are codes.
+    Quantized(Quantized),
     /// Of parts that have one row or one column each: aligned, without gaps.
     Vector(Bytes),
 }
@@ -40,6 +44,11 @@ impl CpuWeight {
             reason,
         };
         let (rows, cols) = stacked_shape(parts).map_err(failed)?;
+        if store == Element::Fp8 {
+            return Err(failed(format!(
+                "a weight [{rows}, {cols}] as {store:?} without scales"
+            )));
+        }
         let values = if are_vectors(parts) {
             let vector = by_element!(store, E => gathered::<E>(parts));
             progress((rows * cols * store.bytes()) as u64);
@@ -55,6 +64,21 @@ impl CpuWeight {
         })
     }
 
+    /// Stacks quantised `parts`.
+    pub(crate) fn load_quantized(
+        threads: &Threads,
+        parts: &[HostQuantized],
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self, DeviceError> {
+        let quantized = Quantized::load(threads, parts, progress)?;
+        Ok(Self {
+            rows: quantized.rows(),
+            cols: quantized.cols(),
+            element: Element::F32,
+            values: Values::Quantized(quantized),
+        })
+    }
+
     /// Outputs.
     pub fn rows(&self) -> usize {
         self.rows
@@ -65,7 +89,7 @@ impl CpuWeight {
         self.cols
     }
 
-    /// Stored as.
+    /// Stored as; f32 if it is quantised, which is what codes stand for.
     pub fn element(&self) -> Element {
         self.element
     }
@@ -81,6 +105,7 @@ impl CpuWeight {
             Values::Matrix(packed) => {
                 by_element!(self.element, E => packed.read_row::<E>(row, out));
             }
+            Values::Quantized(quantized) => quantized.read_row(row, out),
             Values::Vector(_) => by_element!(self.element, E => {
                 let values = &self.vector::<E>()[row * self.cols..][..self.cols];
                 for (to, from) in out.iter_mut().zip(values) {
@@ -120,6 +145,11 @@ fn check(part: &HostMatrix) -> Result<(), String> {
         .and_then(|start| start.checked_add(*cols))
         .and_then(|elements| elements.checked_mul(element.bytes()))
         .filter(|_| *cols > 0 && row_stride >= cols);
+    if *element == Element::Fp8 {
+        return Err(format!(
+            "a weight [{rows}, {cols}] of {element:?} without scales"
+        ));
+    }
     if needed == Some(data.len()) {
         return Ok(());
     }

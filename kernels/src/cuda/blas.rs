@@ -331,6 +331,7 @@ fn data_type(element: Element) -> sys::cudaDataType {
         Element::F32 => sys::cudaDataType::CUDA_R_32F,
         Element::Bf16 => sys::cudaDataType::CUDA_R_16BF,
         Element::F16 => sys::cudaDataType::CUDA_R_16F,
+        Element::Fp8 => unreachable!("neither weights nor activations are floats of 8 bits"),
     }
 }
 

@@ -118,14 +118,16 @@ pub(crate) mod cuda {
 #[cfg(test)]
 mod tests {
     use crate::backend::{Backend, Heads, KvLayout};
-    use crate::cpu::element::{Stored, by_element};
-    use crate::testing::{ELEMENTS, Rng, backends, rounded, tensor, tokens, upload};
+    use crate::cpu::element::{Stored, by_kv_element};
+    #[cfg(feature = "cuda")]
+    use crate::testing::ELEMENTS;
+    use crate::testing::{KV_ELEMENTS, Rng, backends, rounded, tensor, tokens, upload};
 
     #[test]
     fn slots_hold_their_tokens_and_the_rest_stays() {
         let mut rng = Rng::new(11);
         let cpu = &backends()[0];
-        for element in ELEMENTS {
+        for element in KV_ELEMENTS {
             let heads = Heads {
                 local_heads: 3,
                 local_kv_heads: 2,
@@ -141,6 +143,10 @@ mod tests {
                 element,
             };
             let mut cache = cpu.kv_cache(layout).unwrap();
+            assert_eq!(
+                layout.block_bytes(),
+                3 * block_size * 4 * dim * element.bytes()
+            );
             let mut slots: Vec<u32> = (0..4 * block_size as u32).collect();
             rng.shuffle(&mut slots);
             let empty = slots.split_off(2 * block_size);
@@ -154,7 +160,7 @@ mod tests {
 
             let stored = |layer: usize, slot: u32, head: usize| -> (Vec<f32>, Vec<f32>) {
                 let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-                by_element!(element, E => {
+                by_kv_element!(element, E => {
                     let blocks = cache.layer::<E>(layer);
                     let key = (0..dim).map(|d| blocks.key((block, head), offset, d).widen());
                     let values = blocks.values((block, head), offset, 1);

@@ -7,12 +7,14 @@
 )]
 
 use super::{CELL, Kernel, LANES, Simd};
+use crate::cpu::element::F8;
 use half::{bf16, f16};
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehdup_ps,
     _mm_movehl_ps, _mm_prefetch, _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps,
-    _mm256_fmadd_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32,
+    _mm256_castsi256_ps, _mm256_cmpeq_epi16, _mm256_cvtepu8_epi16, _mm256_cvtepu16_epi32,
+    _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_or_si256, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srai_epi16,
 };
 
 /// Proof of AVX2, FMA and F16C.
@@ -74,6 +76,40 @@ fn widen_f16(values: &[f16; LANES]) -> [__m256; 2] {
     [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
 }
 
+/// Widens floats of 8 bits, each in the upper half of 16 bits whose lower half is anything.
+///
+/// With the sign's bit doubled and one of the two cleared they are halves, see [`F8`].
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn widen_f8<const NAN: bool>(upper: __m256i) -> [__m256; 2] {
+    let mask = _mm256_set1_epi16(0xbf80_u16.cast_signed());
+    let mut halves = _mm256_and_si256(_mm256_srai_epi16::<1>(upper), mask);
+    if NAN {
+        let all = _mm256_set1_epi16(0x3f80);
+        let is_nan = _mm256_cmpeq_epi16(_mm256_and_si256(halves, all), all);
+        halves = _mm256_or_si256(halves, _mm256_and_si256(is_nan, _mm256_set1_epi16(0x7e00)));
+    }
+    let halves: [__m128i; 2] = bytemuck::cast(halves);
+    [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn load_f8<const NAN: bool>(values: &[F8<NAN>; LANES]) -> [__m256; 2] {
+    let wide = _mm256_cvtepu8_epi16(bytemuck::cast(*values));
+    widen_f8::<NAN>(_mm256_slli_epi16::<8>(wide))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn cell_f8<const NAN: bool>(values: &[F8<NAN>; CELL]) -> [[__m256; 2]; 2] {
+    let pairs: __m256i = bytemuck::cast(*values);
+    [
+        widen_f8::<NAN>(_mm256_slli_epi16::<8>(pairs)),
+        widen_f8::<NAN>(pairs),
+    ]
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn fused(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
@@ -128,6 +164,18 @@ impl Simd for Avx2 {
     fn cell_bf16(self, values: &[bf16; CELL]) -> [[__m256; 2]; 2] {
         // SAFETY: `self` proves that the CPU has AVX2.
         unsafe { cell_bf16(values) }
+    }
+
+    #[inline(always)]
+    fn load_f8<const NAN: bool>(self, values: &[F8<NAN>; LANES]) -> [__m256; 2] {
+        // SAFETY: `self` proves that the CPU has AVX2 and F16C.
+        unsafe { load_f8(values) }
+    }
+
+    #[inline(always)]
+    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [[__m256; 2]; 2] {
+        // SAFETY: `self` proves that the CPU has AVX2 and F16C.
+        unsafe { cell_f8(values) }
     }
 
     #[inline(always)]

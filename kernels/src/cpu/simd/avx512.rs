@@ -6,13 +6,16 @@
     reason = "intrinsics need a CPU that has them; the type is the proof"
 )]
 
-use super::{CELL, Kernel, LANES, Simd, avx2};
+use super::{CELL, CODES, Kernel, LANES, Simd, avx2};
+use crate::cpu::element::F8;
 use half::{bf16, f16};
 use std::arch::x86_64::{
-    __m256i, __m512, _MM_HINT_T1, _mm_prefetch, _mm512_and_si512, _mm512_castps512_ps256,
-    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
-    _mm512_fmadd_ps, _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_slli_epi32, _mm512_storeu_ps,
+    __m256i, __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_and_si256, _mm256_cmpeq_epi16_mask,
+    _mm256_cvtepu8_epi16, _mm256_mask_mov_epi16, _mm256_set1_epi16, _mm256_slli_epi16,
+    _mm256_srai_epi16, _mm512_and_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps,
+    _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
 /// Proof of AVX-512 F, BW and VL, AVX2, FMA and F16C.
@@ -80,6 +83,59 @@ fn sum(lanes: __m512) -> f32 {
     ])
 }
 
+/// Widens floats of 8 bits, each in the upper half of 16 bits whose lower half is anything.
+///
+/// With the sign's bit doubled and one of the two cleared they are halves, see [`F8`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+fn widen_f8<const NAN: bool>(upper: __m256i) -> __m512 {
+    let mask = _mm256_set1_epi16(0xbf80_u16.cast_signed());
+    let mut halves = _mm256_and_si256(_mm256_srai_epi16::<1>(upper), mask);
+    if NAN {
+        let all = _mm256_set1_epi16(0x3f80);
+        let is_nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(halves, all), all);
+        halves = _mm256_mask_mov_epi16(halves, is_nan, _mm256_set1_epi16(0x7e00));
+    }
+    _mm512_cvtph_ps(halves)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+fn load_f8<const NAN: bool>(values: &[F8<NAN>; LANES]) -> __m512 {
+    let wide = _mm256_cvtepu8_epi16(bytemuck::cast(*values));
+    widen_f8::<NAN>(_mm256_slli_epi16::<8>(wide))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+fn cell_f8<const NAN: bool>(values: &[F8<NAN>; CELL]) -> [__m512; 2] {
+    let pairs: __m256i = bytemuck::cast(*values);
+    [
+        widen_f8::<NAN>(_mm256_slli_epi16::<8>(pairs)),
+        widen_f8::<NAN>(pairs),
+    ]
+}
+
+/// Reads a cell of codes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn load_codes(cell: &[u8; CODES]) -> __m512i {
+    let words: [i32; LANES] = bytemuck::cast(*cell);
+    // SAFETY: the array covers 16 words.
+    unsafe { _mm512_loadu_epi32(words.as_ptr()) }
+}
+
+/// The low and the high halves of a cell's bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn nibbles(cell: &[u8; CODES]) -> [__m512i; 2] {
+    let (codes, mask) = (load_codes(cell), _mm512_set1_epi8(15));
+    [
+        _mm512_and_si512(codes, mask),
+        _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask),
+    ]
+}
+
 impl Simd for Avx512 {
     type Vector = __m512;
 
@@ -114,6 +170,18 @@ impl Simd for Avx512 {
     fn cell_bf16(self, values: &[bf16; CELL]) -> [__m512; 2] {
         // SAFETY: `self` proves that the CPU has AVX-512.
         unsafe { cell_bf16(values) }
+    }
+
+    #[inline(always)]
+    fn load_f8<const NAN: bool>(self, values: &[F8<NAN>; LANES]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512 and AVX2.
+        unsafe { load_f8(values) }
+    }
+
+    #[inline(always)]
+    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [__m512; 2] {
+        // SAFETY: `self` proves that the CPU has AVX-512 and AVX2.
+        unsafe { cell_f8(values) }
     }
 
     #[inline(always)]

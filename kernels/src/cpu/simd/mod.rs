@@ -15,12 +15,15 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod dot;
+mod ints;
 mod panel;
 mod portable;
 
 pub(crate) use dot::dot;
+pub(crate) use ints::{CODES, IntKernel, IntSimd};
 pub(crate) use panel::{by_rows, panel, tiles};
 
+use super::element::F8;
 use half::{bf16, f16};
 use portable::Portable;
 
@@ -55,6 +58,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Reads and widens a cell of bfloat16, `[16][2]`: the first of each pair, and the second.
     fn cell_bf16(self, values: &[bf16; CELL]) -> [Self::Vector; 2];
 
+    /// Reads floats of 8 bits and widens them, in units.
+    fn load_f8<const NAN: bool>(self, values: &[F8<NAN>; LANES]) -> Self::Vector;
+
+    /// Reads and widens a cell of them, `[16][2]`, in units.
+    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [Self::Vector; 2];
+
     /// Asks for the cache line of `at`, to be read some time later.
     fn prefetch<T>(self, at: &T);
 
@@ -84,7 +93,7 @@ pub(crate) trait Kernel {
 }
 
 /// Names of all instruction sets for programs, best first.
-const NAMES: [&str; 4] = ["amx", "avx512", "avx2", "portable"];
+const NAMES: [&str; 5] = ["amx", "avx512_vnni", "avx512", "avx2", "portable"];
 
 /// The instruction set in use.
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +101,9 @@ pub(crate) enum Isa {
     /// Tiles for matrices of bfloat16, and 512-bit vectors for all else.
     #[cfg(target_arch = "x86_64")]
     Amx(amx::Amx),
+    /// 512-bit vectors, and instructions for products of bytes.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(ints::Vnni),
     /// 512-bit vectors.
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
@@ -114,6 +126,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             found.extend(amx::Amx::detect().map(Self::Amx));
+            found.extend(ints::Vnni::detect().map(Self::Avx512Vnni));
             found.extend(avx512::Avx512::detect().map(Self::Avx512));
             found.extend(avx2::Avx2::detect().map(Self::Avx2));
         }
@@ -154,6 +167,8 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Amx(_) => "amx",
             #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(_) => "avx512_vnni",
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "avx2",
@@ -166,6 +181,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Amx(_) => "AMX",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(_) => "AVX-512 with VNNI",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "AVX-512",
             #[cfg(target_arch = "x86_64")]
@@ -194,6 +211,8 @@ impl Isa {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Amx(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]

@@ -3,7 +3,7 @@
 //! No intrinsics, no unsafe code. Compiles everywhere; on aarch64 it becomes NEON.
 
 use super::{CELL, Kernel, LANES, Simd};
-use crate::cpu::element::Stored;
+use crate::cpu::element::{F8, Stored};
 use half::{bf16, f16};
 
 /// Arrays of f32.
@@ -39,6 +39,16 @@ impl Simd for Portable {
     #[inline(always)]
     fn cell_bf16(self, values: &[bf16; CELL]) -> [Self::Vector; 2] {
         [0, 1].map(|second| std::array::from_fn(|i| values[2 * i + second].widen()))
+    }
+
+    #[inline(always)]
+    fn load_f8<const NAN: bool>(self, values: &[F8<NAN>; LANES]) -> Self::Vector {
+        values.map(F8::in_units)
+    }
+
+    #[inline(always)]
+    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [Self::Vector; 2] {
+        [0, 1].map(|second| std::array::from_fn(|i| values[2 * i + second].in_units()))
     }
 
     #[inline(always)]

@@ -5,20 +5,25 @@
 //! for while this one is computed with; many rows by arithmetic, and then the blocks of `x` and of weights that are
 //! multiplied stay in the caches.
 //!
-//! Invariant: `out[i][j]` is the sum over blocks of [`BLOCK`] columns, from the first to the last, of the block's
-//! products summed one by one from the first to the last (and then the bias). On tiles (AMX, bfloat16 weights) `x` is
-//! rounded to bfloat16, and blocks have 32 columns: to the sum so far comes what the products of even columns, one by
-//! one, and those of odd columns, one by one, make together. Nothing else about the shapes, and nothing about threads,
-//! changes a bit.
+//! Invariant: `out[i][j]` is the sum over segments of at most [`BLOCK`] columns, from the first to the last, of the
+//! segment's products summed one by one from the first to the last, times its scale if it has one (and then the bias).
+//! On tiles (AMX, bfloat16 weights) `x` is rounded to bfloat16, and segments have 32 columns: to the sum so far comes
+//! what the products of even columns, one by one, and those of odd columns, one by one, make together. Nothing else
+//! about the shapes, and nothing about threads, changes a bit. Integer codes: `codes.rs`.
 
+mod activations;
+mod codes;
+#[cfg(test)]
+mod quantized_tests;
 mod round;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
 #[cfg(target_arch = "x86_64")]
 use crate::backend::Element;
-use crate::cpu::element::{Stored, by_element};
-use crate::cpu::packed::PANEL_ROWS;
+use crate::cpu::element::{F8, Stored, by_element};
+use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
+use crate::cpu::quantized::{Part, Quantized};
 use crate::cpu::scratch::VECTORS;
 use crate::cpu::simd::{Kernel, LANES, Simd, dot};
 use crate::cpu::weight::Values;
@@ -27,15 +32,8 @@ use round::{Round, Turn, add_bias};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Columns whose products are summed before they are added to the rest. 32 rows of bfloat16 weights of so many
-/// columns take 32 KiB, which stays in a first-level cache while rows of `x` come by.
-const BLOCK: usize = 512;
-
-/// Vectors of a row in a block.
-const BLOCK_VECTORS: usize = BLOCK / LANES;
-
-/// Rows of one block that a thread's memory holds; what is left holds half-filled vectors.
-const MAX_ROWS: usize = VECTORS / BLOCK_VECTORS;
+/// Rows of one segment that a thread's memory holds.
+const MAX_ROWS: usize = VECTORS / (BLOCK / LANES);
 
 /// The fast path.
 pub(crate) fn linear(
@@ -56,34 +54,77 @@ pub(crate) fn linear(
         (rows, width),
         "out is [rows, out]"
     );
-    let Values::Matrix(packed) = weight.values() else {
-        return narrow(cpu, x, weight, bias, out);
-    };
-    // For one row as for many, so that what else is in a batch changes nothing.
-    #[cfg(target_arch = "x86_64")]
-    if let Some(unit) = cpu.isa.tiles()
-        && weight.element() == Element::Bf16
-    {
-        return tiles::linear((cpu, unit), x, packed, bias, out);
+    match weight.values() {
+        // For one row as for many, so that what else is in a batch changes nothing.
+        #[cfg(target_arch = "x86_64")]
+        Values::Matrix(packed) if weight.element() == Element::Bf16 && cpu.isa.has_tiles() => {
+            let unit = cpu.isa.tiles().expect("it has tiles");
+            tiles::linear((cpu, unit), x, packed, bias, out);
+        }
+        Values::Matrix(packed) => by_element!(weight.element(), E => {
+            multiply::<E>(cpu, x, (packed, 0), bias, out);
+        }),
+        Values::Quantized(quantized) => linear_quantized(cpu, x, quantized, bias, out),
+        Values::Vector(_) => narrow(cpu, x, weight, bias, out),
     }
-    let blocks = packed.cols().div_ceil(BLOCK);
-    for part in equal_parts(rows, MAX_ROWS) {
-        // All blocks at once where memory allows: threads meet after each round.
-        let at_once = (MAX_ROWS / part.len()).max(1);
-        for first in (0..blocks).step_by(at_once) {
-            let columns = first * BLOCK..((first + at_once) * BLOCK).min(packed.cols());
-            let bias = bias.filter(|_| columns.end == packed.cols());
-            let cost = part.len() * columns.len() * PANEL_ROWS;
-            cpu.threads.panels(out.values_mut(), width, (PANEL_ROWS, cost), |panels| {
-                by_element!(weight.element(), E => {
+}
+
+/// The outputs of `packed`, which are the columns of `out` from `first` on.
+fn multiply<E: Stored>(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    (packed, first): (&Packed, usize),
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    let (width, within) = (out.width(), first..first + packed.rows());
+    for part in equal_parts(x.rows(), MAX_ROWS) {
+        let mut segments = packed.columns().segments();
+        while let Some(one) = segments.first() {
+            // All segments at once where memory allows: threads meet after each round.
+            let room = one.padded.start + VECTORS * LANES / part.len();
+            let at_once = segments.partition_point(|segment| segment.padded.end <= room);
+            let (these, rest) = segments.split_at(at_once);
+            segments = rest;
+            let bias = bias.filter(|_| rest.is_empty());
+            let columns = these.iter().map(|segment| segment.columns.len());
+            let cost = part.len() * columns.sum::<usize>() * PANEL_ROWS;
+            let out = (out.values_mut(), width);
+            cpu.threads
+                .panels(out, within.clone(), (PANEL_ROWS, cost), |panels| {
                     let mut space = cpu.scratch.of_thread(panels.thread());
-                    let stored = PhantomData::<E>;
-                    let (rows, columns) = (part.clone(), columns.clone());
-                    let round = Round { x, weight: packed, bias, rows, columns, space: &mut space, stored };
+                    let (rows, stored) = (part.clone(), PhantomData::<E>);
+                    let (weight, space) = (packed, &mut space[..]);
+                    let round = Round {
+                        x,
+                        weight,
+                        bias,
+                        rows,
+                        segments: these,
+                        space,
+                        stored,
+                    };
                     cpu.isa.run(Turn { round, panels });
                 });
-            });
         }
+    }
+}
+
+/// Each part by itself: parts may differ in everything but their inputs' number.
+fn linear_quantized(
+    cpu: &CpuBackend,
+    x: &CpuTensor,
+    weight: &Quantized,
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    let mut first = 0;
+    for part in weight.parts() {
+        match part {
+            Part::Codes(codes) => codes::linear(cpu, x, (codes, first), bias, out),
+            Part::Floats(packed) => multiply::<F8<false>>(cpu, x, (packed, first), bias, out),
+        }
+        first += part.rows();
     }
 }
 
@@ -105,9 +146,10 @@ fn narrow(
         }
     }
     let (width, inputs) = (weight.rows(), weight.cols());
+    let out = (out.values_mut(), width);
     cpu.threads
-        .panels(out.values_mut(), width, (1, inputs), |mut panels| {
-            while let Some(mut panel) = panels.claim() {
+        .panels(out, 0..width, (1, inputs), |mut panels| {
+            while let Some((_, mut panel)) = panels.claim() {
                 by_element!(weight.element(), E => {
                     let vector = weight.vector::<E>();
                     for row in panel.rows() {

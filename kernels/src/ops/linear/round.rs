@@ -3,9 +3,9 @@
 //! The rows are copied once into the thread's memory, in the order in which tiles read them, so that a product's speed
 //! does not depend on how far apart rows are. What a sum is, and in which order, is said in `mod.rs`.
 
-use super::BLOCK;
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::packed::{PANEL_ROWS, Packed};
+use crate::cpu::quantized::{PanelScales, Segment};
 use crate::cpu::scratch::Space;
 use crate::cpu::simd::{CELL, Kernel, LANES, Simd, by_rows, panel, tiles};
 use crate::cpu::threads::{Panel, Panels};
@@ -17,11 +17,10 @@ use std::ops::Range;
 pub(super) struct Round<'a, E> {
     pub(super) x: &'a CpuTensor,
     pub(super) weight: &'a Packed,
-    /// To be added, when `columns` are the last.
+    /// To be added, when `segments` are the last.
     pub(super) bias: Option<&'a CpuWeight>,
     pub(super) rows: Range<usize>,
-    /// Whole blocks, but for the weight's last.
-    pub(super) columns: Range<usize>,
+    pub(super) segments: &'a [Segment],
     pub(super) space: &'a mut Space,
     pub(super) stored: PhantomData<E>,
 }
@@ -42,15 +41,13 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
             mut panels,
         } = self;
         let mut is_laid_out = false;
-        while let Some(mut panel) = panels.claim() {
+        while let Some((groups, mut panel)) = panels.claim() {
             if !is_laid_out {
                 round.lay_out_rows(S::TILE.0);
                 is_laid_out = true;
             }
-            let groups =
-                panel.columns().start / PANEL_ROWS..panel.columns().end.div_ceil(PANEL_ROWS);
-            for group in groups {
-                round.group(simd, group, &mut panel);
+            for (i, group) in groups.enumerate() {
+                round.group(simd, (group, i * PANEL_ROWS), &mut panel);
             }
             if let Some(bias) = round.bias {
                 add_bias(bias, round.rows.clone(), &mut panel);
@@ -60,22 +57,28 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
 }
 
 impl<E: Stored> Round<'_, E> {
-    /// Copies the rows into the thread's memory: `[blocks][tiles][vectors][rows of the tile][16]`.
+    /// Copies the rows into the thread's memory: `[segments][tiles][vectors][rows of the tile][16]`.
     #[inline(always)]
     fn lay_out_rows(&mut self, most: usize) {
         let mut space = self.space.iter_mut();
-        for block in self.columns.clone().step_by(BLOCK) {
-            let columns = block..(block + BLOCK).min(self.columns.end);
+        let inputs = self.weight.columns().inputs();
+        for segment in self.segments {
+            let columns = segment.columns.clone();
             for tile in tiles(self.rows.len(), most) {
                 for column in columns.clone().step_by(LANES) {
                     for row in tile.clone() {
-                        let row = &self.x.row(self.rows.start + row)[column..columns.end];
+                        let row = self.x.row(self.rows.start + row);
                         let to = space.next().expect("a round fits into the memory");
-                        if let Some(vector) = row.first_chunk() {
+                        if let Some(inputs) = inputs {
+                            *to = [0.0; LANES];
+                            for (to, input) in to.iter_mut().zip(&inputs[column..columns.end]) {
+                                *to = row[*input as usize];
+                            }
+                        } else if let Some(vector) = row[column..columns.end].first_chunk() {
                             *to = *vector;
                         } else {
                             *to = [0.0; LANES];
-                            to[..row.len()].copy_from_slice(row);
+                            to[..columns.end - column].copy_from_slice(&row[column..columns.end]);
                         }
                     }
                 }
@@ -85,35 +88,35 @@ impl<E: Stored> Round<'_, E> {
 
     /// 32 columns of `out`.
     #[inline(always)]
-    fn group<S: Simd>(&self, simd: S, group: usize, panel: &mut Panel<'_>) {
+    fn group<S: Simd>(&self, simd: S, (group, column): (usize, usize), panel: &mut Panel<'_>) {
         let all = self.weight.cells::<E>();
         let start = group * self.weight.panel_cells();
+        let scales = self.weight.scales(group);
         let mut x = 0;
-        for column in self.columns.clone().step_by(BLOCK) {
-            let columns = (self.columns.end - column)
-                .min(BLOCK)
-                .next_multiple_of(LANES);
-            let cells = &all[start + column..][..columns];
-            // What is read next: this panel's next block, or the next panel where the round has one block.
+        for segment in self.segments {
+            let padded = segment.padded.clone();
+            let cells = &all[start + padded.start..start + padded.end];
+            // What is read next: this panel's next segment, or the next panel where the round has one segment.
             let next = start
-                + if self.columns.len() > BLOCK {
-                    column + columns
+                + if self.segments.len() > 1 {
+                    padded.end
                 } else {
-                    column + self.weight.panel_cells()
+                    padded.start + self.weight.panel_cells()
                 };
-            let ahead = &all[next.min(all.len())..(next + columns).min(all.len())];
+            let ahead = &all[next.min(all.len())..(next + padded.len()).min(all.len())];
             let rows = self.rows.len();
             for tile in tiles(rows, S::TILE.0) {
-                let vectors = tile.len() * columns / LANES;
+                let vectors = tile.len() * padded.len() / LANES;
                 // Each tile asks for as much as it has work.
                 let asked = [tile.start, tile.end].map(|row| row * ahead.len() / rows);
                 let work = Work {
                     x: &self.space[x..x + vectors],
                     cells,
                     ahead: &ahead[asked[0]..asked[1]],
-                    is_first: column == 0,
+                    scales: scales.map(|scales| (scales, segment.group)),
+                    is_first: padded.start == 0,
                     row: self.rows.start + tile.start,
-                    column: group * PANEL_ROWS - panel.columns().start,
+                    column,
                     out: panel,
                 };
                 by_rows!(S, tile.len(), M => simd.call(Tile::<E, M>(work)));
@@ -129,6 +132,8 @@ struct Work<'a, 'p, E> {
     x: &'a [[f32; LANES]],
     cells: &'a [[E; CELL]],
     ahead: &'a [[E; CELL]],
+    /// What sums are multiplied with, and which group of it.
+    scales: Option<(PanelScales<'a>, usize)>,
     /// Whether the sums are the first for their places.
     is_first: bool,
     row: usize,
@@ -145,49 +150,82 @@ impl<E: Stored, const M: usize> Kernel for Tile<'_, '_, E, M> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self(mut work) = self;
-        for m in 0..M {
-            let row = &work.out.row(work.row + m)[work.column..];
-            simd.prefetch(&row[0]);
-            simd.prefetch(&row[LANES.min(row.len() - 1)]);
-        }
+        let Self(work) = self;
+        let (row, column, is_first) = (work.row, work.column, work.is_first);
+        prefetch(simd, work.out, row..row + M, column);
         if const { S::TILE.1 >= 2 } {
             let sums = panel::<S, E, M, 2, 0, 2>(simd, work.x, work.cells, work.ahead);
-            work.put(simd, 0, &sums);
+            let sums = scaled::<S, E, M, 2>(simd, sums, work.scales, 0);
+            put(simd, work.out, (row, column, is_first), &sums);
         } else {
             let sums = panel::<S, E, M, 1, 0, 2>(simd, work.x, work.cells, work.ahead);
-            work.put(simd, 0, &sums);
+            let sums = scaled::<S, E, M, 1>(simd, sums, work.scales, 0);
+            put(simd, work.out, (row, column, is_first), &sums);
             let sums = panel::<S, E, M, 1, 1, 2>(simd, work.x, work.cells, &[]);
-            work.put(simd, LANES, &sums);
+            let sums = scaled::<S, E, M, 1>(simd, sums, work.scales, 1);
+            put(simd, work.out, (row, column + LANES, is_first), &sums);
         }
     }
 }
 
-impl<E: Stored> Work<'_, '_, E> {
-    /// Puts sums to the columns from `first` on, or adds them; what is beyond the end is the weight's padding.
-    #[inline(always)]
-    fn put<S: Simd, const M: usize, const N: usize>(
-        &mut self,
-        simd: S,
-        first: usize,
-        sums: &[[S::Vector; N]; M],
-    ) {
-        for m in 0..M {
-            let row = self.out.row(self.row + m);
-            let row = row.get_mut(self.column + first..).unwrap_or_default();
-            for (out, sums) in row.chunks_mut(LANES).zip(sums[m]) {
-                let sums = simd.to_array(sums);
-                match (<&mut [f32; LANES]>::try_from(&mut *out), self.is_first) {
-                    (Ok(out), true) => *out = sums,
-                    (Ok(out), false) => {
-                        for i in 0..LANES {
-                            out[i] += sums[i];
-                        }
+/// Sums of products with elements that have scales, of the vectors of outputs from the `first` on.
+#[inline(always)]
+fn scaled<S: Simd, E: Stored, const M: usize, const N: usize>(
+    simd: S,
+    mut sums: [[S::Vector; N]; M],
+    scales: Option<(PanelScales<'_>, usize)>,
+    first: usize,
+) -> [[S::Vector; N]; M] {
+    // A constant condition: elements without one are 16 bits wide or more.
+    if const { size_of::<E>() > 1 } {
+        return sums;
+    }
+    if let Some((scales, group)) = scales {
+        let (zero, unit) = (simd.splat(0.0), simd.splat(E::UNIT));
+        let scales: [S::Vector; N] = scales.load(simd, group, first);
+        for n in 0..N {
+            let scale = simd.mul_add(scales[n], unit, zero);
+            for m in 0..M {
+                sums[m][n] = simd.mul_add(sums[m][n], scale, zero);
+            }
+        }
+    }
+    sums
+}
+
+/// Asks for the places of sums.
+#[inline(always)]
+pub(super) fn prefetch<S: Simd>(simd: S, panel: &mut Panel<'_>, rows: Range<usize>, column: usize) {
+    for row in rows {
+        let row = &panel.row(row)[column..];
+        simd.prefetch(&row[0]);
+        simd.prefetch(&row[LANES.min(row.len() - 1)]);
+    }
+}
+
+/// Puts sums to `row` and the columns from `column` of the panel on, or adds them; what is beyond the end is the
+/// weight's padding.
+#[inline(always)]
+pub(super) fn put<S: Simd, const M: usize, const N: usize>(
+    simd: S,
+    panel: &mut Panel<'_>,
+    (row, column, is_first): (usize, usize, bool),
+    sums: &[[S::Vector; N]; M],
+) {
+    for m in 0..M {
+        let row = panel.row(row + m).get_mut(column..).unwrap_or_default();
+        for (out, sums) in row.chunks_mut(LANES).zip(sums[m]) {
+            let sums = simd.to_array(sums);
+            match (<&mut [f32; LANES]>::try_from(&mut *out), is_first) {
+                (Ok(out), true) => *out = sums,
+                (Ok(out), false) => {
+                    for i in 0..LANES {
+                        out[i] += sums[i];
                     }
-                    (Err(_), is_first) => {
-                        for (out, sum) in out.iter_mut().zip(sums) {
-                            *out = if is_first { sum } else { *out + sum };
-                        }
+                }
+                (Err(_), is_first) => {
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        *out = if is_first { sum } else { *out + sum };
                     }
                 }
             }

@@ -90,7 +90,7 @@ pub(super) fn linear<U: TileUnit>(
     bias: Option<&CpuWeight>,
     out: &mut CpuTensor,
 ) {
-    let (cols, width) = (weight.cols(), out.width());
+    let (cols, width) = (x.width(), out.width());
     let lines_of_row = cols.div_ceil(CHUNK).next_multiple_of(BLOCK_CHUNKS);
     let most = (TILE_INPUTS / lines_of_row / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
     let mut inputs = cpu.scratch.tile_inputs();
@@ -102,10 +102,10 @@ pub(super) fn linear<U: TileUnit>(
         let cost = part.len() * cols * PANEL_ROWS;
         let out = out.values_mut();
         cpu.threads
-            .panels(out, width, (PANEL_ROWS, cost), |mut panels| {
+            .panels((out, width), 0..width, (PANEL_ROWS, cost), |mut panels| {
                 let mut sums = cpu.scratch.tile_sums(panels.thread());
                 let mut turn = None;
-                while let Some(mut panel) = panels.claim() {
+                while let Some((_, mut panel)) = panels.claim() {
                     let turn = turn.get_or_insert_with(|| Turn {
                         tiles: unit.tiles(shape.tile_rows),
                         shape,

@@ -21,7 +21,7 @@ mod rows;
 mod tests;
 
 use crate::backend::{Attention, KvLayout};
-use crate::cpu::element::{Stored, by_element};
+use crate::cpu::element::{Stored, by_kv_element};
 use crate::cpu::kv_cache::LayerBlocks;
 use crate::cpu::simd::LANES;
 use crate::cpu::{CpuBackend, CpuBatch, CpuKvCache, CpuTensor};
@@ -74,7 +74,7 @@ pub(crate) fn attend(
         layout.layers
     );
 
-    by_element!(layout.element, E => {
+    by_kv_element!(layout.element, E => {
         let problem = Problem {
             cpu,
             batch,
@@ -192,6 +192,7 @@ impl<'a, E: Stored> Problem<'a, E> {
                 self.cpu.isa.run(Merge {
                     parts: memory[item * most * part..][..count * part].chunks_exact(part),
                     head_dim,
+                    unit: self.blocks.unit(),
                     space: &mut self.cpu.scratch.of_thread(thread),
                     out: panel.row(token.start),
                 });

@@ -212,6 +212,8 @@ impl<E: Stored> Round<'_, '_, E> {
             let out = &mut places.scores[tile.clone()];
             by_rows!(S, tile.len(), M => simd.call(Scores::<V, M> { queries, runs, out }));
         }
+        // Keys come in units of their elements.
+        let scale = self.sequence.scale * V::UNIT;
         let mut factors = [1.0; MOST_ROWS];
         for row in 0..rows {
             let token = self.tokens.start + row / self.heads;
@@ -219,7 +221,7 @@ impl<E: Stored> Round<'_, '_, E> {
             let seen = intersection(&seen, &self.keys);
             let seen = seen.start.saturating_sub(self.start)..seen.end.saturating_sub(self.start);
             let scores = &mut places.scores[row];
-            let scaling = (self.sequence.scale, self.sequence.soft_cap);
+            let scaling = (scale, self.sequence.soft_cap);
             factors[row] = states[row].step(simd, scores, &seen, scaling);
         }
         for tile in tiles(rows, S::TILE.0) {

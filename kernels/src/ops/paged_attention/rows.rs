@@ -128,7 +128,7 @@ impl<E: Stored> Kernel for Rows<'_, '_, E> {
             let at = tokens.flat_map(|token| (0..heads.len()).map(move |head| (token, head)));
             for ((token, head), (total, state)) in at.zip(totals_of) {
                 let out = &mut panel.row(token)[column + head * head_dim..][..head_dim];
-                finish(total, state, out);
+                finish(total, state, sequence.blocks.unit(), out);
             }
         }
     }
@@ -200,10 +200,10 @@ fn merge((total, at): (&mut Space, &mut State), (sums, state): (&Space, State)) 
 }
 
 #[inline(always)]
-fn finish(total: &Space, state: State, out: &mut [f32]) {
+fn finish(total: &Space, state: State, unit: f32, out: &mut [f32]) {
     for (out, total) in out.chunks_mut(LANES).zip(total) {
         for (out, total) in out.iter_mut().zip(total) {
-            *out = total / state.sum;
+            *out = total / state.sum * unit;
         }
     }
 }
@@ -223,6 +223,8 @@ pub(super) struct Merge<'a> {
     /// Each as [`Target::Part`] says.
     pub(super) parts: std::slice::ChunksExact<'a, f32>,
     pub(super) head_dim: usize,
+    /// Of the values, which was left out of the parts.
+    pub(super) unit: f32,
     pub(super) space: &'a mut Space,
     /// `[rows][head_dim]`
     pub(super) out: &'a mut [f32],
@@ -243,7 +245,7 @@ impl Kernel for Merge<'_> {
                 let [max, sum] = [part[vectors][0], part[vectors][1]];
                 merge((total, &mut at), (&part[..vectors], State { max, sum }));
             }
-            finish(total, at, out);
+            finish(total, at, self.unit, out);
         }
     }
 }

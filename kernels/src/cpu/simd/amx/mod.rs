@@ -12,7 +12,7 @@
     reason = "instructions need a CPU that has them, and memory of the tiles' sizes; the types are the proof"
 )]
 
-use super::avx512::Avx512;
+use super::ints::Vnni;
 use super::{CELL, Kernel, LANES};
 use half::bf16;
 use std::arch::asm;
@@ -64,15 +64,15 @@ pub(crate) trait Multiply {
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>);
 }
 
-/// Proof that this process may use AMX with bfloat16 and bytes, and of all that [`Avx512`] proves.
+/// Proof that this process may use AMX with bfloat16 and bytes, and of all that [`Vnni`] proves.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Amx(Avx512);
+pub(crate) struct Amx(Vnni);
 
 impl Amx {
     /// Asks the CPU, and the system for permission, which then all threads have.
     pub(super) fn detect() -> Option<Self> {
         static ALLOWED: OnceLock<bool> = OnceLock::new();
-        let vectors = Avx512::detect()?;
+        let vectors = Vnni::detect()?;
         let allowed = *ALLOWED.get_or_init(|| cpu_has_tiles() && system_saves_tiles());
         allowed.then_some(Self(vectors))
     }
@@ -81,6 +81,11 @@ impl Amx {
     #[inline]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         self.0.run(kernel)
+    }
+
+    /// For integer products, which do not run on tiles.
+    pub(super) fn ints(self) -> Vnni {
+        self.0
     }
 }
 

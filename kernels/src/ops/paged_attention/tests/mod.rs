@@ -7,7 +7,7 @@ use super::*;
 use crate::backend::{Backend, Heads, Precision};
 use crate::batch::Batch;
 use crate::testing::{
-    ELEMENTS, Rng, assert_close, backends, bits, rounded, tensor, tokens, upload,
+    ELEMENTS, KV_ELEMENTS, Rng, assert_close, backends, bits, rounded, tensor, tokens, upload,
 };
 
 /// What is tested.
@@ -240,6 +240,7 @@ fn is_the_reference_and_chunked_is_whole_and_batched_is_alone_bit_for_bit() {
     let all = backends();
     for case in 0..40 {
         let mut scene = Scene::random(&mut rng);
+        scene.layout.element = rng.pick(&KV_ELEMENTS);
         println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
         // The instruction sets in turn, against one and several threads of the same.
         let pair = &all[case % (all.len() / 2) * 2..][..2];
@@ -268,7 +269,7 @@ fn is_the_reference_and_chunked_is_whole_and_batched_is_alone_bit_for_bit() {
 #[test]
 fn the_last_token_of_a_long_sequence_alone_gives_the_bits_of_the_whole() {
     let mut rng = Rng::new(14);
-    for (case, pair) in backends().chunks_exact(2).cycle().take(6).enumerate() {
+    for (case, pair) in backends().chunks_exact(2).cycle().take(12).enumerate() {
         let heads = Heads {
             local_kv_heads: rng.within(1..3),
             local_heads: 0,
@@ -281,6 +282,7 @@ fn the_last_token_of_a_long_sequence_alone_gives_the_bits_of_the_whole() {
         let lengths = [3 + rng.within(0..1600), 3, 1 + rng.within(0..600)];
         let mut scene = Scene::with_lengths(&mut rng, heads, &lengths);
         scene.attention.sliding_window = rng.pick(&[None, None, Some(530)]);
+        scene.layout.element = KV_ELEMENTS[case % KV_ELEMENTS.len()];
         println!(
             "case {case}: {:?} {:?} {lengths:?}",
             scene.layout, scene.attention
