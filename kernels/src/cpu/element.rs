@@ -168,7 +168,7 @@ impl<const NAN: bool> Stored for F8<NAN> {
             let bits = size.min(Self::MAX).to_bits();
             let even = bits >> DROPPED & 1;
             // From one bias to the other.
-            (bits + (1 << (DROPPED - 1)) - 1 + even >> DROPPED) - ((127 - 7) << 3)
+            ((bits + (1 << (DROPPED - 1)) - 1 + even) >> DROPPED) - ((127 - 7) << 3)
         };
         Self((code | sign).to_le_bytes()[0])
     }

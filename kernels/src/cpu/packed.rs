@@ -218,21 +218,30 @@ impl ProductScales {
     }
 }
 
+/// Columns of a panel that are filled for all rows before the next: what is read and written stays in
+/// a first-level cache.
+const AT_ONCE: usize = 256;
+
 /// Fills one panel, of zeros, with the rows from `first` on of the stacked `parts`.
 fn pack_panel<E: Stored>(parts: &[HostMatrix], first: usize, panel: &mut [E]) {
     let (cells, _) = panel.as_chunks_mut::<CELL>();
-    let mut skipped = 0;
-    for part in parts {
-        let rows = skipped..skipped + part.rows;
-        skipped = rows.end;
-        for row in first.max(rows.start)..(first + PANEL_ROWS).min(rows.end) {
-            let start = (row - rows.start) * part.row_stride * part.element.bytes();
-            let bytes = &part.data[start..][..part.cols * part.element.bytes()];
-            let lane = row - first;
-            let cells = cells.iter_mut().skip(lane / LANES).step_by(2);
-            by_element!(part.element, From => {
-                pack_row::<From, E>(bytes, lane % LANES, cells);
-            });
+    // Two columns of 32 rows are two cells.
+    for (i, cells) in cells.chunks_mut(AT_ONCE).enumerate() {
+        let mut skipped = 0;
+        for part in parts {
+            let rows = skipped..skipped + part.rows;
+            skipped = rows.end;
+            let columns = i * AT_ONCE..part.cols.min((i + 1) * AT_ONCE);
+            for row in first.max(rows.start)..(first + PANEL_ROWS).min(rows.end) {
+                let start = (row - rows.start) * part.row_stride + columns.start;
+                let bytes = &part.data[start * part.element.bytes()..];
+                let bytes = &bytes[..columns.len() * part.element.bytes()];
+                let lane = row - first;
+                let cells = cells.iter_mut().skip(lane / LANES).step_by(2);
+                by_element!(part.element, From => {
+                    pack_row::<From, E>(bytes, lane % LANES, cells);
+                });
+            }
         }
     }
 }
@@ -244,13 +253,20 @@ fn pack_row<'a, From: Stored, E: Stored>(
     cells: impl Iterator<Item = &'a mut [E; CELL]>,
 ) {
     let width = size_of::<From>();
-    // Equal types keep their bits: widening is exact.
-    let value = |bytes: &[u8]| E::narrow(bytemuck::pod_read_unaligned::<From>(bytes).widen());
-    let (first, second) = (E::place(0, lane), E::place(1, lane));
+    let value = |bytes: &[u8]| {
+        if From::ELEMENT == E::ELEMENT {
+            bytemuck::pod_read_unaligned::<E>(bytes)
+        } else {
+            E::narrow(bytemuck::pod_read_unaligned::<From>(bytes).widen())
+        }
+    };
+    // A lane is one of so many, which the compiler need not check for each cell then.
+    let (first, second) = (E::place(0, lane % LANES), E::place(1, lane % LANES));
     for (pair, cell) in bytes.chunks(2 * width).zip(cells) {
-        cell[first] = value(&pair[..width]);
-        if pair.len() > width {
-            cell[second] = value(&pair[width..]);
+        let (one, other) = pair.split_at(width);
+        cell[first] = value(one);
+        if !other.is_empty() {
+            cell[second] = value(other);
         }
     }
 }

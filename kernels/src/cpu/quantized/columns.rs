@@ -57,14 +57,15 @@ impl Columns {
 
     fn cut(group_ends: &[usize], inputs: Option<Vec<u32>>, cut: Cut) -> Self {
         let mut segments: Vec<Segment> = Vec::new();
-        let mut blocks = vec![0..0];
+        let mut blocks = Vec::new();
         let (mut start, mut block_start) = (0, 0);
         let mut column = 0;
         for (group, &group_end) in group_ends.iter().enumerate() {
             while column < group_end {
                 let columns = column..group_end.min(column + cut.segment);
                 let padded = start..start + columns.len().next_multiple_of(cut.padding);
-                if padded.end - block_start > cut.block && padded.start > block_start {
+                let is_full = padded.end - block_start > cut.block && padded.start > block_start;
+                if is_full || blocks.is_empty() {
                     blocks.push(segments.len()..segments.len());
                     block_start = padded.start;
                 }

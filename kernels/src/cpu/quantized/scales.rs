@@ -35,9 +35,9 @@ impl Scales {
         rows: impl ExactSizeIterator<Item = &'a [f32]> + Clone,
         groups: usize,
     ) -> Result<Self, DeviceError> {
-        let element = if rows.clone().flatten().all(is::<f16>) {
+        let element = if rows.clone().flatten().copied().all(is::<f16>) {
             Element::F16
-        } else if rows.clone().flatten().all(is::<bf16>) {
+        } else if rows.clone().flatten().copied().all(is::<bf16>) {
             Element::Bf16
         } else {
             Element::F32
@@ -101,6 +101,6 @@ impl PanelScales<'_> {
     }
 }
 
-fn is<E: Stored>(value: &f32) -> bool {
-    E::narrow(*value).widen().to_bits() == value.to_bits()
+fn is<E: Stored>(value: f32) -> bool {
+    E::narrow(value).widen().to_bits() == value.to_bits()
 }

@@ -165,11 +165,11 @@ mod tests {
     fn rounds_to_nearest_even() {
         let mut rng = Rng::new(63);
         for value in [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -127.0, 0.499_999_97] {
-            assert_eq!(rounded(value) as f32, value.round_ties_even());
+            assert_eq!(rounded(value), value.round_ties_even() as i32);
         }
         for _ in 0..1000 {
             let value = 127.0 * rng.value();
-            assert_eq!(rounded(value) as f32, value.round_ties_even());
+            assert_eq!(rounded(value), value.round_ties_even() as i32);
         }
     }
 }

@@ -28,12 +28,15 @@ use crate::cpu::scratch::VECTORS;
 use crate::cpu::simd::{Kernel, LANES, Simd, dot};
 use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
-use round::{Round, Turn, add_bias};
+use round::{Round, Turn, WIDENED, add_bias};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Rows of one segment that a thread's memory holds.
-const MAX_ROWS: usize = VECTORS / (BLOCK / LANES);
+/// Vectors of rows that a thread's memory holds.
+const ROOM: usize = VECTORS - WIDENED;
+
+/// Rows of one segment that it holds.
+const MAX_ROWS: usize = ROOM / (BLOCK / LANES);
 
 /// The fast path.
 pub(crate) fn linear(
@@ -82,7 +85,7 @@ fn multiply<E: Stored>(
         let mut segments = packed.columns().segments();
         while let Some(one) = segments.first() {
             // All segments at once where memory allows: threads meet after each round.
-            let room = one.padded.start + VECTORS * LANES / part.len();
+            let room = one.padded.start + ROOM * LANES / part.len();
             let at_once = segments.partition_point(|segment| segment.padded.end <= room);
             let (these, rest) = segments.split_at(at_once);
             segments = rest;

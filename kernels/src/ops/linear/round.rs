@@ -4,12 +4,13 @@
 //! does not depend on how far apart rows are. What a sum is, and in which order, is said in `mod.rs`.
 
 use crate::cpu::element::{Stored, by_element};
-use crate::cpu::packed::{PANEL_ROWS, Packed};
+use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{PanelScales, Segment};
-use crate::cpu::scratch::Space;
+use crate::cpu::scratch::{Space, VECTORS};
 use crate::cpu::simd::{CELL, Kernel, LANES, Simd, by_rows, panel, tiles};
 use crate::cpu::threads::{Panel, Panels};
 use crate::cpu::{CpuTensor, CpuWeight};
+use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -88,14 +89,21 @@ impl<E: Stored> Round<'_, E> {
 
     /// 32 columns of `out`.
     #[inline(always)]
-    fn group<S: Simd>(&self, simd: S, (group, column): (usize, usize), panel: &mut Panel<'_>) {
+    fn group<S: Simd>(&mut self, simd: S, (group, column): (usize, usize), panel: &mut Panel<'_>) {
         let all = self.weight.cells::<E>();
         let start = group * self.weight.panel_cells();
         let scales = self.weight.scales(group);
+        let rows = self.rows.len();
+        let (laid_out, widened) = self.space.split_at_mut(VECTORS - WIDENED);
+        let is_widened = size_of::<E>() == 1 && rows > S::TILE.0;
         let mut x = 0;
         for segment in self.segments {
             let padded = segment.padded.clone();
             let cells = &all[start + padded.start..start + padded.end];
+            let widened: &mut [[bf16; CELL]] = bytemuck::cast_slice_mut(widened);
+            if is_widened {
+                widen(simd, cells, widened);
+            }
             // What is read next: this panel's next segment, or the next panel where the round has one segment.
             let next = start
                 + if self.segments.len() > 1 {
@@ -104,26 +112,55 @@ impl<E: Stored> Round<'_, E> {
                     padded.start + self.weight.panel_cells()
                 };
             let ahead = &all[next.min(all.len())..(next + padded.len()).min(all.len())];
-            let rows = self.rows.len();
             for tile in tiles(rows, S::TILE.0) {
                 let vectors = tile.len() * padded.len() / LANES;
                 // Each tile asks for as much as it has work.
                 let asked = [tile.start, tile.end].map(|row| row * ahead.len() / rows);
                 let work = Work {
-                    x: &self.space[x..x + vectors],
+                    x: &laid_out[x..x + vectors],
                     cells,
                     ahead: &ahead[asked[0]..asked[1]],
                     scales: scales.map(|scales| (scales, segment.group)),
+                    unit: E::UNIT,
                     is_first: padded.start == 0,
                     row: self.rows.start + tile.start,
                     column,
                     out: panel,
                 };
-                by_rows!(S, tile.len(), M => simd.call(Tile::<E, M>(work)));
+                if is_widened {
+                    let ahead = &work.ahead[..work.ahead.len() / 2 * 2];
+                    let (cells, ahead) = (&widened[..padded.len()], bytemuck::cast_slice(ahead));
+                    run(simd, tile.len(), work.with(cells, ahead));
+                } else {
+                    run(simd, tile.len(), work);
+                }
                 x += vectors;
             }
         }
     }
+}
+
+/// Vectors of a thread's memory for a widened segment, of which rows leave as much.
+pub(super) const WIDENED: usize =
+    BLOCK * PANEL_ROWS * size_of::<bf16>() / size_of::<[f32; LANES]>();
+
+/// Widens floats of 8 bits to bfloat16, which loses nothing: for many rows once, instead of for each tile.
+#[inline(always)]
+fn widen<S: Simd, E: Stored>(simd: S, cells: &[[E; CELL]], to: &mut [[bf16; CELL]]) {
+    for (to, cell) in to.iter_mut().zip(cells) {
+        let [first, second] = E::cell(simd, cell).map(|vector| simd.to_array(vector));
+        let mut pairs = [0; LANES];
+        for (pair, (first, second)) in pairs.iter_mut().zip(first.into_iter().zip(second)) {
+            *pair = first.to_bits() >> 16 | second.to_bits() & 0xffff_0000;
+        }
+        *to = bytemuck::cast(pairs);
+    }
+}
+
+/// A tile of `rows` rows.
+#[inline(always)]
+fn run<S: Simd, E: Stored>(simd: S, rows: usize, work: Work<'_, '_, E>) {
+    by_rows!(S, rows, M => simd.call(Tile::<E, M>(work)));
 }
 
 /// A few rows of `out` and 32 of its columns.
@@ -134,12 +171,31 @@ struct Work<'a, 'p, E> {
     ahead: &'a [[E; CELL]],
     /// What sums are multiplied with, and which group of it.
     scales: Option<(PanelScales<'a>, usize)>,
+    /// What they, and not the elements, take into account.
+    unit: f32,
     /// Whether the sums are the first for their places.
     is_first: bool,
     row: usize,
     /// In the panel.
     column: usize,
     out: &'a mut Panel<'p>,
+}
+
+impl<'a, 'p, E> Work<'a, 'p, E> {
+    /// The same with other cells.
+    fn with<T>(self, cells: &'a [[T; CELL]], ahead: &'a [[T; CELL]]) -> Work<'a, 'p, T> {
+        Work {
+            x: self.x,
+            cells,
+            ahead,
+            scales: self.scales,
+            unit: self.unit,
+            is_first: self.is_first,
+            row: self.row,
+            column: self.column,
+            out: self.out,
+        }
+    }
 }
 
 /// Of `M` rows.
@@ -153,44 +209,42 @@ impl<E: Stored, const M: usize> Kernel for Tile<'_, '_, E, M> {
         let Self(work) = self;
         let (row, column, is_first) = (work.row, work.column, work.is_first);
         prefetch(simd, work.out, row..row + M, column);
+        let scales = work
+            .scales
+            .map(|(scales, group)| (scales, group, work.unit));
         if const { S::TILE.1 >= 2 } {
-            let sums = panel::<S, E, M, 2, 0, 2>(simd, work.x, work.cells, work.ahead);
-            let sums = scaled::<S, E, M, 2>(simd, sums, work.scales, 0);
+            let mut sums = panel::<S, E, M, 2, 0, 2>(simd, work.x, work.cells, work.ahead);
+            scale(simd, &mut sums, scales, 0);
             put(simd, work.out, (row, column, is_first), &sums);
         } else {
-            let sums = panel::<S, E, M, 1, 0, 2>(simd, work.x, work.cells, work.ahead);
-            let sums = scaled::<S, E, M, 1>(simd, sums, work.scales, 0);
+            let mut sums = panel::<S, E, M, 1, 0, 2>(simd, work.x, work.cells, work.ahead);
+            scale(simd, &mut sums, scales, 0);
             put(simd, work.out, (row, column, is_first), &sums);
-            let sums = panel::<S, E, M, 1, 1, 2>(simd, work.x, work.cells, &[]);
-            let sums = scaled::<S, E, M, 1>(simd, sums, work.scales, 1);
+            let mut sums = panel::<S, E, M, 1, 1, 2>(simd, work.x, work.cells, &[]);
+            scale(simd, &mut sums, scales, 1);
             put(simd, work.out, (row, column + LANES, is_first), &sums);
         }
     }
 }
 
-/// Sums of products with elements that have scales, of the vectors of outputs from the `first` on.
+/// Multiplies sums with the scales of a group and the unit, from the `first` vector of outputs on.
 #[inline(always)]
-fn scaled<S: Simd, E: Stored, const M: usize, const N: usize>(
+fn scale<S: Simd, const M: usize, const N: usize>(
     simd: S,
-    mut sums: [[S::Vector; N]; M],
-    scales: Option<(PanelScales<'_>, usize)>,
+    sums: &mut [[S::Vector; N]; M],
+    scales: Option<(PanelScales<'_>, usize, f32)>,
     first: usize,
-) -> [[S::Vector; N]; M] {
-    // A constant condition: elements without one are 16 bits wide or more.
-    if const { size_of::<E>() > 1 } {
-        return sums;
-    }
-    if let Some((scales, group)) = scales {
-        let (zero, unit) = (simd.splat(0.0), simd.splat(E::UNIT));
+) {
+    if let Some((scales, group, unit)) = scales {
+        let (zero, unit) = (simd.splat(0.0), simd.splat(unit));
         let scales: [S::Vector; N] = scales.load(simd, group, first);
         for n in 0..N {
             let scale = simd.mul_add(scales[n], unit, zero);
-            for m in 0..M {
-                sums[m][n] = simd.mul_add(sums[m][n], scale, zero);
+            for sums in &mut *sums {
+                sums[n] = simd.mul_add(sums[n], scale, zero);
             }
         }
     }
-    sums
 }
 
 /// Asks for the places of sums.

@@ -119,7 +119,10 @@ mod tests {
                     self.rng.pick(&[-127, 127, 0, 1, any])
                 });
                 let (quad, start) = (simd.quad(x), simd.splat(-1_000_000));
-                let lanes = |sums| simd.floats().to_array(simd.to_floats(sums));
+                let lanes = |sums| {
+                    let sums = simd.floats().to_array(simd.to_floats(sums));
+                    sums.map(|sum| sum as i64)
+                };
                 let whole = lanes(simd.dot(simd.bytes(&cell), quad, start));
                 let [low, high] = simd.nibbles(&cell);
                 let (low, high) = (
@@ -127,10 +130,10 @@ mod tests {
                     lanes(simd.dot(high, quad, start)),
                 );
                 for (lane, codes) in cell.as_chunks::<4>().0.iter().enumerate() {
-                    let sum = |code: fn(u8) -> u8| -> f32 {
+                    let sum = |code: fn(u8) -> u8| -> i64 {
                         let products = codes.iter().zip(x);
                         let products = products.map(|(w, x)| i32::from(code(*w)) * i32::from(x));
-                        (products.sum::<i32>() - 1_000_000) as f32
+                        i64::from(products.sum::<i32>() - 1_000_000)
                     };
                     assert_eq!(whole[lane], sum(|code| code), "{}", self.name);
                     assert_eq!(low[lane], sum(|code| code & 15), "{}", self.name);
