@@ -112,6 +112,7 @@ fn a_llama_is_read_whole() {
         tie_word_embeddings: false,
         sliding_window: vec![None; 32],
         dtype: Dtype::Bfloat16,
+        quantization: None,
         eos_token_ids: vec![128_001, 128_008, 128_009],
         bos_token_id: Some(128_000),
     };

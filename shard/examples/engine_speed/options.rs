@@ -22,6 +22,8 @@ pub(crate) struct Options {
     pub(crate) context: u32,
     pub(crate) steps: u32,
     pub(crate) dtype: String,
+    pub(crate) quantization: String,
+    pub(crate) kv_cache_dtype: String,
     /// Whether no step is recorded and replayed.
     pub(crate) eager: bool,
     /// Set by the launcher: which rank this process is.
@@ -41,6 +43,8 @@ impl Options {
             context: 512,
             steps: 32,
             dtype: "auto".to_owned(),
+            quantization: "auto".to_owned(),
+            kv_cache_dtype: "auto".to_owned(),
             eager: false,
             rank: None,
             id: None,
@@ -62,6 +66,8 @@ impl Options {
                 "--context" => options.context = number()?,
                 "--steps" => options.steps = number()?,
                 "--dtype" => options.dtype = value,
+                "--quantization" => options.quantization = value,
+                "--kv-cache-dtype" => options.kv_cache_dtype = value,
                 "--enforce-eager" => {
                     options.eager = value.parse().context("--enforce-eager is true or false")?;
                 }

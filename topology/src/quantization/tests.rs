@@ -1,0 +1,1 @@
+//! What is read of each method's configuration, and what is refused.
