@@ -93,7 +93,7 @@ fn group_ends(grouping: Grouping, first_input: u32, cols: usize) -> Vec<usize> {
 }
 
 /// Row `row` of a matrix as numbers. `out: [cols]`
-fn read_row(matrix: &HostMatrix, row: usize, out: &mut [f32]) {
+pub(super) fn read_row(matrix: &HostMatrix, row: usize, out: &mut [f32]) {
     fn read<const N: usize>(bytes: &[u8], out: &mut [f32], to_float: impl Fn([u8; N]) -> f32) {
         for (to, bytes) in out.iter_mut().zip(bytes.chunks_exact(N)) {
             *to = to_float(bytes.try_into().expect("a chunk of this length"));

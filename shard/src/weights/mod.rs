@@ -11,6 +11,8 @@
 mod at_load;
 mod find;
 mod quantised;
+#[cfg(test)]
+mod tests;
 
 use anyhow::Result;
 use bytes::Bytes;
