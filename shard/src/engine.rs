@@ -140,7 +140,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let kv_element = kv_element(&load.kv_cache_dtype, place, dtype)?;
         let kept = (dtype, at_load);
         let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, kept)?;
-        weights.refuse_unknown_codes(&backend)?;
+        weights.refuse_unknown_codes(&backend.name(), |code| backend.takes(code))?;
         let weight_bytes = weights.bytes();
         let workspace_bytes = Decoder::workspace_bytes(&backend, &shape, &partition, size);
         let fits = refuse_what_does_not_fit(&backend, weight_bytes, workspace_bytes);

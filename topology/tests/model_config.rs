@@ -254,8 +254,8 @@ fn an_unsupported_model_is_refused_with_what_is_supported() {
         (json!({"architectures": []}), vec!["LlamaForCausalLM"]),
         (json!({"architectures": null}), vec!["MistralForCausalLM"]),
         (
-            json!({"quantization_config": {"quant_method": "gptq"}}),
-            vec!["gptq", "bfloat16"],
+            json!({"quantization_config": {"quant_method": "bitsandbytes"}}),
+            vec!["bitsandbytes", "gptq", "unquantized"],
         ),
         (
             json!({"num_local_experts": 8}),

@@ -11,6 +11,7 @@ mod lifecycle;
 mod network;
 mod operator;
 mod process;
+mod quality;
 mod recovery;
 mod serving;
 mod sockets;

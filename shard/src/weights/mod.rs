@@ -212,13 +212,17 @@ impl HostWeight {
 }
 
 impl DecoderWeights<HostWeight> {
-    /// Whether `backend` computes with every code there is.
+    /// Whether `device` takes every code there is.
     ///
     /// # Errors
     /// A sentence that names one which it does not.
-    pub fn refuse_unknown_codes<B: Backend>(&self, backend: &B) -> Result<()> {
+    pub fn refuse_unknown_codes(
+        &self,
+        device: &str,
+        takes: impl Fn(quantized::Code) -> bool,
+    ) -> Result<()> {
         let refuse = |found: Code| {
-            let (device, name) = (backend.name(), found.name());
+            let name = found.name();
             anyhow::anyhow!(
                 "{device} cannot compute with {name} weights; use a checkpoint that is not quantized, without \
                  --quantization, or another device"
@@ -228,7 +232,7 @@ impl DecoderWeights<HostWeight> {
             HostWeight::Dense { .. } => Ok(()),
             HostWeight::Quantised(parts) => {
                 let mut codes = parts.iter().map(Codes::code);
-                let unknown = codes.find(|found| !backend.takes(code(*found)));
+                let unknown = codes.find(|found| !takes(code(*found)));
                 unknown.map_or(Ok(()), |found| Err(refuse(found)))
             }
         });

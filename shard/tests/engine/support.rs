@@ -147,6 +147,11 @@ impl<B: Tested> Group<B> {
         }
     }
 
+    /// Bytes of weights on rank 0.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        self.engines[0].loaded().weight_bytes
+    }
+
     /// The backend of rank 0.
     #[cfg(feature = "cuda")]
     pub(crate) fn backend(&self) -> &B {
