@@ -9,13 +9,12 @@
 //! Invariant: a weight and what its code stands for differ by at most half a scale, or by the code's last bit with fp8;
 //! int4 gives up some of that at a group's ends where the group as a whole gains.
 
-use super::to_u32;
+use super::{over_threads, to_u32};
 use anyhow::{Result, ensure};
 use bytes::Bytes;
 use half::{bf16, f16};
 use kernels::backend::{Element, HostMatrix};
 use kernels::quantized::{HostQuantized, to_e4m3};
-use std::thread;
 use topology::quantization::{Code, Grouping};
 
 /// Largest code.
@@ -25,9 +24,6 @@ const FP8_MOST: f32 = 448.0;
 
 /// Parts of a group's range that are tried for its codes: what is beyond is cut off, the rest is finer.
 const INT4_RANGES: [f32; 6] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8];
-
-/// From how many weights on quantising is worth a second thread.
-const WEIGHTS_PER_THREAD: usize = 1 << 18;
 
 /// `matrix` in codes. Its first column is input `first_input` of the whole weight.
 ///
@@ -40,32 +36,15 @@ pub(super) fn quantise(matrix: &HostMatrix, code: Code, first_input: u32) -> Res
     let mut data = vec![0; rows * cols];
     let mut scales = vec![0.0; rows * groups];
     let mut zeros = vec![0; rows * groups];
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.min(1 + data.len() / WEIGHTS_PER_THREAD);
-    let share = rows.div_ceil(threads).max(1);
-    thread::scope(|scope| {
-        let shares = data.chunks_mut((share * cols).max(1));
-        let shares = shares.zip(scales.chunks_mut(share * groups));
-        let shares = shares.zip(zeros.chunks_mut(share * groups));
-        for (index, ((data, scales), zeros)) in shares.enumerate() {
-            let ends = &group_ends;
-            let mut quantise = move || {
-                let mut weights = vec![0.0; cols];
-                let scales = scales.chunks_mut(groups).zip(zeros.chunks_mut(groups));
-                for (row, (codes, (scales, zeros))) in data.chunks_mut(cols).zip(scales).enumerate() {
-                    read_row(matrix, index * share + row, &mut weights);
-                    let mut start = 0;
-                    for ((end, scale), zero) in ends.iter().zip(scales).zip(zeros) {
-                        (*scale, *zero) = group(code, &weights[start..*end], &mut codes[start..*end]);
-                        start = *end;
-                    }
-                }
-            };
-            if threads == 1 {
-                quantise();
-            } else {
-                scope.spawn(quantise);
-            }
+    let outputs = scales.chunks_mut(groups).zip(zeros.chunks_mut(groups));
+    let outputs = data.chunks_mut(cols.max(1)).zip(outputs).enumerate().collect();
+    over_threads(outputs, cols, |(row, (codes, (scales, zeros)))| {
+        let mut weights = vec![0.0; cols];
+        read_row(matrix, row, &mut weights);
+        let mut start = 0;
+        for ((end, scale), zero) in group_ends.iter().zip(scales).zip(zeros) {
+            (*scale, *zero) = group(code, &weights[start..*end], &mut codes[start..*end]);
+            start = *end;
         }
     });
     ensure!(

@@ -19,6 +19,7 @@ use bytes::Bytes;
 use kernels::backend::{Backend, Element, HostMatrix};
 use kernels::quantized::{self, HostQuantized};
 use quantised::QuantisedPart;
+use std::thread;
 use topology::model_shape::Dtype;
 use topology::quantization::{Code, Grouping, device_bytes};
 
@@ -176,6 +177,21 @@ impl Codes {
             }),
         }
     }
+}
+
+/// Does `work` for each row of `cols` elements, on as many threads as the one that loads may use, if there is enough.
+fn over_threads<T: Send>(mut rows: Vec<T>, cols: usize, work: impl Fn(T) + Sync) {
+    const ELEMENTS_PER_THREAD: usize = 1 << 19;
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.min(1 + rows.len() * cols / ELEMENTS_PER_THREAD);
+    let share = rows.len().div_ceil(threads);
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            let rows = rows.split_off(rows.len().saturating_sub(share));
+            scope.spawn(|| rows.into_iter().for_each(&work));
+        }
+        rows.into_iter().for_each(&work);
+    });
 }
 
 /// A dimension, which the configuration's limits keep below 2^32.

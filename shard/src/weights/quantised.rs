@@ -6,20 +6,16 @@
 //!
 //! Invariant: what a file says (groups, zeros, shapes) is checked before it is an index.
 
-use super::to_u32;
+use super::{over_threads, to_u32};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use half::{bf16, f16};
 use kernels::quantized::HostQuantized;
 use std::ops::Range;
-use std::thread;
 use topology::checkpoint::StoredDtype;
 use topology::model_shape::Dtype;
 use topology::partition::{TensorPart, TensorSpec};
 use topology::quantization::{Code, Grouping, Layout, Role, Scheme};
-
-/// From how many codes on taking them out is worth a second thread.
-const CODES_PER_THREAD: usize = 1 << 20;
 
 /// Where AWQ has output `n` of each eight: in which four bits of a word.
 const AWQ_PLACES: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
@@ -223,24 +219,8 @@ impl QuantisedPart {
     fn unpack(&self, order: Option<&[u32]>) -> Bytes {
         let [rows, cols] = self.shape();
         let mut data = vec![0; rows * cols];
-        let threads = thread::available_parallelism().map_or(1, usize::from);
-        let threads = threads.min(1 + data.len() / CODES_PER_THREAD);
-        let share = rows.div_ceil(threads).max(1);
-        thread::scope(|scope| {
-            for (index, share_of_rows) in data.chunks_mut((share * cols).max(1)).enumerate() {
-                let first = self.rows.start + index * share;
-                let mut unpack = move || {
-                    for (row, codes) in share_of_rows.chunks_mut(cols).enumerate() {
-                        self.unpack_row(first + row, order, codes);
-                    }
-                };
-                if threads == 1 {
-                    unpack();
-                } else {
-                    scope.spawn(unpack);
-                }
-            }
-        });
+        let rows = data.chunks_mut(cols.max(1)).zip(self.rows.clone()).collect();
+        over_threads(rows, cols, |(codes, row)| self.unpack_row(row, order, codes));
         data.into()
     }
 

@@ -9,7 +9,7 @@
 
 use crate::ids::Rank;
 use crate::model_shape::{Dtype, KvDtype, ModelShape};
-use crate::partition::{Partition, TensorSpec, tensors};
+use crate::partition::{Partition, Split, TensorSpec, tensors};
 use crate::quantization::{Code, Grouping, device_bytes};
 use crate::wire::Loaded;
 
@@ -70,8 +70,8 @@ pub struct RankNeeds {
 }
 
 impl RankNeeds {
-    /// Before loading. Weights and blocks are exact, but for norms and biases, which are little; the workspace is an
-    /// estimate, a few per cent of them.
+    /// Before loading. Weights and blocks are what the shards will take, but for a quantised head that is filled up; the
+    /// workspace is an estimate, a few per cent of them.
     pub fn estimate(
         shape: &ModelShape,
         partition: &Partition,
@@ -118,16 +118,27 @@ impl RankNeeds {
 
 /// This rank's part of one weight.
 fn weight_bytes(spec: &TensorSpec, partition: &Partition, elements: &Elements) -> u64 {
+    const FLOAT_BYTES: u64 = 4;
     let part = partition.part(spec);
+    if spec.is_vector {
+        // Norms and biases are kept in 32 bits.
+        return part.elements().saturating_mul(FLOAT_BYTES);
+    }
+    // Embedding and head are filled up, so that all ranks have as many rows.
+    let rows = match spec.split {
+        Split::Vocab => u64::from(partition.vocab_width),
+        _ => part.rows.len() as u64,
+    };
+    let shape = [rows, part.cols.len() as u64];
     let at_load = elements.at_load.filter(|_| spec.is_linear());
     let (code, groups) = match (&spec.scheme, at_load) {
         (Some(scheme), _) => (scheme.code, scheme.groups_in(&part.cols, spec.cols)),
         (None, Some(code)) => (code, Grouping::at_load(code).groups_in(&part.cols)),
         (None, None) => {
-            return part.elements().saturating_mul(elements.dtype.bytes() as u64);
+            let bytes = elements.dtype.bytes() as u64;
+            return shape.into_iter().fold(bytes, u64::saturating_mul);
         }
     };
-    let shape = [part.rows.len() as u64, part.cols.len() as u64];
     device_bytes(code, shape, groups.into())
 }
 

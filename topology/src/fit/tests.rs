@@ -193,12 +193,14 @@ fn the_parts_of_weights_add_up() {
             })
         };
         let whole = bytes(1);
-        let replicated: u64 = tensors(&shape)
-            .iter()
-            .filter(|spec| spec.split == crate::partition::Split::Replicated)
-            .map(|spec| 2 * u64::from(spec.rows))
-            .sum();
-        assert_eq!(bytes(4), (whole.0 + 3 * replicated, whole.1));
+        let specs = tensors(&shape);
+        let replicated = specs.iter().filter(|spec| spec.split == Split::Replicated);
+        let replicated: u64 = replicated.map(|spec| 4 * u64::from(spec.rows)).sum();
+        // The ranks' rows of embedding and head are as many on each.
+        let filled = u64::from(shape.vocab_size.next_multiple_of(4) - shape.vocab_size);
+        let tables = specs.iter().filter(|spec| spec.split == Split::Vocab);
+        let padding = tables.count() as u64 * filled * u64::from(2 * shape.hidden_size);
+        assert_eq!(bytes(4), (whole.0 + 3 * replicated + padding, whole.1));
         assert_eq!(bytes(8).1, 2 * whole.1, "each KV head is held twice");
     }
 }
@@ -216,7 +218,7 @@ fn quantised_weights_count_their_bits_scales_and_zeros() {
         let partitions = Partition::all(&shape, world_size).unwrap();
         RankNeeds::estimate(&shape, &partitions[0], &elements, &SIZES).weight_bytes
     };
-    let dense = 2 * u64::from(shape.vocab_size) * 64 + 2 * 3 * 64;
+    let dense = 2 * u64::from(shape.vocab_size) * 64 + 4 * 3 * 64;
     // Rows of q, k, v, o, gate and up have 64 inputs, those of down 320: three groups of 128.
     let (wide, down) = (64 + 32 + 32 + 64 + 2 * 320, 64);
     let elements = wide * 64 + down * 320;
@@ -227,5 +229,5 @@ fn quantised_weights_count_their_bits_scales_and_zeros() {
     // The first of two ranks has 160 inputs of down: two groups.
     let half = elements / 4 + 5 * ((wide - 64) / 2 + 64 + 2 * down);
     let vocab = u64::from(shape.vocab_size.div_ceil(2));
-    assert_eq!(bytes(Some(Code::Int4), 2), 2 * vocab * 64 + 2 * 3 * 64 + half);
+    assert_eq!(bytes(Some(Code::Int4), 2), 2 * vocab * 64 + 4 * 3 * 64 + half);
 }
