@@ -296,12 +296,23 @@ fn what_a_quantised_model_needs_is_checked() {
     let shape = shape(&config);
     let all = needed_quantised(&shape);
     let down = "model.layers.0.mlp.down_proj";
-    let shapes: Vec<_> = all.iter().filter(|(name, ..)| name.starts_with(down)).collect();
-    let kinds: Vec<_> = shapes.iter().map(|(name, _, _, shape)| (&name[down.len()..], &**shape)).collect();
+    let shapes: Vec<_> = all
+        .iter()
+        .filter(|(name, ..)| name.starts_with(down))
+        .collect();
+    let kinds: Vec<_> = shapes
+        .iter()
+        .map(|(name, _, _, shape)| (&name[down.len()..], &**shape))
+        .collect();
     // 12 inputs and 8 outputs: two words of inputs, one of outputs, three groups.
     assert_eq!(
         kinds,
-        [(".qweight", &[2, 8][..]), (".qzeros", &[3, 1]), (".scales", &[3, 8]), (".g_idx", &[12])]
+        [
+            (".qweight", &[2, 8][..]),
+            (".qzeros", &[3, 1]),
+            (".scales", &[3, 8]),
+            (".g_idx", &[12])
+        ]
     );
     let check = |change: &dyn Fn(&mut Tensor)| {
         let mut all = all.clone();
@@ -329,7 +340,10 @@ fn what_a_quantised_model_needs_is_checked() {
             }
         });
         let said = refused.expect_err("another shape").to_string();
-        assert!(said.contains(&name) && said.contains(&format!("{other:?}")), "{said}");
+        assert!(
+            said.contains(&name) && said.contains(&format!("{other:?}")),
+            "{said}"
+        );
         let refused = check(&|tensor| {
             if tensor.0 == name {
                 tensor.0.push('x');
@@ -339,8 +353,15 @@ fn what_a_quantised_model_needs_is_checked() {
         assert!(said.contains(&name) && said.contains("lacks"), "{said}");
     }
     // Numbers where codes should be: the unquantised checkpoint under the quantised one's configuration.
-    let refused = open(&file(&needed(&shape))).expect("a good file").check(&shape);
-    assert!(refused.expect_err("no codes").to_string().contains(".qweight"));
+    let refused = open(&file(&needed(&shape)))
+        .expect("a good file")
+        .check(&shape);
+    assert!(
+        refused
+            .expect_err("no codes")
+            .to_string()
+            .contains(".qweight")
+    );
 }
 
 #[test]

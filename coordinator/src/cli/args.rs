@@ -4,7 +4,9 @@
 //! from (`layers` does). Flags that `vllm serve` has keep its names and meaning.
 
 use super::values::{AutoTokens, bytes, cluster_name, part, positive_tokens, tokens};
-use clap::builder::{BoolishValueParser, NonEmptyStringValueParser as NonEmpty, PossibleValuesParser};
+use clap::builder::{
+    BoolishValueParser, NonEmptyStringValueParser as NonEmpty, PossibleValuesParser,
+};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::ffi::OsString;

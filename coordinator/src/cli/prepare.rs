@@ -17,7 +17,9 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use topology::checkpoint::Checkpoint;
-use topology::fit::{Asked, Elements, FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit};
+use topology::fit::{
+    Asked, Elements, FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit,
+};
 use topology::host::{HostCores, HostMemory};
 use topology::ids::Rank;
 use topology::launch::probe;

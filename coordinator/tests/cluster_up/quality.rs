@@ -24,23 +24,25 @@ fn questions() -> Vec<Value> {
     lines(include_str!("../../builtin/heldout.jsonl"))
 }
 
-/// What `ask` makes of each item, several at a time, in any order.
+/// What `ask` makes of each item, several at a time.
 fn each<T: Send>(items: &[Value], ask: impl Fn(&Value) -> T + Sync) -> Vec<T> {
-    let (next, answers) = (Mutex::new(items.iter()), Mutex::new(Vec::new()));
+    let (next, answers) = (Mutex::new(items.iter().enumerate()), Mutex::new(Vec::new()));
     let work = || {
         loop {
             // The lock must not be held while a question is asked.
             let item = next.lock().unwrap().next();
-            let Some(item) = item else { break };
+            let Some((place, item)) = item else { break };
             let answer = ask(item);
-            answers.lock().unwrap().push(answer);
+            answers.lock().unwrap().push((place, answer));
         }
     };
     thread::scope(|scope| {
         let asking: Vec<_> = (0..ASKING).map(|_| scope.spawn(work)).collect();
         asking.into_iter().for_each(|thread| thread.join().unwrap());
     });
-    answers.into_inner().unwrap()
+    let mut answers = answers.into_inner().unwrap();
+    answers.sort_by_key(|(place, _)| *place);
+    answers.into_iter().map(|(_, answer)| answer).collect()
 }
 
 /// Questions whose answer is not the expected one, letter by letter.
@@ -55,23 +57,30 @@ fn wrong_answers(address: SocketAddr, questions: &[Value]) -> Vec<String> {
     each(questions, ask).into_iter().flatten().collect()
 }
 
-/// e to the mean surprise over all tokens of the stories but their first.
-fn perplexity(address: SocketAddr, stories: &[Value]) -> f64 {
+/// Log-probabilities of all tokens of the stories but their first.
+fn log_probabilities(address: SocketAddr, stories: &[Value]) -> Vec<f64> {
     let score = |story: &Value| {
         let body = json!({
             "prompt": story["text"], "max_tokens": 1, "echo": true, "logprobs": 1, "temperature": 0,
         });
         let answer = post(address, COMPLETIONS, &body);
         let scores = answer["choices"][0]["logprobs"]["token_logprobs"].as_array();
-        let scores: Vec<f64> = scores.expect("scores").iter().filter_map(Value::as_f64).collect();
+        let scores: Vec<f64> = scores
+            .expect("scores")
+            .iter()
+            .filter_map(Value::as_f64)
+            .collect();
         // The last one is not of the story.
-        let story = &scores[..scores.len() - 1];
-        (story.iter().sum::<f64>(), story.len() as f64)
+        scores[..scores.len() - 1].to_vec()
     };
-    let sums = each(stories, score);
-    let (sum, tokens) = sums.iter().fold((0.0, 0.0), |all, one| (all.0 + one.0, all.1 + one.1));
-    assert!(tokens > 5000.0, "{tokens} tokens were scored");
-    (-sum / tokens).exp()
+    let scores = each(stories, score).concat();
+    assert!(scores.len() > 5000, "{} tokens were scored", scores.len());
+    scores
+}
+
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len() as f64;
+    values.sum::<f64>() / count
 }
 
 /// As many as the model's card says, which was counted with another implementation; a near tie may
@@ -147,7 +156,10 @@ fn quality_is_what_the_table_says() {
     let _turn = turn();
     let questions = questions();
     let stories = lines(include_str!("../../builtin/heldout_stories.jsonl"));
-    let mut table = "| format | questions right | perplexity of stories |\n|---|---|---|\n".to_owned();
+    let mut table = "| format | questions right | perplexity of stories | mean change of a token's log-probability |\n\
+                     |---|---|---|---|\n"
+        .to_owned();
+    let mut exact = None;
     let mut found = Vec::new();
     for format in &FORMATS {
         let mut flags = vec!["--tensor-parallel-size", "2"];
@@ -155,22 +167,38 @@ fn quality_is_what_the_table_says() {
         let cluster = Cluster::start(&flags);
         let wrong = wrong_answers(cluster.address, &questions);
         let right = questions.len() - wrong.len();
-        let perplexity = perplexity(cluster.address, &stories);
+        let scores = log_probabilities(cluster.address, &stories);
         cluster.stop();
+        let perplexity = (-mean(scores.iter().copied())).exp();
+        let exact: &Vec<f64> = exact.get_or_insert_with(|| scores.clone());
+        let changes = scores
+            .iter()
+            .zip(exact)
+            .map(|(one, other)| (one - other).abs());
+        let change = mean(changes);
         let part = 100.0 * right as f64 / questions.len() as f64;
         table += &format!(
-            "| {} | {right} / {} ({part:.1} %) | {perplexity:.4} |\n",
+            "| {} | {right} / {} ({part:.1} %) | {perplexity:.4} | {change:.5} |\n",
             format.name,
             questions.len()
         );
-        found.push((right, perplexity));
+        found.push((right, perplexity, change));
     }
     println!("{table}");
-    let (best, least) = found[0];
-    for (format, (right, perplexity)) in FORMATS.iter().zip(&found) {
-        assert!(right + format.lost >= best, "{}: {right} of {best}\n{table}", format.name);
-        assert!(*perplexity <= format.worse * least, "{}\n{table}", format.name);
+    let (best, least, _) = found[0];
+    for (format, (right, perplexity, _)) in FORMATS.iter().zip(&found) {
+        assert!(
+            right + format.lost >= best,
+            "{}: {right} of {best}\n{table}",
+            format.name
+        );
+        assert!(
+            *perplexity <= format.worse * least,
+            "{}\n{table}",
+            format.name
+        );
     }
-    // Fewer bits must leave a trace, or nothing was quantised.
-    assert!(found[3].1 > 1.0005 * least, "{table}");
+    // Fewer bits leave a larger trace, or nothing was quantised.
+    let [_, int8, fp8, int4, _] = [0, 1, 2, 3, 4].map(|format: usize| found[format].2);
+    assert!(0.0 < int8 && int8 < fp8 && fp8 < int4, "{table}");
 }

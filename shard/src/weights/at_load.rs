@@ -37,7 +37,11 @@ pub(super) fn quantise(matrix: &HostMatrix, code: Code, first_input: u32) -> Res
     let mut scales = vec![0.0; rows * groups];
     let mut zeros = vec![0; rows * groups];
     let outputs = scales.chunks_mut(groups).zip(zeros.chunks_mut(groups));
-    let outputs = data.chunks_mut(cols.max(1)).zip(outputs).enumerate().collect();
+    let outputs = data
+        .chunks_mut(cols.max(1))
+        .zip(outputs)
+        .enumerate()
+        .collect();
     over_threads(outputs, cols, |(row, (codes, (scales, zeros)))| {
         let mut weights = vec![0.0; cols];
         read_row(matrix, row, &mut weights);
@@ -60,7 +64,11 @@ pub(super) fn quantise(matrix: &HostMatrix, code: Code, first_input: u32) -> Res
         inputs: None,
         group_ends,
         scales,
-        zeros: if code == Code::Int4 { zeros } else { Vec::new() },
+        zeros: if code == Code::Int4 {
+            zeros
+        } else {
+            Vec::new()
+        },
     })
 }
 
@@ -88,7 +96,9 @@ pub(super) fn read_row(matrix: &HostMatrix, row: usize, out: &mut [f32]) {
 
 /// Codes of one group of weights; returns its scale and its zero.
 fn group(code: Code, weights: &[f32], codes: &mut [u8]) -> (f32, u8) {
-    let largest = weights.iter().fold(0.0, |most: f32, weight| most.max(weight.abs()));
+    let largest = weights
+        .iter()
+        .fold(0.0, |most: f32, weight| most.max(weight.abs()));
     // A group of zeros has any scale; one that divides by nothing.
     let scale = |most: f32| if largest > 0.0 { largest / most } else { 1.0 };
     match code {
@@ -109,8 +119,12 @@ fn group(code: Code, weights: &[f32], codes: &mut [u8]) -> (f32, u8) {
         }
         Code::Int4 => {
             // Both range over zero, which is so represented exactly.
-            let low = weights.iter().fold(0.0_f32, |least, weight| least.min(*weight));
-            let high = weights.iter().fold(0.0_f32, |most, weight| most.max(*weight));
+            let low = weights
+                .iter()
+                .fold(0.0_f32, |least, weight| least.min(*weight));
+            let high = weights
+                .iter()
+                .fold(0.0_f32, |most, weight| most.max(*weight));
             let candidates = INT4_RANGES.map(|part| int4(weights, part * low, part * high));
             let (_, scale, zero) = candidates
                 .into_iter()

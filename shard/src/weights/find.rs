@@ -298,7 +298,10 @@ impl Finder<'_> {
             (rows.end - 1) * stride + cols.end
         };
         let range = first * element.bytes()..last * element.bytes();
-        ensure!(range.end <= tensor.len(), "{name} is shorter than its shape");
+        ensure!(
+            range.end <= tensor.len(),
+            "{name} is shorter than its shape"
+        );
         Ok(HostMatrix {
             data: tensor.slice(range),
             element,

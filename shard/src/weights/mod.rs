@@ -118,7 +118,11 @@ enum Source {
         first_input: u32,
     },
     /// Rows that stand for zeros.
-    Zeros { code: Code, rows: usize, cols: usize },
+    Zeros {
+        code: Code,
+        rows: usize,
+        cols: usize,
+    },
 }
 
 impl Codes {
@@ -212,11 +216,7 @@ impl HostWeight {
     }
 
     /// Puts it on the device. `progress` gets bytes as the backend counts them.
-    fn load<B: Backend>(
-        self,
-        backend: &B,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<B::Weight> {
+    fn load<B: Backend>(self, backend: &B, progress: &mut dyn FnMut(u64)) -> Result<B::Weight> {
         match self {
             Self::Dense { parts, store } => Ok(backend.load(&parts, store, progress)?),
             Self::Quantised(parts) => {
@@ -329,4 +329,3 @@ impl<W> DecoderWeights<W> {
         })
     }
 }
-

@@ -40,7 +40,9 @@ impl Tensor {
     fn float(&self, index: usize) -> f32 {
         match self.dtype {
             StoredDtype::Float(Dtype::Float16) => f16::from_le_bytes(self.bytes_at(index)).to_f32(),
-            StoredDtype::Float(Dtype::Bfloat16) => bf16::from_le_bytes(self.bytes_at(index)).to_f32(),
+            StoredDtype::Float(Dtype::Bfloat16) => {
+                bf16::from_le_bytes(self.bytes_at(index)).to_f32()
+            }
             _ => f32::from_le_bytes(self.bytes_at(index)),
         }
     }
@@ -166,7 +168,11 @@ impl QuantisedPart {
             }
             (_, order) => (self.unpack(order.as_deref()), cols),
         };
-        let places = || self.rows.clone().flat_map(|row| columns.groups.iter().map(move |g| (row, *g)));
+        let places = || {
+            self.rows
+                .clone()
+                .flat_map(|row| columns.groups.iter().map(move |g| (row, *g)))
+        };
         let zeros = places().map(|(row, group)| self.zero(row, group));
         let zeros = zeros.collect::<Result<Vec<u8>>>()?;
         Ok(HostQuantized {
@@ -177,8 +183,14 @@ impl QuantisedPart {
             row_stride,
             inputs: columns.order,
             group_ends: columns.ends,
-            scales: places().map(|(row, group)| self.scale(row, group)).collect(),
-            zeros: if self.scheme.code == Code::Int4 { zeros } else { Vec::new() },
+            scales: places()
+                .map(|(row, group)| self.scale(row, group))
+                .collect(),
+            zeros: if self.scheme.code == Code::Int4 {
+                zeros
+            } else {
+                Vec::new()
+            },
         })
     }
 
@@ -192,7 +204,10 @@ impl QuantisedPart {
                 _ => Some(self.scheme.grouping.group_of(to_u32(input)) as usize),
             };
             let group = group.filter(|group| *group < groups).with_context(|| {
-                format!("{} lists for input {input} none of its {groups} groups", self.name)
+                format!(
+                    "{} lists for input {input} none of its {groups} groups",
+                    self.name
+                )
             })?;
             group_of.push(group);
         }
@@ -200,7 +215,10 @@ impl QuantisedPart {
         if !group_of.is_sorted() {
             let mut sorted: Vec<u32> = (0..to_u32(group_of.len())).collect();
             sorted.sort_by_key(|column| group_of[*column as usize]);
-            group_of = sorted.iter().map(|column| group_of[*column as usize]).collect();
+            group_of = sorted
+                .iter()
+                .map(|column| group_of[*column as usize])
+                .collect();
             order = Some(sorted);
         }
         let runs = || group_of.chunk_by(|one, other| one == other);
@@ -219,8 +237,13 @@ impl QuantisedPart {
     fn unpack(&self, order: Option<&[u32]>) -> Bytes {
         let [rows, cols] = self.shape();
         let mut data = vec![0; rows * cols];
-        let rows = data.chunks_mut(cols.max(1)).zip(self.rows.clone()).collect();
-        over_threads(rows, cols, |(codes, row)| self.unpack_row(row, order, codes));
+        let rows = data
+            .chunks_mut(cols.max(1))
+            .zip(self.rows.clone())
+            .collect();
+        over_threads(rows, cols, |(codes, row)| {
+            self.unpack_row(row, order, codes)
+        });
         data.into()
     }
 
@@ -239,11 +262,15 @@ impl QuantisedPart {
             }),
             Layout::Awq => {
                 let (words, place) = (outputs.div_ceil(per_word), AWQ_PLACES[row % per_word]);
-                self.fill(order, codes, |input| field(input * words + row / per_word, place));
+                self.fill(order, codes, |input| {
+                    field(input * words + row / per_word, place)
+                });
             }
             Layout::Packed => {
                 let start = row * inputs.div_ceil(per_word);
-                self.fill(order, codes, |input| field(start + input / per_word, input % per_word));
+                self.fill(order, codes, |input| {
+                    field(start + input / per_word, input % per_word)
+                });
             }
         }
         if self.scheme.code == Code::Int8 && !matches!(self.scheme.layout, Layout::Bytes { .. }) {
@@ -300,7 +327,11 @@ impl QuantisedPart {
 
     /// The code that stands for 0.
     fn zero(&self, row: usize, group: usize) -> Result<u8> {
-        let middle = if self.scheme.code == Code::Int4 { 8 } else { 128 };
+        let middle = if self.scheme.code == Code::Int4 {
+            8
+        } else {
+            128
+        };
         let Some(zeros) = &self.zeros else {
             return Ok(middle);
         };
@@ -312,13 +343,21 @@ impl QuantisedPart {
         let zero = match self.scheme.layout {
             Layout::Gptq { zeros_less_one } => {
                 // One is taken from, and added to, whole words, so that a zero of 0 borrows from its neighbour.
-                let ones = if zeros_less_one { u32::MAX / self.max_code() } else { 0 };
-                let word = zeros.word(group * words + row / per_word).wrapping_add(ones);
+                let ones = if zeros_less_one {
+                    u32::MAX / self.max_code()
+                } else {
+                    0
+                };
+                let word = zeros
+                    .word(group * words + row / per_word)
+                    .wrapping_add(ones);
                 self.low_bits(word >> (place * bits))
             }
-            Layout::Awq => {
-                self.field(zeros, group * words + row / per_word, AWQ_PLACES[place] * bits)
-            }
+            Layout::Awq => self.field(
+                zeros,
+                group * words + row / per_word,
+                AWQ_PLACES[place] * bits,
+            ),
             Layout::Packed | Layout::Bytes { .. } => {
                 self.field(zeros, row / per_word * groups + group, place * bits)
             }

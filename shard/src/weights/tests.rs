@@ -55,12 +55,13 @@ fn words(fields: &[u32], inner: usize, bits: u32, order: Option<[usize; 8]>) -> 
     let rows = fields.chunks(inner);
     let word = |fields: &[u32]| {
         let places = (0..per_word).map(|place| order.map_or(place, |order| order[place]));
-        let shifted = places.enumerate().map(|(place, field)| {
-            fields.get(field).copied().unwrap_or(0) << (place as u32 * bits)
-        });
+        let shifted = places
+            .enumerate()
+            .map(|(place, field)| fields.get(field).copied().unwrap_or(0) << (place as u32 * bits));
         shifted.fold(0, |word, field| word | field)
     };
-    rows.flat_map(|row| row.chunks(per_word).map(word)).collect()
+    rows.flat_map(|row| row.chunks(per_word).map(word))
+        .collect()
 }
 
 fn transposed(fields: &[u32], cols: usize) -> Vec<u32> {
@@ -80,15 +81,22 @@ fn random_matrix(random: &mut Random) -> Packed {
     let layout = match (code, random.below(4)) {
         (Code::Int4, 0) => Layout::Awq,
         (Code::Fp8, _) | (Code::Int8, 0) => Layout::Bytes { scale },
-        (_, 1) => Layout::Gptq { zeros_less_one: true },
-        (_, 2) => Layout::Gptq { zeros_less_one: false },
+        (_, 1) => Layout::Gptq {
+            zeros_less_one: true,
+        },
+        (_, 2) => Layout::Gptq {
+            zeros_less_one: false,
+        },
         _ => Layout::Packed,
     };
     let by_group = matches!(layout, Layout::Awq | Layout::Gptq { .. });
     let [a, b] = [1 + random.below(20), 1 + random.below(20)].map(|size| size as u32);
     let grouping = match random.below(4) {
         0 if !by_group => Grouping::Tensor,
-        1 if code == Code::Fp8 => Grouping::Block { outputs: a, inputs: b },
+        1 if code == Code::Fp8 => Grouping::Block {
+            outputs: a,
+            inputs: b,
+        },
         2 => Grouping::Output,
         _ => Grouping::Inputs(a),
     };
@@ -98,7 +106,11 @@ fn random_matrix(random: &mut Random) -> Packed {
         layout,
         grouping,
         has_zeros: code == Code::Int4 && (by_group || random.below(2) == 0),
-        order: if can_list && random.below(2) == 0 { Order::Listed } else { Order::ByPlace },
+        order: if can_list && random.below(2) == 0 {
+            Order::Listed
+        } else {
+            Order::ByPlace
+        },
     };
     let [rows, cols] = [1 + random.below(40), 1 + random.below(60)].map(|size| size as u32);
     let spec = TensorSpec {
@@ -109,22 +121,35 @@ fn random_matrix(random: &mut Random) -> Packed {
         split: Split::Replicated,
         scheme: Some(scheme),
     };
-    fill(random, Packed {
-        spec,
-        scheme,
-        tensors: BTreeMap::new(),
-        values: Vec::new(),
-    })
+    fill(
+        random,
+        Packed {
+            spec,
+            scheme,
+            tensors: BTreeMap::new(),
+            values: Vec::new(),
+        },
+    )
+}
+
+/// What a matrix is made of, before it is stored.
+struct Drawn {
+    /// `[rows, cols]`
+    codes: Vec<u32>,
+    /// `[rows, groups]`
+    zeros: Vec<u32>,
+    /// `[rows, groups]`, exact in 16 bits.
+    scales: Vec<f32>,
+    groups: usize,
 }
 
 fn fill(random: &mut Random, mut packed: Packed) -> Packed {
-    const AWQ: Option<[usize; 8]> = Some([0, 2, 4, 6, 1, 3, 5, 7]);
     let (scheme, bits) = (packed.scheme, packed.scheme.code.bits());
     let (rows, cols) = (packed.spec.rows as usize, packed.spec.cols as usize);
     let groups = scheme.grouping.groups_in(&(0..packed.spec.cols)) as usize;
     let number = |random: &mut Random, below: u32| random.below(below as usize) as u32;
-    let mut group_of: Vec<usize> =
-        (0..cols).map(|col| scheme.grouping.group_of(col as u32) as usize).collect();
+    let by_place = |col: usize| scheme.grouping.group_of(col as u32) as usize;
+    let mut group_of: Vec<usize> = (0..cols).map(by_place).collect();
     if scheme.order == Order::Listed {
         group_of.fill_with(|| random.below(groups));
         let list: Vec<u32> = group_of.iter().map(|group| *group as u32).collect();
@@ -132,79 +157,125 @@ fn fill(random: &mut Random, mut packed: Packed) -> Packed {
     }
     let middle = 1 << (bits - 1);
     // 0x7f is no number in 8-bit floats.
-    let below = if scheme.code == Code::Fp8 { 0x7f } else { 1 << bits };
-    let codes: Vec<u32> = (0..rows * cols).map(|_| number(random, below)).collect();
-    let zeros: Vec<u32> = (0..rows * groups)
-        .map(|_| if scheme.has_zeros { number(random, 16) } else { middle })
+    let below = if scheme.code == Code::Fp8 {
+        0x7f
+    } else {
+        1 << bits
+    };
+    let mut zero = || {
+        if scheme.has_zeros {
+            number(random, 16)
+        } else {
+            middle
+        }
+    };
+    let zeros = (0..rows * groups).map(|_| zero()).collect();
+    let codes = (0..rows * cols).map(|_| number(random, below)).collect();
+    let mut scales: Vec<f32> = (0..rows * groups)
+        .map(|_| number(random, 100) as f32 / 64.0)
         .collect();
-    // Exact in 16 bits; one for all, or for a block, where the scheme says so.
-    let mut scales: Vec<f32> = (0..rows * groups).map(|_| number(random, 100) as f32 / 64.0).collect();
     for place in 0..scales.len() {
+        // One for all, or for a block, where the scheme says so.
         scales[place] = scales[match scheme.grouping {
             Grouping::Tensor => 0,
             Grouping::Block { outputs, .. } => {
-                place / groups / outputs as usize * outputs as usize * groups + place % groups
+                let outputs = outputs as usize;
+                place / groups / outputs * outputs * groups + place % groups
             }
             Grouping::Output | Grouping::Inputs(_) => place,
         }];
     }
-    let is_bytes = matches!(scheme.layout, Layout::Bytes { .. });
+    let drawn = Drawn {
+        codes,
+        zeros,
+        scales,
+        groups,
+    };
     packed.values = (0..rows * cols)
         .map(|place| {
-            let (row, group) = (place / cols, group_of[place % cols]);
-            let code = codes[place];
-            let value = match scheme.code {
-                Code::Fp8 => quantized::e4m3(code as u8),
-                Code::Int8 if is_bytes => f32::from(code as u8 as i8),
-                _ => code as f32 - zeros[row * groups + group] as f32,
+            let (at, code) = (
+                place / cols * groups + group_of[place % cols],
+                drawn.codes[place],
+            );
+            let value = match (scheme.code, scheme.layout) {
+                (Code::Fp8, _) => quantized::e4m3(code as u8),
+                (_, Layout::Bytes { .. }) => f32::from((code as u8).cast_signed()),
+                _ => code as f32 - drawn.zeros[at] as f32,
             };
-            scales[row * groups + group] * value
+            drawn.scales[at] * value
         })
         .collect();
-    let half = |scale: &f32| f16::from_f32(*scale).to_le_bytes();
-    let by_output = |every: usize| scales.chunks(groups).step_by(every).flatten().flat_map(half).collect();
-    let ones = |code: u32| u32::MAX / ((1 << code) - 1);
     match scheme.layout {
-        Layout::Gptq { .. } | Layout::Awq => {
-            let (codes, zeros) = (transposed(&codes, cols), transposed(&zeros, groups));
-            let is_awq = scheme.layout == Layout::Awq;
-            let (elements, mut zeros) = if is_awq {
-                (words(&codes, rows, bits, AWQ), words(&zeros, rows, bits, AWQ))
-            } else {
-                // Along the inputs: packed as rows of the transposed, turned back.
-                let turned = words(&transposed(&codes, rows), cols, bits, None);
-                (transposed(&turned, cols.div_ceil(32 / bits as usize)), words(&zeros, rows, bits, None))
-            };
-            if scheme.layout == (Layout::Gptq { zeros_less_one: true }) {
-                zeros.iter_mut().for_each(|word| *word = word.wrapping_sub(ones(bits)));
-            }
-            packed.put(Role::Elements, little_endian(&elements), StoredDtype::I32);
-            packed.put(Role::Zeros, little_endian(&zeros), StoredDtype::I32);
-            let places = (0..groups).flat_map(|group| (0..rows).map(move |row| row * groups + group));
-            let scales = places.flat_map(|place| half(&scales[place])).collect();
-            packed.put(Role::Scales, scales, StoredDtype::Float(Dtype::Float16));
-        }
-        Layout::Bytes { .. } | Layout::Packed => {
-            let elements = match scheme.layout {
-                Layout::Packed => little_endian(&words(&codes, cols, bits, None)),
-                _ => codes.iter().map(|code| *code as u8).collect(),
-            };
-            packed.put(Role::Elements, elements, StoredDtype::I32);
-            let scales = match scheme.grouping {
-                Grouping::Tensor => half(&scales[0]).to_vec(),
-                Grouping::Block { outputs, .. } => by_output(outputs as usize),
-                Grouping::Output | Grouping::Inputs(_) => by_output(1),
-            };
-            packed.put(Role::Scales, scales, StoredDtype::Float(Dtype::Float16));
-            if scheme.has_zeros {
-                // Along the outputs.
-                let turned = words(&transposed(&zeros, groups), rows, bits, None);
-                let zeros = transposed(&turned, rows.div_ceil(32 / bits as usize));
-                packed.put(Role::Zeros, little_endian(&zeros), StoredDtype::I32);
-            }
-        }
+        Layout::Gptq { .. } | Layout::Awq => store_by_group(&mut packed, &drawn),
+        Layout::Bytes { .. } | Layout::Packed => store_by_output(&mut packed, &drawn),
     }
     packed
+}
+
+fn halves<'a>(scales: impl Iterator<Item = &'a f32>) -> Vec<u8> {
+    scales
+        .flat_map(|scale| f16::from_f32(*scale).to_le_bytes())
+        .collect()
+}
+
+/// GPTQ and AWQ: zeros and scales `[groups, rows]`.
+fn store_by_group(packed: &mut Packed, drawn: &Drawn) {
+    const AWQ: Option<[usize; 8]> = Some([0, 2, 4, 6, 1, 3, 5, 7]);
+    let (layout, bits) = (packed.scheme.layout, packed.scheme.code.bits());
+    let (rows, cols) = (packed.spec.rows as usize, packed.spec.cols as usize);
+    let zeros = transposed(&drawn.zeros, drawn.groups);
+    let (elements, mut zeros) = if layout == Layout::Awq {
+        let codes = transposed(&drawn.codes, cols);
+        (
+            words(&codes, rows, bits, AWQ),
+            words(&zeros, rows, bits, AWQ),
+        )
+    } else {
+        // Along the inputs.
+        let packed = words(&drawn.codes, cols, bits, None);
+        let elements = transposed(&packed, cols.div_ceil(32 / bits as usize));
+        (elements, words(&zeros, rows, bits, None))
+    };
+    if layout
+        == (Layout::Gptq {
+            zeros_less_one: true,
+        })
+    {
+        let ones = u32::MAX / ((1 << bits) - 1);
+        zeros
+            .iter_mut()
+            .for_each(|word| *word = word.wrapping_sub(ones));
+    }
+    packed.put(Role::Elements, little_endian(&elements), StoredDtype::I32);
+    packed.put(Role::Zeros, little_endian(&zeros), StoredDtype::I32);
+    let groups = drawn.groups;
+    let places = (0..groups).flat_map(|group| (0..rows).map(move |row| row * groups + group));
+    let scales = halves(places.map(|place| &drawn.scales[place]));
+    packed.put(Role::Scales, scales, StoredDtype::Float(Dtype::Float16));
+}
+
+/// compressed-tensors and fp8: scales `[rows, groups]`, or fewer.
+fn store_by_output(packed: &mut Packed, drawn: &Drawn) {
+    let (scheme, bits) = (packed.scheme, packed.scheme.code.bits());
+    let (rows, cols) = (packed.spec.rows as usize, packed.spec.cols as usize);
+    let elements = match scheme.layout {
+        Layout::Packed => little_endian(&words(&drawn.codes, cols, bits, None)),
+        _ => drawn.codes.iter().map(|code| *code as u8).collect(),
+    };
+    packed.put(Role::Elements, elements, StoredDtype::I32);
+    let by_output = drawn.scales.chunks(drawn.groups);
+    let scales = match scheme.grouping {
+        Grouping::Tensor => halves(drawn.scales[..1].iter()),
+        Grouping::Block { outputs, .. } => halves(by_output.step_by(outputs as usize).flatten()),
+        Grouping::Output | Grouping::Inputs(_) => halves(by_output.flatten()),
+    };
+    packed.put(Role::Scales, scales, StoredDtype::Float(Dtype::Float16));
+    if scheme.has_zeros {
+        // Along the outputs.
+        let turned = words(&transposed(&drawn.zeros, drawn.groups), rows, bits, None);
+        let zeros = transposed(&turned, rows.div_ceil(32 / bits as usize));
+        packed.put(Role::Zeros, little_endian(&zeros), StoredDtype::I32);
+    }
 }
 
 #[test]
@@ -218,7 +289,9 @@ fn what_is_packed_is_read_back_whole_and_in_parts() {
         let whole = packed.part([0, rows], [0, cols]);
         let whole = whole.unwrap_or_else(|e| panic!("{case}: {e}"));
         assert_eq!(values(&whole), packed.values, "{case}");
-        *seen.entry(format!("{:?}", packed.scheme.layout)).or_insert(0) += 1;
+        *seen
+            .entry(format!("{:?}", packed.scheme.layout))
+            .or_insert(0) += 1;
 
         // Cut anywhere, by rows and by columns: each part is what it is in the whole.
         let [row, col] = [rows, cols].map(|length| random.below(length as usize) as u32);
@@ -232,13 +305,19 @@ fn what_is_packed_is_read_back_whole_and_in_parts() {
             if rows[0] == rows[1] || cols[0] == cols[1] {
                 continue;
             }
-            let part = packed.part(rows, cols).unwrap_or_else(|e| panic!("{case}: {e}"));
+            let part = packed
+                .part(rows, cols)
+                .unwrap_or_else(|e| panic!("{case}: {e}"));
             let expected = (rows[0]..rows[1]).flat_map(|row| {
                 let start = (row * packed.spec.cols) as usize;
                 packed.values[start..][cols[0] as usize..cols[1] as usize].to_vec()
             });
             let expected: Vec<f32> = expected.collect();
-            assert_eq!(values(&part), expected, "{case}: rows {rows:?} of columns {cols:?}");
+            assert_eq!(
+                values(&part),
+                expected,
+                "{case}: rows {rows:?} of columns {cols:?}"
+            );
         }
     }
     assert_eq!(seen.len(), 5, "{seen:?}");
@@ -254,9 +333,19 @@ fn groups_that_are_not_there_are_refused() {
         if packed.scheme.order == Order::Listed {
             let list = [7, 1 << 20].map(|far: u32| packed.spec.cols * 100 + far);
             let cols = packed.spec.cols as usize;
-            packed.put(Role::GroupOfInput, little_endian(&list.repeat(cols)), StoredDtype::I32);
-            let said = packed.part([0, packed.spec.rows], [0, packed.spec.cols]).unwrap_err();
-            assert!(said.to_string().contains("matrix.weight lists for input 0 none of its"), "{said}");
+            packed.put(
+                Role::GroupOfInput,
+                little_endian(&list.repeat(cols)),
+                StoredDtype::I32,
+            );
+            let said = packed
+                .part([0, packed.spec.rows], [0, packed.spec.cols])
+                .unwrap_err();
+            assert!(
+                said.to_string()
+                    .contains("matrix.weight lists for input 0 none of its"),
+                "{said}"
+            );
             refused += 1;
         }
     }
@@ -266,9 +355,18 @@ fn groups_that_are_not_there_are_refused() {
 /// A matrix of numbers in one of the stored types, its columns a range of a wider one.
 fn numbers(values: &[f32], cols: usize, element: Element) -> HostMatrix {
     let data: Vec<u8> = match element {
-        Element::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        Element::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Element::F32 => values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect(),
+        Element::F16 => values
+            .iter()
+            .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+            .collect(),
+        _ => values
+            .iter()
+            .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+            .collect(),
     };
     HostMatrix {
         data: data.into(),
@@ -285,11 +383,14 @@ fn codes_at_load_are_near_the_numbers() {
         let mut random = Random::new(seed);
         let (rows, cols) = (1 + random.below(6), 1 + random.below(400));
         let first_input = random.below(300) as u32;
-        let mut weights: Vec<f32> =
-            (0..rows * cols).map(|_| random.below(2001) as f32 / 1000.0 - 1.0).collect();
+        let mut weights: Vec<f32> = (0..rows * cols)
+            .map(|_| random.below(2001) as f32 / 1000.0 - 1.0)
+            .collect();
         // A row of zeros, and one of a single sign.
         weights[..cols].fill(0.0);
-        weights[(rows - 1) * cols..].iter_mut().for_each(|weight| *weight = weight.abs());
+        weights[(rows - 1) * cols..]
+            .iter_mut()
+            .for_each(|weight| *weight = weight.abs());
         for element in [Element::F32, Element::F16, Element::Bf16] {
             let matrix = numbers(&weights, cols, element);
             let mut exact = Vec::new();
@@ -311,7 +412,10 @@ fn codes_at_load_are_near_the_numbers() {
                         Code::Int4 => 0.2,
                         Code::Fp8 => weight.abs() / 16.0 + 1e-4,
                     };
-                    assert!((found - weight).abs() <= most, "{case}: {found} for {weight}");
+                    assert!(
+                        (found - weight).abs() <= most,
+                        "{case}: {found} for {weight}"
+                    );
                 }
             }
         }
@@ -324,12 +428,17 @@ fn codes_at_load_are_near_the_numbers() {
 fn ranks_quantise_as_one() {
     let mut random = Random::new(5);
     let (rows, cols) = (8, 512);
-    let weights: Vec<f32> = (0..rows * cols).map(|_| random.below(2001) as f32 - 1000.0).collect();
+    let weights: Vec<f32> = (0..rows * cols)
+        .map(|_| random.below(2001) as f32 - 1000.0)
+        .collect();
     let whole = numbers(&weights, cols, Element::F32);
     for code in [Code::Int8, Code::Int4, Code::Fp8] {
         let all = values(&at_load::quantise(&whole, code, 0).unwrap());
         let lower = numbers(&weights[4 * cols..], cols, Element::F32);
-        assert_eq!(values(&at_load::quantise(&lower, code, 0).unwrap()), all[4 * cols..]);
+        assert_eq!(
+            values(&at_load::quantise(&lower, code, 0).unwrap()),
+            all[4 * cols..]
+        );
     }
     let right = HostMatrix {
         data: whole.data.slice(4 * 256..),
@@ -348,8 +457,13 @@ fn ranks_quantise_as_one() {
 fn four_bits_are_chosen_for_the_least_squared_error() {
     let mut weights: Vec<f32> = (0..128).map(|place| (place % 13) as f32 / 13.0).collect();
     weights[0] = 1.3;
-    let quantised = at_load::quantise(&numbers(&weights, 128, Element::F32), Code::Int4, 0).unwrap();
-    let error: f32 = values(&quantised).iter().zip(&weights).map(|(a, b)| (a - b) * (a - b)).sum();
+    let quantised =
+        at_load::quantise(&numbers(&weights, 128, Element::F32), Code::Int4, 0).unwrap();
+    let error: f32 = values(&quantised)
+        .iter()
+        .zip(&weights)
+        .map(|(a, b)| (a - b) * (a - b))
+        .sum();
     let step = 1.3 / 15.0;
     let plain = weights.iter().map(|weight| {
         let found = (weight / step).round() * step;
@@ -362,6 +476,11 @@ fn four_bits_are_chosen_for_the_least_squared_error() {
 fn a_weight_that_is_not_finite_is_refused() {
     let matrix = numbers(&[1.0, f32::INFINITY], 2, Element::F32);
     for code in [Code::Int8, Code::Int4, Code::Fp8] {
-        assert!(at_load::quantise(&matrix, code, 0).unwrap_err().to_string().contains("not finite"));
+        assert!(
+            at_load::quantise(&matrix, code, 0)
+                .unwrap_err()
+                .to_string()
+                .contains("not finite")
+        );
     }
 }

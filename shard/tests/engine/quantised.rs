@@ -27,7 +27,9 @@ const TOLERANCE: f32 = 1e-4;
 fn fixtures() -> Vec<PathBuf> {
     let root = fixture_root().join("quantised");
     let folders = std::fs::read_dir(root).expect("the fixtures are in the repository");
-    let mut folders: Vec<_> = folders.map(|entry| entry.expect("readable").path()).collect();
+    let mut folders: Vec<_> = folders
+        .map(|entry| entry.expect("readable").path())
+        .collect();
     folders.sort();
     folders
 }
@@ -76,8 +78,15 @@ fn the_fit_was_right(files: &ModelFiles, load: &Load, case: &str) {
         let engine = load_rank(files, load, partition.rank.0).expect("it loads");
         let needs = RankNeeds::estimate(&shape, &partition, &elements, &sizes);
         let (counted, taken) = (needs.weight_bytes, engine.loaded().weight_bytes);
-        let filled = if case.contains("ct-actorder") { counted / 50 } else { 0 };
-        assert!(counted.abs_diff(taken) <= filled, "{case}: {counted} counted, {taken} taken");
+        let filled = if case.contains("ct-actorder") {
+            counted / 50
+        } else {
+            0
+        };
+        assert!(
+            counted.abs_diff(taken) <= filled,
+            "{case}: {counted} counted, {taken} taken"
+        );
         assert_eq!(needs.block_bytes, engine.loaded().block_bytes, "{case}");
     }
 }
@@ -116,8 +125,13 @@ fn numbers_are_quantised_at_load_to_the_bits_asked_for() {
                     ..load(world_size, 64, "auto")
                 };
                 the_fit_was_right(&files, &load, &format!("{name} in {quantization}"));
-                println!("{name} over {world_size} in {quantization}: off by {worst}, {bytes} of {whole} bytes");
-                assert!(dense < worst && worst < most, "{name} over {world_size}: {worst}");
+                println!(
+                    "{name} over {world_size} in {quantization}: off by {worst}, {bytes} of {whole} bytes"
+                );
+                assert!(
+                    dense < worst && worst < most,
+                    "{name} over {world_size}: {worst}"
+                );
                 assert!(bytes < whole, "{bytes} of {whole} bytes");
             }
         }
@@ -130,14 +144,20 @@ fn what_a_flag_or_a_device_does_not_take_is_a_sentence() {
         let (files, _) = open(&fixture_root().join(name));
         let mut load = load(1, 16, "auto");
         change(&mut load);
-        load_rank(&files, &load, 0).map(|_| ()).map_err(|e| format!("{e:#}"))
+        load_rank(&files, &load, 0)
+            .map(|_| ())
+            .map_err(|e| format!("{e:#}"))
     };
-    let quantization = |asked: &'static str| move |load: &mut Load| load.quantization = asked.to_owned();
+    let quantization =
+        |asked: &'static str| move |load: &mut Load| load.quantization = asked.to_owned();
     load("quantised/awq", &quantization("awq")).expect("its own");
     let said = load("quantised/awq", &quantization("int8")).unwrap_err();
     assert!(said.contains("give awq"), "{said}");
     let said = load("llama3", &quantization("gptq")).unwrap_err();
-    assert!(said.contains("needs a checkpoint that was quantised so"), "{said}");
+    assert!(
+        said.contains("needs a checkpoint that was quantised so"),
+        "{said}"
+    );
     for (asked, bytes) in [("auto", 4), ("float32", 4), ("bfloat16", 2), ("float16", 2)] {
         let (files, shape) = open(&fixture_root().join("llama3"));
         let mut load = crate::support::load(1, 16, "auto");
@@ -147,17 +167,29 @@ fn what_a_flag_or_a_device_does_not_take_is_a_sentence() {
         assert_eq!(engine.loaded().block_bytes, 2 * bytes * tokens, "{asked}");
     }
     let said = load("llama3", &|load| load.kv_cache_dtype = "int3".to_owned()).unwrap_err();
-    assert!(said.contains("--kv-cache-dtype is int3; it must be one of auto"), "{said}");
+    assert!(
+        said.contains("--kv-cache-dtype is int3; it must be one of auto"),
+        "{said}"
+    );
 
     // A device that takes 8 bits only.
     let (files, shape) = open(&fixture_root().join("quantised/awq"));
     let checkpoint = Checkpoint::open(&files).expect("a good file");
     let partition = Partition::new(&shape, Rank(0), 1).expect("one rank");
-    let weights = DecoderWeights::find(&files, &checkpoint, &shape, &partition, (shape.dtype, None));
+    let weights =
+        DecoderWeights::find(&files, &checkpoint, &shape, &partition, (shape.dtype, None));
     let weights = weights.expect("they are there");
-    weights.refuse_unknown_codes("the device", |_| true).expect("it takes all");
-    let said = weights.refuse_unknown_codes("the device", |code| code == Code::Int8).unwrap_err();
-    assert!(said.to_string().contains("the device cannot compute with int4 weights"), "{said}");
+    weights
+        .refuse_unknown_codes("the device", |_| true)
+        .expect("it takes all");
+    let said = weights
+        .refuse_unknown_codes("the device", |code| code == Code::Int8)
+        .unwrap_err();
+    assert!(
+        said.to_string()
+            .contains("the device cannot compute with int4 weights"),
+        "{said}"
+    );
 }
 
 /// Whatever is in the files, loading ends in a model or in a sentence.
@@ -181,13 +213,17 @@ fn damaged_files_never_panic() {
                     _ => (&mut weights, header.end..usize::MAX),
                 };
                 let range = range.start..range.end.min(bytes.len());
-                let digits: Vec<usize> = range.clone().filter(|at| bytes[*at].is_ascii_digit()).collect();
+                let digits: Vec<usize> = range
+                    .clone()
+                    .filter(|at| bytes[*at].is_ascii_digit())
+                    .collect();
                 let at = if range.end == bytes.len() && range.start == header.end {
                     range.start + random.below(range.len())
                 } else {
                     digits[random.below(digits.len())]
                 };
-                bytes[at] = b"0123456789\xff\x80"[random.below(if bytes[at].is_ascii_digit() { 10 } else { 12 })];
+                bytes[at] = b"0123456789\xff\x80"
+                    [random.below(if bytes[at].is_ascii_digit() { 10 } else { 12 })];
             }
             std::fs::write(copy.path().join("config.json"), config).expect("a copy");
             std::fs::write(copy.path().join("model.safetensors"), weights).expect("a copy");
@@ -200,5 +236,8 @@ fn damaged_files_never_panic() {
         }
     }
     println!("{loaded} loaded, {refused} refused");
-    assert!(loaded > 100 && refused > 100, "{loaded} loaded, {refused} refused");
+    assert!(
+        loaded > 100 && refused > 100,
+        "{loaded} loaded, {refused} refused"
+    );
 }

@@ -223,11 +223,20 @@ fn quantised_weights_count_their_bits_scales_and_zeros() {
     let (wide, down) = (64 + 32 + 32 + 64 + 2 * 320, 64);
     let elements = wide * 64 + down * 320;
     assert_eq!(bytes(None, 1), dense + 2 * elements);
-    assert_eq!(bytes(Some(Code::Int8), 1), dense + elements + 4 * (wide + down));
+    assert_eq!(
+        bytes(Some(Code::Int8), 1),
+        dense + elements + 4 * (wide + down)
+    );
     assert_eq!(bytes(Some(Code::Fp8), 1), bytes(Some(Code::Int8), 1));
-    assert_eq!(bytes(Some(Code::Int4), 1), dense + elements / 2 + 5 * (wide + 3 * down));
+    assert_eq!(
+        bytes(Some(Code::Int4), 1),
+        dense + elements / 2 + 5 * (wide + 3 * down)
+    );
     // The first of two ranks has 160 inputs of down: two groups.
     let half = elements / 4 + 5 * ((wide - 64) / 2 + 64 + 2 * down);
     let vocab = u64::from(shape.vocab_size.div_ceil(2));
-    assert_eq!(bytes(Some(Code::Int4), 2), 2 * vocab * 64 + 4 * 3 * 64 + half);
+    assert_eq!(
+        bytes(Some(Code::Int4), 2),
+        2 * vocab * 64 + 4 * 3 * 64 + half
+    );
 }

@@ -3,7 +3,9 @@
 //! Weights only: what is said of activations, keys and values is noted, not followed. Invariant: as elsewhere, what
 //! would change a weight and is not understood is refused.
 
-use super::config::{block, group_size, is_empty, linear_modules, refuse, refuse_unless, static_activations};
+use super::config::{
+    block, group_size, is_empty, linear_modules, refuse, refuse_unless, static_activations,
+};
 use super::modules::Pattern;
 use super::{Code, Grouping, Layout, Method, Order, Quantization, Scheme};
 use crate::model_config::{Fields, ShapeError, invalid};
@@ -18,7 +20,10 @@ const MAX_GROUPS: usize = 64;
 
 pub(super) fn read(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantization, ShapeError> {
     const GROUPS: &str = "config_groups";
-    if let Some(transforms) = fields.get("transform_config").filter(|value| !is_empty(value)) {
+    if let Some(transforms) = fields
+        .get("transform_config")
+        .filter(|value| !is_empty(value))
+    {
         let instead = "weights without transformed inputs are";
         return Err(refuse("transform_config", Some(transforms), instead));
     }
@@ -26,14 +31,23 @@ pub(super) fn read(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantizatio
         refuse_unless(Fields(sparsity), "format", &["dense"])?;
     }
     let groups = fields.get(GROUPS).ok_or(ShapeError::Missing(GROUPS))?;
-    let groups = groups.as_object().filter(|groups| groups.len() <= MAX_GROUPS);
+    let groups = groups
+        .as_object()
+        .filter(|groups| groups.len() <= MAX_GROUPS);
     let groups = groups.ok_or_else(|| {
         let found = fields.get(GROUPS).unwrap_or(&Value::Null);
-        invalid(GROUPS, found, format!("an object of at most {MAX_GROUPS} groups"))
+        invalid(
+            GROUPS,
+            found,
+            format!("an object of at most {MAX_GROUPS} groups"),
+        )
     })?;
     let ignored = Pattern::list(fields.get("ignore"), "ignore")?;
     let mut notes = Vec::new();
-    if fields.get("kv_cache_scheme").is_some_and(|value| !is_empty(value)) {
+    if fields
+        .get("kv_cache_scheme")
+        .is_some_and(|value| !is_empty(value))
+    {
         notes.push(
             "`kv_cache_scheme` in quantization_config is not used: keys and values are kept as --kv-cache-dtype says"
                 .to_owned(),
@@ -41,7 +55,9 @@ pub(super) fn read(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantizatio
     }
     let mut read = Vec::new();
     for group in groups.values() {
-        let group = group.as_object().ok_or_else(|| invalid(GROUPS, group, "objects".to_owned()))?;
+        let group = group
+            .as_object()
+            .ok_or_else(|| invalid(GROUPS, group, "objects".to_owned()))?;
         let group = Fields(group);
         let targets = Pattern::list(group.get("targets"), "targets")?;
         read.push((targets, scheme(group, fields.get("format"))?));
@@ -75,8 +91,13 @@ fn scheme(group: Fields<'_>, format: Option<&Value>) -> Result<Scheme, ShapeErro
     let weights = weights.as_object().map(Fields);
     let weights = weights.ok_or_else(|| refuse("weights", group.get("weights"), "an object is"))?;
     let format = group.get("format").or(format);
-    let (kind, bits) = (weights.get("type").and_then(Value::as_str), weights.count("num_bits")?);
-    let bytes = Layout::Bytes { scale: "weight_scale" };
+    let (kind, bits) = (
+        weights.get("type").and_then(Value::as_str),
+        weights.count("num_bits")?,
+    );
+    let bytes = Layout::Bytes {
+        scale: "weight_scale",
+    };
     let (layout, code) = match (format.and_then(Value::as_str), kind.unwrap_or("int"), bits) {
         (Some("pack-quantized"), "int", Some(4)) => (Layout::Packed, Code::Int4),
         (Some("pack-quantized"), "int", Some(8)) => (Layout::Packed, Code::Int8),
@@ -101,7 +122,11 @@ fn scheme(group: Fields<'_>, format: Option<&Value>) -> Result<Scheme, ShapeErro
         return Err(refuse("symmetric", weights.get("symmetric"), instead));
     }
     if weights.flag("dynamic")? {
-        return Err(refuse("dynamic", weights.get("dynamic"), "weights with stored scales are"));
+        return Err(refuse(
+            "dynamic",
+            weights.get("dynamic"),
+            "weights with stored scales are",
+        ));
     }
     Ok(Scheme {
         code,
@@ -144,7 +169,13 @@ fn order(weights: Fields<'_>, layout: Layout) -> Result<Order, ShapeError> {
             Some("group" | "dynamic") => true,
             // Columns were quantised in another order, and are stored in their own.
             Some("weight" | "static") => false,
-            _ => return Err(refuse("actorder", Some(value), "group, weight and null are")),
+            _ => {
+                return Err(refuse(
+                    "actorder",
+                    Some(value),
+                    "group, weight and null are",
+                ));
+            }
         },
     };
     match (is_listed, layout) {

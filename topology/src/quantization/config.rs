@@ -81,13 +81,20 @@ fn gptq(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantization, ShapeErr
     };
     let is_symmetric = fields.flag_or("sym", true)?;
     if code == Code::Int8 && !is_symmetric {
-        return Err(refuse("sym", fields.get("sym"), "8 bits are with `sym` true"));
+        return Err(refuse(
+            "sym",
+            fields.get("sym"),
+            "8 bits are with `sym` true",
+        ));
     }
     refuse_unless(fields, "pack_dtype", &["int32"])?;
     for (key, instead) in [
         ("lm_head", "a head that is not quantized is"),
         ("is_marlin_format", "the layout before that conversion is"),
-        ("modules_in_block_to_quantize", "all linear layers quantized alike are"),
+        (
+            "modules_in_block_to_quantize",
+            "all linear layers quantized alike are",
+        ),
         ("dynamic", "all linear layers quantized alike are"),
     ] {
         let is_set = |value: &&Value| !matches!(value, Value::Bool(false)) && !is_empty(value);
@@ -95,7 +102,11 @@ fn gptq(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantization, ShapeErr
             return Err(refuse(key, Some(value), instead));
         }
     }
-    let order = if fields.flag("desc_act")? { Order::Listed } else { Order::MayBeListed };
+    let order = if fields.flag("desc_act")? {
+        Order::Listed
+    } else {
+        Order::MayBeListed
+    };
     let scheme = Scheme {
         code,
         layout: Layout::Gptq { zeros_less_one },
@@ -116,15 +127,24 @@ fn awq(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantization, ShapeErro
         return Err(refuse("bits", bits, "4 bits are"));
     }
     if let Some(version) = fields.get("version")
-        && !version.as_str().is_some_and(|version| version.eq_ignore_ascii_case("gemm"))
+        && !version
+            .as_str()
+            .is_some_and(|version| version.eq_ignore_ascii_case("gemm"))
     {
         return Err(refuse("version", Some(version), "gemm is"));
     }
     if !fields.flag_or("zero_point", true)? {
-        return Err(refuse("zero_point", fields.get("zero_point"), "`zero_point` true is"));
+        return Err(refuse(
+            "zero_point",
+            fields.get("zero_point"),
+            "`zero_point` true is",
+        ));
     }
     // As the format's own readers do: any part of a module's name.
-    let skipped = names(fields.get("modules_to_not_convert"), "modules_to_not_convert")?;
+    let skipped = names(
+        fields.get("modules_to_not_convert"),
+        "modules_to_not_convert",
+    )?;
     let scheme = Scheme {
         code: Code::Int4,
         layout: Layout::Awq,
@@ -148,7 +168,10 @@ fn fp8(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantization, ShapeErro
         Some(value) => (block(value, "weight_block_size")?, "weight_scale_inv"),
         None => (Grouping::Tensor, "weight_scale"),
     };
-    let mut skipped = names(fields.get("modules_to_not_convert"), "modules_to_not_convert")?;
+    let mut skipped = names(
+        fields.get("modules_to_not_convert"),
+        "modules_to_not_convert",
+    )?;
     skipped.extend(names(fields.get("ignored_layers"), "ignored_layers")?);
     let scheme = Scheme {
         code: Code::Fp8,
@@ -167,7 +190,9 @@ fn fp8(fields: Fields<'_>, shape: &ModelShape) -> Result<Quantization, ShapeErro
 }
 
 pub(super) fn static_activations(key: &str) -> String {
-    format!("`{key}` in quantization_config gives static scales of activations; they are not needed and not used")
+    format!(
+        "`{key}` in quantization_config gives static scales of activations; they are not needed and not used"
+    )
 }
 
 /// Inputs for each scale; -1 is all of them.
@@ -195,7 +220,13 @@ pub(super) fn block(value: &Value, field: &'static str) -> Result<Grouping, Shap
 fn size(value: &Value, field: &'static str) -> Result<u32, ShapeError> {
     let size = value.as_u64().and_then(|size| u32::try_from(size).ok());
     let size = size.filter(|size| (1..=MAX_GROUP).contains(size));
-    size.ok_or_else(|| invalid(field, value, format!("a whole number from 1 to {MAX_GROUP}")))
+    size.ok_or_else(|| {
+        invalid(
+            field,
+            value,
+            format!("a whole number from 1 to {MAX_GROUP}"),
+        )
+    })
 }
 
 /// Refuses a key that is there and none of `known`.
@@ -205,9 +236,11 @@ pub(super) fn refuse_unless(
     known: &[&str],
 ) -> Result<(), ShapeError> {
     match fields.get(key) {
-        Some(value) if !value.as_str().is_some_and(|text| known.contains(&text)) => {
-            Err(refuse(key, Some(value), &format!("{} is", known.join(" or "))))
-        }
+        Some(value) if !value.as_str().is_some_and(|text| known.contains(&text)) => Err(refuse(
+            key,
+            Some(value),
+            &format!("{} is", known.join(" or ")),
+        )),
         _ => Ok(()),
     }
 }

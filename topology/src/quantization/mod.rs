@@ -201,7 +201,9 @@ pub const GROUP_AT_LOAD: u32 = 128;
 /// A sentence if the checkpoint is something else.
 pub fn at_load(asked: &str, shape: &ModelShape) -> Result<Option<Code>, String> {
     let method = shape.quantization.as_ref().map(|stored| stored.method);
-    let code = [Code::Int4, Code::Int8, Code::Fp8].into_iter().find(|code| code.name() == asked);
+    let code = [Code::Int4, Code::Int8, Code::Fp8]
+        .into_iter()
+        .find(|code| code.name() == asked);
     match (asked, method, code) {
         ("auto", ..) => Ok(None),
         (_, Some(method), _) if method.name() == asked => Ok(None),
@@ -225,7 +227,12 @@ pub fn at_load(asked: &str, shape: &ModelShape) -> Result<Option<Code>, String> 
 pub fn device_bytes(code: Code, [rows, cols]: [u64; 2], groups: u64) -> u64 {
     const SCALE_BYTES: u64 = 4;
     let zeros = u64::from(code == Code::Int4);
-    let codes = rows.saturating_mul(cols).saturating_mul(code.bits().into()).div_ceil(8);
-    let beside = rows.saturating_mul(groups).saturating_mul(SCALE_BYTES + zeros);
+    let codes = rows
+        .saturating_mul(cols)
+        .saturating_mul(code.bits().into())
+        .div_ceil(8);
+    let beside = rows
+        .saturating_mul(groups)
+        .saturating_mul(SCALE_BYTES + zeros);
     codes.saturating_add(beside)
 }

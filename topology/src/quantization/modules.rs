@@ -45,7 +45,10 @@ pub(super) enum Pattern {
 
 impl Pattern {
     /// Reads a list of them.
-    pub(super) fn list(value: Option<&Value>, field: &'static str) -> Result<Vec<Self>, ShapeError> {
+    pub(super) fn list(
+        value: Option<&Value>,
+        field: &'static str,
+    ) -> Result<Vec<Self>, ShapeError> {
         let read = |name: String| match name.strip_prefix("re:") {
             // As Python's `re.match`: from the beginning, not to the end.
             Some(text) => RegexBuilder::new(&format!("^(?:{text})"))
@@ -53,8 +56,12 @@ impl Pattern {
                 .build()
                 .map(Self::Regex)
                 .map_err(|_| {
-                    let what = format!("the expression `{}` under `{field}`", shorten(name.clone()));
-                    unsupported(what, "expressions without look-around and back references are")
+                    let what =
+                        format!("the expression `{}` under `{field}`", shorten(name.clone()));
+                    unsupported(
+                        what,
+                        "expressions without look-around and back references are",
+                    )
                 }),
             None if name == "Linear" => Ok(Self::Linear),
             None => Ok(Self::Name(name)),

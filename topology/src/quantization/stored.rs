@@ -81,7 +81,8 @@ pub struct StoredSpec {
 impl StoredSpec {
     /// Whether `shape` is right.
     pub fn has_shape(&self, shape: &[u64]) -> bool {
-        let long = |shape: &[u64]| -> Vec<u64> { shape.iter().copied().filter(|n| *n != 1).collect() };
+        let long =
+            |shape: &[u64]| -> Vec<u64> { shape.iter().copied().filter(|n| *n != 1).collect() };
         shape == self.shape || (self.loose && long(shape) == long(&self.shape))
     }
 }
@@ -101,13 +102,33 @@ impl Scheme {
         let groups = self.grouping.groups_in(&(0..cols));
         let mut specs = match self.layout {
             Layout::Gptq { .. } => vec![
-                spec("qweight", Role::Elements, [cols.div_ceil(per_word), rows], Accepted::Words),
-                spec("qzeros", Role::Zeros, [groups, rows.div_ceil(per_word)], Accepted::Words),
+                spec(
+                    "qweight",
+                    Role::Elements,
+                    [cols.div_ceil(per_word), rows],
+                    Accepted::Words,
+                ),
+                spec(
+                    "qzeros",
+                    Role::Zeros,
+                    [groups, rows.div_ceil(per_word)],
+                    Accepted::Words,
+                ),
                 spec("scales", Role::Scales, [groups, rows], Accepted::Floats),
             ],
             Layout::Awq => vec![
-                spec("qweight", Role::Elements, [cols, rows.div_ceil(per_word)], Accepted::Words),
-                spec("qzeros", Role::Zeros, [groups, rows.div_ceil(per_word)], Accepted::Words),
+                spec(
+                    "qweight",
+                    Role::Elements,
+                    [cols, rows.div_ceil(per_word)],
+                    Accepted::Words,
+                ),
+                spec(
+                    "qzeros",
+                    Role::Zeros,
+                    [groups, rows.div_ceil(per_word)],
+                    Accepted::Words,
+                ),
                 spec("scales", Role::Scales, [groups, rows], Accepted::Floats),
             ],
             Layout::Bytes { scale } => {
@@ -117,12 +138,27 @@ impl Scheme {
                 };
                 vec![
                     spec("weight", Role::Elements, [rows, cols], accepted),
-                    spec(scale, Role::Scales, self.scale_shape([rows, cols]), Accepted::Floats),
+                    spec(
+                        scale,
+                        Role::Scales,
+                        self.scale_shape([rows, cols]),
+                        Accepted::Floats,
+                    ),
                 ]
             }
             Layout::Packed => vec![
-                spec("weight_packed", Role::Elements, [rows, cols.div_ceil(per_word)], Accepted::Words),
-                spec("weight_scale", Role::Scales, self.scale_shape([rows, cols]), Accepted::Floats),
+                spec(
+                    "weight_packed",
+                    Role::Elements,
+                    [rows, cols.div_ceil(per_word)],
+                    Accepted::Words,
+                ),
+                spec(
+                    "weight_scale",
+                    Role::Scales,
+                    self.scale_shape([rows, cols]),
+                    Accepted::Floats,
+                ),
                 StoredSpec {
                     shape: vec![2],
                     ..spec("weight_shape", Role::Shape, [2, 1], Accepted::Integers)
@@ -131,10 +167,19 @@ impl Scheme {
         };
         if self.layout == Layout::Packed && self.has_zeros {
             let shape = [rows.div_ceil(per_word), groups];
-            specs.push(spec("weight_zero_point", Role::Zeros, shape, Accepted::Words));
+            specs.push(spec(
+                "weight_zero_point",
+                Role::Zeros,
+                shape,
+                Accepted::Words,
+            ));
         }
         if self.order != Order::ByPlace {
-            let name = if self.layout == Layout::Packed { "weight_g_idx" } else { "g_idx" };
+            let name = if self.layout == Layout::Packed {
+                "weight_g_idx"
+            } else {
+                "g_idx"
+            };
             specs.push(StoredSpec {
                 shape: vec![cols.into()],
                 optional: self.order == Order::MayBeListed,
@@ -155,7 +200,10 @@ impl Scheme {
             Grouping::Tensor => [1, 1],
             Grouping::Output => [rows, 1],
             Grouping::Inputs(_) => [rows, self.grouping.groups_in(&(0..cols))],
-            Grouping::Block { outputs, .. } => [rows.div_ceil(outputs.max(1)), self.grouping.groups_in(&(0..cols))],
+            Grouping::Block { outputs, .. } => [
+                rows.div_ceil(outputs.max(1)),
+                self.grouping.groups_in(&(0..cols)),
+            ],
         }
     }
 }

@@ -14,7 +14,9 @@ fn config(quantization: Value) -> Value {
 
 fn read(quantization: Value) -> Result<Quantization, String> {
     let shape = ModelShape::from_config(config(quantization).to_string().as_bytes());
-    shape.map_err(|e| e.to_string()).map(|shape| shape.quantization.unwrap())
+    shape
+        .map_err(|e| e.to_string())
+        .map(|shape| shape.quantization.unwrap())
 }
 
 fn gptq() -> Value {
@@ -41,8 +43,14 @@ fn fp8() -> Value {
 
 /// `value` with the key at a path (`a/b`) set.
 fn with(mut value: Value, path: &str, to: Value) -> Value {
-    let (parent, key) = path.rsplit_once('/').map_or(("", path), |(parent, key)| (parent, key));
-    let parent = if parent.is_empty() { String::new() } else { format!("/{parent}") };
+    let (parent, key) = path
+        .rsplit_once('/')
+        .map_or(("", path), |(parent, key)| (parent, key));
+    let parent = if parent.is_empty() {
+        String::new()
+    } else {
+        format!("/{parent}")
+    };
     value.pointer_mut(&parent).unwrap()[key] = to;
     value
 }
@@ -57,17 +65,25 @@ fn each_method_is_read() {
             gptq(),
             Scheme {
                 code: Code::Int4,
-                layout: Layout::Gptq { zeros_less_one: true },
+                layout: Layout::Gptq {
+                    zeros_less_one: true,
+                },
                 grouping: Grouping::Inputs(32),
                 has_zeros: true,
                 order: Order::MayBeListed,
             },
         ),
         (
-            with(with(gptq(), "desc_act", json!(true)), "checkpoint_format", json!("gptq_v2")),
+            with(
+                with(gptq(), "desc_act", json!(true)),
+                "checkpoint_format",
+                json!("gptq_v2"),
+            ),
             Scheme {
                 code: Code::Int4,
-                layout: Layout::Gptq { zeros_less_one: false },
+                layout: Layout::Gptq {
+                    zeros_less_one: false,
+                },
                 grouping: Grouping::Inputs(32),
                 has_zeros: true,
                 order: Order::Listed,
@@ -97,7 +113,9 @@ fn each_method_is_read() {
             fp8(),
             Scheme {
                 code: Code::Fp8,
-                layout: Layout::Bytes { scale: "weight_scale_inv" },
+                layout: Layout::Bytes {
+                    scale: "weight_scale_inv",
+                },
                 grouping: Grouping::Block {
                     outputs: 128,
                     inputs: 128,
@@ -118,22 +136,61 @@ fn each_method_is_read() {
 fn modules_are_left_alone_as_each_method_says() {
     let left = |config: Value| {
         let quantization = read(config.clone()).unwrap_or_else(|e| panic!("{config}: {e}"));
-        14 - quantization.modules.keys().filter(|name| *name != "lm_head").count()
+        14 - quantization
+            .modules
+            .keys()
+            .filter(|name| *name != "lm_head")
+            .count()
     };
     let skip = |config: Value, key: &str, names: Value| left(with(config, key, names));
-    assert_eq!(skip(awq(), "modules_to_not_convert", json!(["self_attn"])), 8);
+    assert_eq!(
+        skip(awq(), "modules_to_not_convert", json!(["self_attn"])),
+        8
+    );
     assert_eq!(skip(awq(), "modules_to_not_convert", json!(null)), 0);
     // Whole components: a name that only begins like another is another.
-    assert_eq!(skip(fp8(), "modules_to_not_convert", json!(["model.layers.1.mlp.down"])), 0);
-    assert_eq!(skip(fp8(), "modules_to_not_convert", json!(["model.layers.1.mlp", "lm_head"])), 3);
+    assert_eq!(
+        skip(
+            fp8(),
+            "modules_to_not_convert",
+            json!(["model.layers.1.mlp.down"])
+        ),
+        0
+    );
+    assert_eq!(
+        skip(
+            fp8(),
+            "modules_to_not_convert",
+            json!(["model.layers.1.mlp", "lm_head"])
+        ),
+        3
+    );
     assert_eq!(skip(fp8(), "ignored_layers", json!(["down_proj"])), 2);
-    assert_eq!(skip(compressed(), "ignore", json!(["re:.*self_attn.*", "lm_head"])), 8);
-    assert_eq!(skip(compressed(), "ignore", json!(["model.layers.0.mlp.down_proj"])), 1);
+    assert_eq!(
+        skip(
+            compressed(),
+            "ignore",
+            json!(["re:.*self_attn.*", "lm_head"])
+        ),
+        8
+    );
+    assert_eq!(
+        skip(
+            compressed(),
+            "ignore",
+            json!(["model.layers.0.mlp.down_proj"])
+        ),
+        1
+    );
     // Python's match begins at the beginning.
     assert_eq!(skip(compressed(), "ignore", json!(["re:self_attn"])), 0);
     let head = read(with(compressed(), "ignore", json!([]))).unwrap();
     assert!(head.modules.contains_key("lm_head"));
-    let only = with(compressed(), "config_groups/group_0/targets", json!(["re:.*down_proj", "nothing"]));
+    let only = with(
+        compressed(),
+        "config_groups/group_0/targets",
+        json!(["re:.*down_proj", "nothing"]),
+    );
     assert_eq!(left(only), 12);
 }
 
@@ -141,35 +198,99 @@ fn modules_are_left_alone_as_each_method_says() {
 fn what_cannot_be_honoured_is_refused_with_its_key() {
     let weights = |key: &str, to: Value| with(compressed(), &format!("{WEIGHTS}/{key}"), to);
     for (config, words) in [
-        (json!({"quant_method": "bitsandbytes"}), ["bitsandbytes", "awq"]),
+        (
+            json!({"quant_method": "bitsandbytes"}),
+            ["bitsandbytes", "awq"],
+        ),
         (json!({}), ["quant_method", "gptq"]),
         (json!("gptq"), ["quantization_config", "object"]),
         (with(gptq(), "bits", json!(3)), ["`bits` 3", "4 and 8"]),
-        (with(gptq(), "group_size", json!(0)), ["group_size", "from 1"]),
-        (with(gptq(), "group_size", json!(null)), ["group_size", "lacks"]),
-        (with(gptq(), "checkpoint_format", json!("marlin")), ["marlin", "gptq_v2"]),
-        (with(gptq(), "lm_head", json!(true)), ["`lm_head` true", "not quantized"]),
-        (with(gptq(), "dynamic", json!({"-:.*": {}})), ["dynamic", "alike"]),
-        (with(gptq(), "desc_act", json!("yes")), ["desc_act", "true or false"]),
-        (with(with(gptq(), "bits", json!(8)), "sym", json!(false)), ["`sym` false", "8 bits"]),
+        (
+            with(gptq(), "group_size", json!(0)),
+            ["group_size", "from 1"],
+        ),
+        (
+            with(gptq(), "group_size", json!(null)),
+            ["group_size", "lacks"],
+        ),
+        (
+            with(gptq(), "checkpoint_format", json!("marlin")),
+            ["marlin", "gptq_v2"],
+        ),
+        (
+            with(gptq(), "lm_head", json!(true)),
+            ["`lm_head` true", "not quantized"],
+        ),
+        (
+            with(gptq(), "dynamic", json!({"-:.*": {}})),
+            ["dynamic", "alike"],
+        ),
+        (
+            with(gptq(), "desc_act", json!("yes")),
+            ["desc_act", "true or false"],
+        ),
+        (
+            with(with(gptq(), "bits", json!(8)), "sym", json!(false)),
+            ["`sym` false", "8 bits"],
+        ),
         (with(awq(), "version", json!("gemv")), ["gemv", "gemm"]),
-        (with(awq(), "zero_point", json!(false)), ["`zero_point` false", "true"]),
+        (
+            with(awq(), "zero_point", json!(false)),
+            ["`zero_point` false", "true"],
+        ),
         (with(awq(), "bits", json!(8)), ["`bits` 8", "4 bits"]),
-        (with(awq(), "modules_to_not_convert", json!(["q_proj"])), ["q_proj", "same bits"]),
-        (with(awq(), "modules_to_not_convert", json!("q_proj")), ["modules_to_not_convert", "list"]),
+        (
+            with(awq(), "modules_to_not_convert", json!(["q_proj"])),
+            ["q_proj", "same bits"],
+        ),
+        (
+            with(awq(), "modules_to_not_convert", json!("q_proj")),
+            ["modules_to_not_convert", "list"],
+        ),
         (with(fp8(), "fmt", json!("e5m2")), ["e5m2", "e4m3"]),
-        (with(fp8(), "weight_block_size", json!([128])), ["weight_block_size", "two"]),
-        (with(fp8(), "activation_scheme", json!("other")), ["activation_scheme", "dynamic"]),
-        (with(compressed(), "format", json!("nvfp4-pack-quantized")), ["nvfp4", "pack-quantized"]),
-        (with(compressed(), "ignore", json!(["re:(?!x)"])), ["(?!x)", "look-around"]),
-        (with(compressed(), "ignore", json!(["re:(((("])), ["((((", "look-around"]),
-        (with(compressed(), "transform_config", json!({"a": 1})), ["transform_config", "transformed"]),
-        (with(compressed(), "sparsity_config", json!({"format": "sparse-24"})), ["sparse-24", "dense"]),
+        (
+            with(fp8(), "weight_block_size", json!([128])),
+            ["weight_block_size", "two"],
+        ),
+        (
+            with(fp8(), "activation_scheme", json!("other")),
+            ["activation_scheme", "dynamic"],
+        ),
+        (
+            with(compressed(), "format", json!("nvfp4-pack-quantized")),
+            ["nvfp4", "pack-quantized"],
+        ),
+        (
+            with(compressed(), "ignore", json!(["re:(?!x)"])),
+            ["(?!x)", "look-around"],
+        ),
+        (
+            with(compressed(), "ignore", json!(["re:(((("])),
+            ["((((", "look-around"],
+        ),
+        (
+            with(compressed(), "transform_config", json!({"a": 1})),
+            ["transform_config", "transformed"],
+        ),
+        (
+            with(
+                compressed(),
+                "sparsity_config",
+                json!({"format": "sparse-24"}),
+            ),
+            ["sparse-24", "dense"],
+        ),
         (weights("num_bits", json!(3)), ["`num_bits` 3", "8 bits"]),
         (weights("type", json!("float")), ["`type`", "int"]),
-        (weights("strategy", json!("tensor_group")), ["tensor_group", "channel"]),
+        (
+            weights("strategy", json!("tensor_group")),
+            ["tensor_group", "channel"],
+        ),
         (weights("actorder", json!("odd")), ["odd", "group"]),
-        (weights("dynamic", json!(true)), ["`dynamic` true", "stored scales"]),
+        (
+            weights("dynamic", json!(true)),
+            ["`dynamic` true", "stored scales"],
+        ),
     ] {
         let refused = read(config.clone()).expect_err(&config.to_string());
         for word in words {
@@ -183,7 +304,11 @@ fn scales_of_activations_are_noted_and_not_used() {
     let static_scales = with(fp8(), "activation_scheme", json!("static"));
     assert!(read(static_scales).unwrap().notes[0].contains("not used"));
     let activations = json!({"num_bits": 8, "dynamic": false});
-    let group = with(compressed(), "config_groups/group_0/input_activations", activations);
+    let group = with(
+        compressed(),
+        "config_groups/group_0/input_activations",
+        activations,
+    );
     assert!(read(group).unwrap().notes[0].contains("input_activations"));
     let kv = with(compressed(), "kv_cache_scheme", json!({"num_bits": 8}));
     assert!(read(kv).unwrap().notes[0].contains("--kv-cache-dtype"));
@@ -198,14 +323,25 @@ fn a_flag_must_fit_the_checkpoint() {
     for code in [Code::Int4, Code::Int8, Code::Fp8] {
         assert_eq!(at_load(code.name(), &dense), Ok(Some(code)));
     }
-    assert!(at_load("awq", &dense).unwrap_err().contains("not quantised; leave it out"));
-    assert!(at_load("int3", &dense).unwrap_err().contains("must be int8"));
+    assert!(
+        at_load("awq", &dense)
+            .unwrap_err()
+            .contains("not quantised; leave it out")
+    );
+    assert!(
+        at_load("int3", &dense)
+            .unwrap_err()
+            .contains("must be int8")
+    );
     shape["quantization_config"] = gptq();
     let stored = read(&shape);
     assert_eq!(at_load("auto", &stored), Ok(None));
     assert_eq!(at_load("gptq", &stored), Ok(None));
     for other in ["int8", "fp8", "awq", "nonsense"] {
-        assert!(at_load(other, &stored).unwrap_err().contains("give gptq"), "{other}");
+        assert!(
+            at_load(other, &stored).unwrap_err().contains("give gptq"),
+            "{other}"
+        );
     }
 }
 
@@ -214,9 +350,29 @@ fn a_flag_must_fit_the_checkpoint() {
 fn hostile_configurations_never_panic() {
     let mut random = Random::new(seed(14));
     let odd = [
-        json!(null), json!(true), json!(-1), json!(0), json!(8), json!(1 << 20), json!(u64::MAX), json!(1.5), json!(""),
-        json!("group"), json!("re:.*"), json!("0x0"), json!([]), json!([0, 0]), json!([1, 1_048_576]), json!({}),
-        json!({"a": []}), json!("channel"), json!("block"), json!("gptq"), json!("fp8"), json!(4), json!("int-quantized"),
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(0),
+        json!(8),
+        json!(1 << 20),
+        json!(u64::MAX),
+        json!(1.5),
+        json!(""),
+        json!("group"),
+        json!("re:.*"),
+        json!("0x0"),
+        json!([]),
+        json!([0, 0]),
+        json!([1, 1_048_576]),
+        json!({}),
+        json!({"a": []}),
+        json!("channel"),
+        json!("block"),
+        json!("gptq"),
+        json!("fp8"),
+        json!(4),
+        json!("int-quantized"),
     ];
     let (mut read, mut refused) = (0, 0);
     for _ in 0..20_000 {
@@ -224,7 +380,9 @@ fn hostile_configurations_never_panic() {
         for _ in 0..=random.below(3) {
             // Down a random path, then something odd in its place.
             let mut place = &mut value;
-            while random.below(3) > 0 && (place.is_object() && !place.as_object().unwrap().is_empty()) {
+            while random.below(3) > 0
+                && (place.is_object() && !place.as_object().unwrap().is_empty())
+            {
                 let map = place.as_object_mut().unwrap();
                 let key = random.below(map.len());
                 place = map.values_mut().nth(key).unwrap();
@@ -243,5 +401,8 @@ fn hostile_configurations_never_panic() {
         }
     }
     println!("{read} read, {refused} refused");
-    assert!(read > 500 && refused > 500, "{read} read, {refused} refused");
+    assert!(
+        read > 500 && refused > 500,
+        "{read} read, {refused} refused"
+    );
 }
