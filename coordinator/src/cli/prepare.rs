@@ -361,7 +361,7 @@ fn sizes(
     loop {
         let needs = partitions
             .iter()
-            .map(|partition| RankNeeds::estimate(shape, partition, &elements, &sizes));
+            .map(|partition| RankNeeds::estimate(shape, partition, elements, &sizes));
         let mut needs: Vec<RankNeeds> = needs.collect();
         if let Some(gpus) = gpus {
             needs = gpus.estimated(needs);

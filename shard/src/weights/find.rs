@@ -226,7 +226,7 @@ impl Finder<'_> {
         let spec = self.spec(name)?;
         if let Some(scheme) = &spec.scheme {
             let codes = self.codes(spec, scheme)?;
-            return Ok(Part::Codes(Codes(Source::Stored(codes))));
+            return Ok(Part::Codes(Codes(Source::Stored(Box::new(codes)))));
         }
         let matrix = self.numbers(spec)?;
         let at_load = self.at_load.filter(|_| spec.is_linear());
@@ -258,7 +258,7 @@ impl Finder<'_> {
             }
         }
         let part = self.partition.part(spec);
-        QuantisedPart::new(spec, *scheme, part, tensors)
+        QuantisedPart::new(spec, *scheme, &part, tensors)
     }
 
     /// All bytes of a tensor.

@@ -110,7 +110,7 @@ pub struct Codes(Source);
 #[derive(Clone, Debug)]
 enum Source {
     /// The checkpoint has codes.
-    Stored(QuantisedPart),
+    Stored(Box<QuantisedPart>),
     /// The checkpoint has numbers. The first column is this input of the whole weight.
     Numbers {
         matrix: HostMatrix,

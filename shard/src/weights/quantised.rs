@@ -110,7 +110,7 @@ impl QuantisedPart {
     pub(super) fn new(
         spec: &TensorSpec,
         scheme: Scheme,
-        part: TensorPart,
+        part: &TensorPart,
         mut tensors: Tensors,
     ) -> Result<Self> {
         let name = spec.name.clone();
@@ -242,7 +242,7 @@ impl QuantisedPart {
             .zip(self.rows.clone())
             .collect();
         over_threads(rows, cols, |(codes, row)| {
-            self.unpack_row(row, order, codes)
+            self.unpack_row(row, order, codes);
         });
         data.into()
     }
@@ -275,7 +275,9 @@ impl QuantisedPart {
         }
         if self.scheme.code == Code::Int8 && !matches!(self.scheme.layout, Layout::Bytes { .. }) {
             // Stored as a distance from -128.
-            codes.iter_mut().for_each(|code| *code ^= 0x80);
+            for code in codes {
+                *code ^= 0x80;
+            }
         }
     }
 

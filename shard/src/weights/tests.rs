@@ -1,5 +1,7 @@
 //! Layouts against their packing, parts against the whole, and codes at load against the numbers they stand for.
 
+#![expect(clippy::cast_possible_truncation, reason = "the sizes are small")]
+
 use super::quantised::{QuantisedPart, Tensors};
 use super::*;
 use crate::testing::Random;
@@ -32,7 +34,7 @@ impl Packed {
             rows: rows[0]..rows[1],
             cols: cols[0]..cols[1],
         };
-        QuantisedPart::new(&self.spec, self.scheme, part, tensors)?.read()
+        QuantisedPart::new(&self.spec, self.scheme, &part, tensors)?.read()
     }
 
     fn put(&mut self, role: Role, data: Vec<u8>, dtype: StoredDtype) {
@@ -242,9 +244,9 @@ fn store_by_group(packed: &mut Packed, drawn: &Drawn) {
         })
     {
         let ones = u32::MAX / ((1 << bits) - 1);
-        zeros
-            .iter_mut()
-            .for_each(|word| *word = word.wrapping_sub(ones));
+        for word in &mut zeros {
+            *word = word.wrapping_sub(ones);
+        }
     }
     packed.put(Role::Elements, little_endian(&elements), StoredDtype::I32);
     packed.put(Role::Zeros, little_endian(&zeros), StoredDtype::I32);
@@ -363,7 +365,7 @@ fn numbers(values: &[f32], cols: usize, element: Element) -> HostMatrix {
             .iter()
             .flat_map(|v| f16::from_f32(*v).to_le_bytes())
             .collect(),
-        _ => values
+        Element::Bf16 => values
             .iter()
             .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
             .collect(),
@@ -388,9 +390,9 @@ fn codes_at_load_are_near_the_numbers() {
             .collect();
         // A row of zeros, and one of a single sign.
         weights[..cols].fill(0.0);
-        weights[(rows - 1) * cols..]
-            .iter_mut()
-            .for_each(|weight| *weight = weight.abs());
+        for weight in &mut weights[(rows - 1) * cols..] {
+            *weight = weight.abs();
+        }
         for element in [Element::F32, Element::F16, Element::Bf16] {
             let matrix = numbers(&weights, cols, element);
             let mut exact = Vec::new();

@@ -76,7 +76,7 @@ fn the_fit_was_right(files: &ModelFiles, load: &Load, case: &str) {
     };
     for partition in Partition::all(&shape, load.tensor_parallel_size).expect("it splits") {
         let engine = load_rank(files, load, partition.rank.0).expect("it loads");
-        let needs = RankNeeds::estimate(&shape, &partition, &elements, &sizes);
+        let needs = RankNeeds::estimate(&shape, &partition, elements, &sizes);
         let (counted, taken) = (needs.weight_bytes, engine.loaded().weight_bytes);
         let filled = if case.contains("ct-actorder") {
             counted / 50

@@ -75,7 +75,7 @@ impl RankNeeds {
     pub fn estimate(
         shape: &ModelShape,
         partition: &Partition,
-        elements: &Elements,
+        elements: Elements,
         sizes: &Sizes,
     ) -> Self {
         let weights = tensors(shape)
@@ -117,7 +117,7 @@ impl RankNeeds {
 }
 
 /// This rank's part of one weight.
-fn weight_bytes(spec: &TensorSpec, partition: &Partition, elements: &Elements) -> u64 {
+fn weight_bytes(spec: &TensorSpec, partition: &Partition, elements: Elements) -> u64 {
     const FLOAT_BYTES: u64 = 4;
     let part = partition.part(spec);
     if spec.is_vector {

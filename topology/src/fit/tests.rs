@@ -148,7 +148,7 @@ fn a_report_never_takes_more_than_there_is() {
             continue;
         };
         let elements = elements(Dtype::Float32, *random.pick(&[None, Some(Code::Int4)]));
-        let estimate = |partition| RankNeeds::estimate(&shape, partition, &elements, &SIZES);
+        let estimate = |partition| RankNeeds::estimate(&shape, partition, elements, &SIZES);
         let needs: Vec<_> = partitions.iter().map(estimate).collect();
         let free_bytes = random.next() % (1 << 22);
         let memory = Memory::Shared { free_bytes };
@@ -187,7 +187,7 @@ fn the_parts_of_weights_add_up() {
             let partitions = Partition::all(&shape, world_size).unwrap();
             let needs = partitions
                 .iter()
-                .map(|p| RankNeeds::estimate(&shape, p, &elements, &SIZES));
+                .map(|p| RankNeeds::estimate(&shape, p, elements, &SIZES));
             needs.fold((0, 0), |sum, n| {
                 (sum.0 + n.weight_bytes, sum.1 + n.block_bytes)
             })
@@ -216,7 +216,7 @@ fn quantised_weights_count_their_bits_scales_and_zeros() {
     let bytes = |at_load, world_size| {
         let elements = elements(Dtype::Float32, at_load);
         let partitions = Partition::all(&shape, world_size).unwrap();
-        RankNeeds::estimate(&shape, &partitions[0], &elements, &SIZES).weight_bytes
+        RankNeeds::estimate(&shape, &partitions[0], elements, &SIZES).weight_bytes
     };
     let dense = 2 * u64::from(shape.vocab_size) * 64 + 4 * 3 * 64;
     // Rows of q, k, v, o, gate and up have 64 inputs, those of down 320: three groups of 128.

@@ -90,117 +90,77 @@ impl StoredSpec {
 impl Scheme {
     /// The tensors of a matrix `[rows, cols]` of `module`.
     pub fn stored(&self, module: &str, [rows, cols]: [u32; 2]) -> Vec<StoredSpec> {
-        let spec = |name: &str, role, shape: [u32; 2], accepted| StoredSpec {
-            name: format!("{module}.{name}"),
-            role,
-            shape: shape.map(u64::from).to_vec(),
-            accepted,
-            loose: false,
-            optional: false,
-        };
         let per_word = 32 / self.code.bits();
         let groups = self.grouping.groups_in(&(0..cols));
+        let [row_words, col_words] = [rows, cols].map(|length| length.div_ceil(per_word));
+        let by_output = self.scale_shape([rows, cols]);
         let mut specs = match self.layout {
-            Layout::Gptq { .. } => vec![
-                spec(
-                    "qweight",
-                    Role::Elements,
-                    [cols.div_ceil(per_word), rows],
-                    Accepted::Words,
-                ),
-                spec(
-                    "qzeros",
-                    Role::Zeros,
-                    [groups, rows.div_ceil(per_word)],
-                    Accepted::Words,
-                ),
-                spec("scales", Role::Scales, [groups, rows], Accepted::Floats),
-            ],
-            Layout::Awq => vec![
-                spec(
-                    "qweight",
-                    Role::Elements,
-                    [cols, rows.div_ceil(per_word)],
-                    Accepted::Words,
-                ),
-                spec(
-                    "qzeros",
-                    Role::Zeros,
-                    [groups, rows.div_ceil(per_word)],
-                    Accepted::Words,
-                ),
-                spec("scales", Role::Scales, [groups, rows], Accepted::Floats),
-            ],
+            Layout::Gptq { .. } | Layout::Awq => {
+                let elements = match self.layout {
+                    Layout::Awq => vec![cols, row_words],
+                    _ => vec![col_words, rows],
+                };
+                vec![
+                    ("qweight", Role::Elements, elements, Accepted::Words),
+                    (
+                        "qzeros",
+                        Role::Zeros,
+                        vec![groups, row_words],
+                        Accepted::Words,
+                    ),
+                    ("scales", Role::Scales, vec![groups, rows], Accepted::Floats),
+                ]
+            }
             Layout::Bytes { scale } => {
                 let accepted = match self.code {
                     Code::Int8 => Accepted::Int8,
                     Code::Int4 | Code::Fp8 => Accepted::Fp8,
                 };
                 vec![
-                    spec("weight", Role::Elements, [rows, cols], accepted),
-                    spec(
-                        scale,
-                        Role::Scales,
-                        self.scale_shape([rows, cols]),
-                        Accepted::Floats,
-                    ),
+                    ("weight", Role::Elements, vec![rows, cols], accepted),
+                    (scale, Role::Scales, by_output, Accepted::Floats),
                 ]
             }
             Layout::Packed => vec![
-                spec(
+                (
                     "weight_packed",
                     Role::Elements,
-                    [rows, cols.div_ceil(per_word)],
+                    vec![rows, col_words],
                     Accepted::Words,
                 ),
-                spec(
-                    "weight_scale",
-                    Role::Scales,
-                    self.scale_shape([rows, cols]),
-                    Accepted::Floats,
-                ),
-                StoredSpec {
-                    shape: vec![2],
-                    ..spec("weight_shape", Role::Shape, [2, 1], Accepted::Integers)
-                },
+                ("weight_scale", Role::Scales, by_output, Accepted::Floats),
+                ("weight_shape", Role::Shape, vec![2], Accepted::Integers),
             ],
         };
-        if self.layout == Layout::Packed && self.has_zeros {
-            let shape = [rows.div_ceil(per_word), groups];
-            specs.push(spec(
-                "weight_zero_point",
-                Role::Zeros,
-                shape,
-                Accepted::Words,
-            ));
+        let is_packed = self.layout == Layout::Packed;
+        if is_packed && self.has_zeros {
+            let shape = vec![row_words, groups];
+            specs.push(("weight_zero_point", Role::Zeros, shape, Accepted::Words));
         }
         if self.order != Order::ByPlace {
-            let name = if self.layout == Layout::Packed {
-                "weight_g_idx"
-            } else {
-                "g_idx"
-            };
-            specs.push(StoredSpec {
-                shape: vec![cols.into()],
-                optional: self.order == Order::MayBeListed,
-                ..spec(name, Role::GroupOfInput, [cols, 1], Accepted::Integers)
-            });
+            let name = if is_packed { "weight_g_idx" } else { "g_idx" };
+            specs.push((name, Role::GroupOfInput, vec![cols], Accepted::Integers));
         }
-        for spec in &mut specs {
-            // One scale, or one for each output, is written as a matrix by some and as a vector by others.
-            spec.loose = spec.role == Role::Scales
-                && matches!(self.grouping, Grouping::Tensor | Grouping::Output);
-        }
-        specs
+        // One scale, or one for each output, is written as a matrix by some and as a vector by others.
+        let is_loose = matches!(self.grouping, Grouping::Tensor | Grouping::Output);
+        let spec = |(name, role, shape, accepted): (&str, _, Vec<u32>, _)| StoredSpec {
+            name: format!("{module}.{name}"),
+            role,
+            shape: shape.into_iter().map(u64::from).collect(),
+            accepted,
+            loose: is_loose && role == Role::Scales,
+            optional: role == Role::GroupOfInput && self.order == Order::MayBeListed,
+        };
+        specs.into_iter().map(spec).collect()
     }
 
     /// Shape of the scales in the layouts that keep them by output.
-    fn scale_shape(&self, [rows, cols]: [u32; 2]) -> [u32; 2] {
+    fn scale_shape(&self, [rows, cols]: [u32; 2]) -> Vec<u32> {
         match self.grouping {
-            Grouping::Tensor => [1, 1],
-            Grouping::Output => [rows, 1],
-            Grouping::Inputs(_) => [rows, self.grouping.groups_in(&(0..cols))],
-            Grouping::Block { outputs, .. } => [
+            Grouping::Tensor => vec![1, 1],
+            Grouping::Output => vec![rows, 1],
+            Grouping::Inputs(_) => vec![rows, self.grouping.groups_in(&(0..cols))],
+            Grouping::Block { outputs, .. } => vec![
                 rows.div_ceil(outputs.max(1)),
                 self.grouping.groups_in(&(0..cols)),
             ],

@@ -4,7 +4,7 @@ use super::*;
 use crate::random::{Random, seed};
 use serde_json::{Value, json};
 
-fn config(quantization: Value) -> Value {
+fn config(quantization: &Value) -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
         "num_hidden_layers": 2, "max_position_embeddings": 32, "vocab_size": 10, "torch_dtype": "bfloat16",
@@ -12,7 +12,7 @@ fn config(quantization: Value) -> Value {
     })
 }
 
-fn read(quantization: Value) -> Result<Quantization, String> {
+fn read(quantization: &Value) -> Result<Quantization, String> {
     let shape = ModelShape::from_config(config(quantization).to_string().as_bytes());
     shape
         .map_err(|e| e.to_string())
@@ -60,53 +60,53 @@ const WEIGHTS: &str = "config_groups/group_0/weights";
 #[test]
 fn each_method_is_read() {
     let up = "model.layers.1.mlp.up_proj";
+    let base = Scheme {
+        code: Code::Int4,
+        layout: Layout::Packed,
+        grouping: Grouping::Inputs(32),
+        has_zeros: true,
+        order: Order::ByPlace,
+    };
+    let v2 = with(gptq(), "desc_act", json!(true));
+    let block = Grouping::Block {
+        outputs: 128,
+        inputs: 128,
+    };
     for (config, expected) in [
         (
             gptq(),
             Scheme {
-                code: Code::Int4,
                 layout: Layout::Gptq {
                     zeros_less_one: true,
                 },
-                grouping: Grouping::Inputs(32),
-                has_zeros: true,
                 order: Order::MayBeListed,
+                ..base
             },
         ),
         (
-            with(
-                with(gptq(), "desc_act", json!(true)),
-                "checkpoint_format",
-                json!("gptq_v2"),
-            ),
+            with(v2, "checkpoint_format", json!("gptq_v2")),
             Scheme {
-                code: Code::Int4,
                 layout: Layout::Gptq {
                     zeros_less_one: false,
                 },
-                grouping: Grouping::Inputs(32),
-                has_zeros: true,
                 order: Order::Listed,
+                ..base
             },
         ),
         (
             with(awq(), "group_size", json!(-1)),
             Scheme {
-                code: Code::Int4,
                 layout: Layout::Awq,
                 grouping: Grouping::Output,
-                has_zeros: true,
-                order: Order::ByPlace,
+                ..base
             },
         ),
         (
             with(compressed(), &format!("{WEIGHTS}/actorder"), json!("group")),
             Scheme {
-                code: Code::Int4,
-                layout: Layout::Packed,
-                grouping: Grouping::Inputs(32),
                 has_zeros: false,
                 order: Order::Listed,
+                ..base
             },
         ),
         (
@@ -116,16 +116,13 @@ fn each_method_is_read() {
                 layout: Layout::Bytes {
                     scale: "weight_scale_inv",
                 },
-                grouping: Grouping::Block {
-                    outputs: 128,
-                    inputs: 128,
-                },
+                grouping: block,
                 has_zeros: false,
-                order: Order::ByPlace,
+                ..base
             },
         ),
     ] {
-        let quantization = read(config.clone()).unwrap_or_else(|e| panic!("{config}: {e}"));
+        let quantization = read(&config).unwrap_or_else(|e| panic!("{config}: {e}"));
         assert_eq!(quantization.modules.len(), 14, "{config}");
         assert_eq!(quantization.modules[up], expected, "{config}");
         assert!(quantization.notes.is_empty());
@@ -135,7 +132,7 @@ fn each_method_is_read() {
 #[test]
 fn modules_are_left_alone_as_each_method_says() {
     let left = |config: Value| {
-        let quantization = read(config.clone()).unwrap_or_else(|e| panic!("{config}: {e}"));
+        let quantization = read(&config).unwrap_or_else(|e| panic!("{config}: {e}"));
         14 - quantization
             .modules
             .keys()
@@ -184,7 +181,7 @@ fn modules_are_left_alone_as_each_method_says() {
     );
     // Python's match begins at the beginning.
     assert_eq!(skip(compressed(), "ignore", json!(["re:self_attn"])), 0);
-    let head = read(with(compressed(), "ignore", json!([]))).unwrap();
+    let head = read(&with(compressed(), "ignore", json!([]))).unwrap();
     assert!(head.modules.contains_key("lm_head"));
     let only = with(
         compressed(),
@@ -194,129 +191,127 @@ fn modules_are_left_alone_as_each_method_says() {
     assert_eq!(left(only), 12);
 }
 
+/// Each key set to a value in `base` is refused with these words.
+fn refuses(base: &Value, cases: &[(&str, Value, [&str; 2])]) {
+    for (path, value, words) in cases {
+        let refused = read(&with(base.clone(), path, value.clone()));
+        let refused = refused.expect_err(&format!("{path}: {value}"));
+        for word in words {
+            assert!(refused.contains(word), "{path}: {value}: {refused}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_honoured_is_refused_with_its_key() {
-    let weights = |key: &str, to: Value| with(compressed(), &format!("{WEIGHTS}/{key}"), to);
-    for (config, words) in [
+    for (config, word) in [
+        (json!({"quant_method": "bitsandbytes"}), "bitsandbytes"),
+        (json!({}), "quant_method"),
+        (json!("gptq"), "an object"),
+    ] {
+        let refused = read(&config).expect_err(&config.to_string());
+        assert!(refused.contains(word), "{config}: {refused}");
+    }
+    let gptq_cases = [
+        ("bits", json!(3), ["`bits` 3", "4 and 8"]),
+        ("group_size", json!(0), ["group_size", "from 1"]),
+        ("group_size", json!(null), ["group_size", "lacks"]),
+        ("checkpoint_format", json!("marlin"), ["marlin", "gptq_v2"]),
+        ("lm_head", json!(true), ["`lm_head` true", "not quantized"]),
+        ("dynamic", json!({"-:.*": {}}), ["dynamic", "alike"]),
+        ("desc_act", json!("yes"), ["desc_act", "true or false"]),
+        ("pack_dtype", json!("int64"), ["int64", "int32"]),
+    ];
+    refuses(&gptq(), &gptq_cases);
+    let eight_bits = with(gptq(), "bits", json!(8));
+    refuses(
+        &eight_bits,
+        &[("sym", json!(false), ["`sym` false", "8 bits"])],
+    );
+    let skip = "modules_to_not_convert";
+    let awq_cases = [
+        ("version", json!("gemv"), ["gemv", "gemm"]),
+        ("zero_point", json!(false), ["`zero_point` false", "true"]),
+        ("bits", json!(8), ["`bits` 8", "4 bits"]),
+        (skip, json!(["q_proj"]), ["q_proj", "same bits"]),
+        (skip, json!("q_proj"), [skip, "list"]),
+    ];
+    refuses(&awq(), &awq_cases);
+    let fp8_cases = [
+        ("fmt", json!("e5m2"), ["e5m2", "e4m3"]),
         (
-            json!({"quant_method": "bitsandbytes"}),
-            ["bitsandbytes", "awq"],
-        ),
-        (json!({}), ["quant_method", "gptq"]),
-        (json!("gptq"), ["quantization_config", "object"]),
-        (with(gptq(), "bits", json!(3)), ["`bits` 3", "4 and 8"]),
-        (
-            with(gptq(), "group_size", json!(0)),
-            ["group_size", "from 1"],
-        ),
-        (
-            with(gptq(), "group_size", json!(null)),
-            ["group_size", "lacks"],
-        ),
-        (
-            with(gptq(), "checkpoint_format", json!("marlin")),
-            ["marlin", "gptq_v2"],
-        ),
-        (
-            with(gptq(), "lm_head", json!(true)),
-            ["`lm_head` true", "not quantized"],
-        ),
-        (
-            with(gptq(), "dynamic", json!({"-:.*": {}})),
-            ["dynamic", "alike"],
-        ),
-        (
-            with(gptq(), "desc_act", json!("yes")),
-            ["desc_act", "true or false"],
-        ),
-        (
-            with(with(gptq(), "bits", json!(8)), "sym", json!(false)),
-            ["`sym` false", "8 bits"],
-        ),
-        (with(awq(), "version", json!("gemv")), ["gemv", "gemm"]),
-        (
-            with(awq(), "zero_point", json!(false)),
-            ["`zero_point` false", "true"],
-        ),
-        (with(awq(), "bits", json!(8)), ["`bits` 8", "4 bits"]),
-        (
-            with(awq(), "modules_to_not_convert", json!(["q_proj"])),
-            ["q_proj", "same bits"],
-        ),
-        (
-            with(awq(), "modules_to_not_convert", json!("q_proj")),
-            ["modules_to_not_convert", "list"],
-        ),
-        (with(fp8(), "fmt", json!("e5m2")), ["e5m2", "e4m3"]),
-        (
-            with(fp8(), "weight_block_size", json!([128])),
+            "weight_block_size",
+            json!([128]),
             ["weight_block_size", "two"],
         ),
         (
-            with(fp8(), "activation_scheme", json!("other")),
+            "activation_scheme",
+            json!("odd"),
             ["activation_scheme", "dynamic"],
         ),
+    ];
+    refuses(&fp8(), &fp8_cases);
+}
+
+#[test]
+fn what_compressed_tensors_cannot_have_is_refused_with_its_key() {
+    let top = [
         (
-            with(compressed(), "format", json!("nvfp4-pack-quantized")),
-            ["nvfp4", "pack-quantized"],
+            "format",
+            json!("nvfp4-pack-quantized"),
+            ["nvfp4", "int-quantized"],
         ),
+        ("ignore", json!(["re:(?!x)"]), ["(?!x)", "look-around"]),
+        ("ignore", json!(["re:(((("]), ["((((", "look-around"]),
         (
-            with(compressed(), "ignore", json!(["re:(?!x)"])),
-            ["(?!x)", "look-around"],
-        ),
-        (
-            with(compressed(), "ignore", json!(["re:(((("])),
-            ["((((", "look-around"],
-        ),
-        (
-            with(compressed(), "transform_config", json!({"a": 1})),
+            "transform_config",
+            json!({"a": 1}),
             ["transform_config", "transformed"],
         ),
         (
-            with(
-                compressed(),
-                "sparsity_config",
-                json!({"format": "sparse-24"}),
-            ),
+            "sparsity_config",
+            json!({"format": "sparse-24"}),
             ["sparse-24", "dense"],
         ),
-        (weights("num_bits", json!(3)), ["`num_bits` 3", "8 bits"]),
-        (weights("type", json!("float")), ["`type`", "int"]),
+        ("config_groups", json!([]), ["config_groups", "object"]),
+    ];
+    refuses(&compressed(), &top);
+    let weights = [
+        ("num_bits", json!(3), ["`num_bits` 3", "8 bits"]),
+        ("type", json!("float"), ["`type`", "int"]),
         (
-            weights("strategy", json!("tensor_group")),
+            "strategy",
+            json!("tensor_group"),
             ["tensor_group", "channel"],
         ),
-        (weights("actorder", json!("odd")), ["odd", "group"]),
-        (
-            weights("dynamic", json!(true)),
-            ["`dynamic` true", "stored scales"],
-        ),
-    ] {
-        let refused = read(config.clone()).expect_err(&config.to_string());
-        for word in words {
-            assert!(refused.contains(word), "{config}: {refused}");
-        }
+        ("strategy", json!("block"), ["block_structure", "lacks"]),
+        ("actorder", json!("odd"), ["odd", "group"]),
+        ("dynamic", json!(true), ["`dynamic` true", "stored scales"]),
+    ];
+    for (key, value, words) in weights {
+        let path = format!("{WEIGHTS}/{key}");
+        refuses(&compressed(), &[(&path, value, words)]);
     }
 }
 
 #[test]
 fn scales_of_activations_are_noted_and_not_used() {
     let static_scales = with(fp8(), "activation_scheme", json!("static"));
-    assert!(read(static_scales).unwrap().notes[0].contains("not used"));
+    assert!(read(&static_scales).unwrap().notes[0].contains("not used"));
     let activations = json!({"num_bits": 8, "dynamic": false});
     let group = with(
         compressed(),
         "config_groups/group_0/input_activations",
         activations,
     );
-    assert!(read(group).unwrap().notes[0].contains("input_activations"));
+    assert!(read(&group).unwrap().notes[0].contains("input_activations"));
     let kv = with(compressed(), "kv_cache_scheme", json!({"num_bits": 8}));
-    assert!(read(kv).unwrap().notes[0].contains("--kv-cache-dtype"));
+    assert!(read(&kv).unwrap().notes[0].contains("--kv-cache-dtype"));
 }
 
 #[test]
 fn a_flag_must_fit_the_checkpoint() {
-    let mut shape = config(json!(null));
+    let mut shape = config(&json!(null));
     let read = |config: &Value| ModelShape::from_config(config.to_string().as_bytes()).unwrap();
     let dense = read(&shape);
     assert_eq!(at_load("auto", &dense), Ok(None));
@@ -389,7 +384,7 @@ fn hostile_configurations_never_panic() {
             }
             *place = random.pick(&odd).clone();
         }
-        let Ok(shape) = ModelShape::from_config(config(value).to_string().as_bytes()) else {
+        let Ok(shape) = ModelShape::from_config(config(&value).to_string().as_bytes()) else {
             refused += 1;
             continue;
         };
