@@ -293,6 +293,9 @@ choose another one when a fixture is made again; `--check` holds on any.
 |---|---|---|---|
 {rows}
 The tests assert logits within 1e-3 relative of the reference and identical greedy tokens.
+
+`quantised/` holds checkpoints of the same kind in the published quantised layouts (GPTQ, AWQ, compressed-tensors, fp8), made by
+`scripts/quantised_fixtures.py`; their references are computed from what the codes stand for.
 """
 
 

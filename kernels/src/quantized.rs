@@ -153,7 +153,29 @@ pub fn e4m3(code: u8) -> f32 {
     if code & 0x80 == 0 { size } else { -size }
 }
 
+/// The nearest [`e4m3`] of a number, halves to the even code; what is beyond 448 becomes 448.
+pub fn to_e4m3(value: f32) -> u8 {
+    const MOST: u32 = 0x7e; // 448
+    const SMALLEST_NORMAL: f32 = 1.0 / 64.0;
+    let (sign, size) = (u8::from(value.is_sign_negative()) << 7, value.abs());
+    if size.is_nan() {
+        return sign | 0x7f;
+    }
+    let code = if size < SMALLEST_NORMAL {
+        // Steps of 1/512: the number of them stands in the last bits of a sum that has no room for less.
+        (size * 512.0 + 8_388_608.0).to_bits() & 0xf
+    } else {
+        let bits = size.to_bits();
+        let rounded = bits + 0x7_ffff + ((bits >> 20) & 1);
+        // Infinity wraps nowhere: its exponent is the largest.
+        ((rounded >> 20) - ((127 - 7) << 3)).min(MOST)
+    };
+    let [code, ..] = code.to_le_bytes();
+    sign | code
+}
+
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "these values are exact")]
 mod tests {
     use super::*;
 
@@ -215,5 +237,27 @@ mod tests {
             assert_eq!(e4m3(code).to_bits(), f32::to_bits(value), "{code:#x}");
         }
         assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan());
+    }
+
+    /// Every number between two codes goes to the nearer one, and every code to itself.
+    #[test]
+    fn rounding_to_e4m3_finds_the_nearest_code() {
+        for code in 0..0x7e_u8 {
+            let (low, high) = (e4m3(code), e4m3(code + 1));
+            let middle = f32::midpoint(low, high);
+            let even = if code % 2 == 0 { code } else { code + 1 };
+            for (value, expected) in [
+                (low, code),
+                (middle.next_down(), code),
+                (middle, even),
+                (middle.next_up(), code + 1),
+                (high, code + 1),
+            ] {
+                assert_eq!(to_e4m3(value), expected, "{value}");
+                assert_eq!(to_e4m3(-value), 0x80 | expected, "-{value}");
+            }
+        }
+        assert_eq!([1e9, f32::INFINITY].map(to_e4m3), [0x7e; 2]);
+        assert!(e4m3(to_e4m3(f32::NAN)).is_nan());
     }
 }

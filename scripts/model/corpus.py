@@ -164,6 +164,14 @@ def held_out_questions(seed, per_task=40):
     return rows
 
 
+def held_out_stories(seed, count=100):
+    """Stories by a seed of their own, none twice. Plots and words are those of the training; the texts are not."""
+    rng, texts = random.Random(seed), {}
+    while len(texts) < count:
+        texts[stories.story(rng)[1]] = None
+    return [{"text": text} for text in texts]
+
+
 def forever(make, rng):
     while True:
         yield make(rng)
@@ -183,6 +191,8 @@ def main():
     print("vocabulary", tokenizer.get_vocab_size(), flush=True)
     rows = held_out_questions(args.seed + 1)
     (args.out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = held_out_stories(args.seed + 96)
+    (args.out / "heldout_stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     phases = [("early", document, args.tokens), ("long", long_document, args.long_tokens), ("late", late_document, args.late_tokens)]
     for number, (phase, make, limit) in enumerate(phases):
         ids, flags = encode(tokenizer, forever(make, random.Random(args.seed + 2 + number)), limit)

@@ -15,15 +15,16 @@ use crate::models::decoder::{Decoder, StepSize};
 use crate::run::Run;
 use crate::sampler::{self, Sampled};
 use crate::weights::{self, DecoderWeights};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kernels::backend::{Backend, DeviceError, Element, KvLayout};
 use std::net::IpAddr;
 use std::time::Instant;
 use topology::checkpoint::Checkpoint;
 use topology::ids::{Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
-use topology::model_shape::{Dtype, ModelShape};
+use topology::model_shape::{Dtype, KvDtype, ModelShape};
 use topology::partition::Partition;
+use topology::quantization::at_load;
 use topology::wire::{Load, Loaded, Ran, StepPlan, StepTimings, digest_of_tokens};
 
 /// Why a step gave no result.
@@ -67,7 +68,7 @@ pub enum StepError {
 pub struct Place {
     /// This rank.
     pub rank: Rank,
-    /// `None`: as the weights.
+    /// Where `--kv-cache-dtype` is `auto`. `None`: as the weights.
     pub kv_element: Option<Element>,
     /// This host's address on the network between the hosts; `None` where the group is on one host.
     pub interface: Option<IpAddr>,
@@ -135,7 +136,11 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         backend.compute_in(weights::element(dtype));
         C::prepare(&mut backend, load.tensor_parallel_size);
 
-        let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, dtype)?;
+        let at_load = at_load(&load.quantization, &shape).map_err(anyhow::Error::msg)?;
+        let kv_element = kv_element(&load.kv_cache_dtype, place, dtype)?;
+        let kept = (dtype, at_load);
+        let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, kept)?;
+        weights.refuse_unknown_codes(&backend.name(), |code| backend.takes(code))?;
         let weight_bytes = weights.bytes();
         let workspace_bytes = Decoder::workspace_bytes(&backend, &shape, &partition, size);
         let fits = refuse_what_does_not_fit(&backend, weight_bytes, workspace_bytes);
@@ -144,7 +149,6 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         let weights = weights.load(&backend, &mut |done| progress(done, weight_bytes))?;
         progress(weight_bytes, weight_bytes);
 
-        let kv_element = place.kv_element.unwrap_or(weights::element(dtype));
         let blocks = (0, limits.block_size);
         let layout = Decoder::<B>::kv_layout(&shape, &partition, blocks, kv_element);
         let hidden_size = shape.hidden_size as usize;
@@ -344,16 +348,26 @@ fn admit<'a, C>(
 /// `auto` is the checkpoint's own type. `vllm serve` has it so but for f32, which it would round to
 /// 16 bits; here nothing is rounded that nobody asked for.
 fn resolve_dtype(dtype: &str, shape: &ModelShape) -> Result<Dtype> {
-    let named = [Dtype::Float32, Dtype::Bfloat16, Dtype::Float16];
     if dtype == "auto" {
         return Ok(shape.dtype);
     }
-    named
+    Dtype::ALL
         .into_iter()
         .find(|d| d.name() == dtype)
         .with_context(|| {
             format!("--dtype is {dtype}; it must be auto, float32, bfloat16 or float16")
         })
+}
+
+/// What keys and values are stored as: what was asked for, else as the backend computes, else as the weights.
+fn kv_element(asked: &str, place: Place, dtype: Dtype) -> Result<Element> {
+    match KvDtype::parse(asked).map_err(anyhow::Error::msg)? {
+        None => Ok(place.kv_element.unwrap_or(weights::element(dtype))),
+        Some(KvDtype::Float(dtype)) => Ok(weights::element(dtype)),
+        Some(KvDtype::Fp8) => bail!(
+            "--kv-cache-dtype {asked} is not supported by this build; give auto, bfloat16, float16 or float32"
+        ),
+    }
 }
 
 fn limits(load: &Load, shape: &ModelShape) -> Result<(Limits, StepSize)> {

@@ -9,10 +9,12 @@
 
 use crate::model_files::{ModelFileError, ModelFiles};
 use crate::model_shape::{Dtype, ModelShape};
-use crate::partition::{TensorSpec, tensors};
+use crate::partition::tensors;
+use crate::quantization::StoredSpec;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::ops::Range;
 
 /// The one file of a small checkpoint.
@@ -64,8 +66,32 @@ pub struct StoredTensor {
 pub enum StoredDtype {
     /// One that this build computes with.
     Float(Dtype),
+    /// 8 bits, signed.
+    I8,
+    /// 32 bits, signed.
+    I32,
+    /// 64 bits, signed.
+    I64,
+    /// 8 bits, a float with 4 bits of exponent and 3 of mantissa.
+    F8E4m3,
     /// Another one, by its name in the file. Harmless in a tensor that the model does not need.
     Other(String),
+}
+
+impl fmt::Display for StoredDtype {
+    /// As in the file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Float(Dtype::Float32) => "F32",
+            Self::Float(Dtype::Float16) => "F16",
+            Self::Float(Dtype::Bfloat16) => "BF16",
+            Self::I8 => "I8",
+            Self::I32 => "I32",
+            Self::I64 => "I64",
+            Self::F8E4m3 => "F8_E4M3",
+            Self::Other(name) => name,
+        })
+    }
 }
 
 /// Why a checkpoint cannot be loaded. Each is a sentence.
@@ -139,11 +165,13 @@ pub enum CheckpointError {
         /// In the file.
         found: Vec<u64>,
     },
-    /// A tensor is not in a type this build computes with.
-    #[error("{tensor} is stored as {found}; only F32, F16 and BF16 weights are supported")]
+    /// A tensor is not in a type that it can be read in.
+    #[error("{tensor} is stored as {found}, but by config.json it must be {expected}")]
     WrongDtype {
         /// The tensor's name.
         tensor: String,
+        /// The types that would do.
+        expected: &'static str,
         /// Its type as the file names it.
         found: String,
     },
@@ -222,10 +250,11 @@ impl Checkpoint {
     /// [`CheckpointError::MissingTensor`], [`CheckpointError::WrongShape`] or
     /// [`CheckpointError::WrongDtype`] for the first tensor, in the order of the forward pass.
     pub fn check(&self, shape: &ModelShape) -> Result<(), CheckpointError> {
-        let needed = tensors(shape);
+        let needed = tensors(shape).into_iter().flat_map(|spec| spec.stored());
+        let needed: Vec<StoredSpec> = needed.collect();
         let mut missing = needed
             .iter()
-            .filter(|spec| self.tensor(&spec.name).is_none());
+            .filter(|spec| !spec.optional && self.tensor(&spec.name).is_none());
         if let Some(first) = missing.next() {
             return Err(CheckpointError::MissingTensor {
                 tensor: first.name.clone(),
@@ -237,27 +266,27 @@ impl Checkpoint {
         needed.iter().try_for_each(|spec| self.check_tensor(spec))
     }
 
-    fn check_tensor(&self, spec: &TensorSpec) -> Result<(), CheckpointError> {
+    fn check_tensor(&self, spec: &StoredSpec) -> Result<(), CheckpointError> {
         let Some(stored) = self.tensor(&spec.name) else {
             return Ok(());
         };
-        let expected = spec.stored_shape();
         let tensor = spec.name.clone();
-        if stored.shape != expected {
-            let found = stored.shape.clone();
+        if !spec.has_shape(&stored.shape) {
+            let (expected, found) = (spec.shape.clone(), stored.shape.clone());
             return Err(CheckpointError::WrongShape {
                 tensor,
                 expected,
                 found,
             });
         }
-        match &stored.dtype {
-            StoredDtype::Float(_) => Ok(()),
-            StoredDtype::Other(found) => {
-                let found = found.clone();
-                Err(CheckpointError::WrongDtype { tensor, found })
-            }
+        if spec.accepted.takes(&stored.dtype) {
+            return Ok(());
         }
+        Err(CheckpointError::WrongDtype {
+            tensor,
+            expected: spec.accepted.names(),
+            found: stored.dtype.to_string(),
+        })
     }
 
     /// Adds a file and returns its tensors.
@@ -359,6 +388,10 @@ fn stored_dtype(dtype: safetensors::Dtype) -> StoredDtype {
         safetensors::Dtype::F32 => StoredDtype::Float(Dtype::Float32),
         safetensors::Dtype::F16 => StoredDtype::Float(Dtype::Float16),
         safetensors::Dtype::BF16 => StoredDtype::Float(Dtype::Bfloat16),
+        safetensors::Dtype::I8 => StoredDtype::I8,
+        safetensors::Dtype::I32 => StoredDtype::I32,
+        safetensors::Dtype::I64 => StoredDtype::I64,
+        safetensors::Dtype::F8_E4M3 => StoredDtype::F8E4m3,
         other => StoredDtype::Other(other.to_string()),
     }
 }

@@ -2,7 +2,7 @@
 //! that carries it; how shard processes are started.
 //!
 //! Knows nothing of tensor values, HTTP or requests. Reading order: [`ids`], [`model_shape`],
-//! [`partition`], [`checkpoint`], [`manifest`] for models; [`spec`], [`placement`], [`gpus`], [`fit`], [`examine`] for
+//! [`quantization`], [`partition`], [`checkpoint`], [`manifest`] for models; [`spec`], [`placement`], [`gpus`], [`fit`], [`examine`] for
 //! machines; [`wire`], [`link`], [`launch`] for processes.
 
 pub mod checkpoint;
@@ -20,6 +20,7 @@ pub mod model_files;
 pub mod model_shape;
 pub mod partition;
 pub mod placement;
+pub mod quantization;
 mod rope_config;
 pub mod spec;
 mod tensors;

@@ -9,6 +9,7 @@
 
 use crate::layer_config;
 use crate::model_shape::{Activation, Dtype, ModelShape};
+use crate::quantization;
 use crate::rope_config;
 use serde_json::{Map, Value};
 
@@ -115,7 +116,7 @@ impl ModelShape {
         } else {
             (rope_config::rope(config, max_position_embeddings)?, None)
         };
-        Ok(Self {
+        let mut shape = Self {
             architecture: architecture.to_owned(),
             hidden_size,
             intermediate_size: config.dimension("intermediate_size", MAX_WIDTH)?,
@@ -149,7 +150,10 @@ impl ModelShape {
             dtype: dtype(config)?,
             eos_token_ids: token_ids(config, "eos_token_id")?,
             bos_token_id: token_ids(config, "bos_token_id")?.first().copied(),
-        })
+            quantization: None,
+        };
+        shape.quantization = quantization::read(config, &shape)?;
+        Ok(shape)
     }
 }
 
@@ -170,16 +174,6 @@ fn family(config: &Map<String, Value>) -> Result<(&str, Family), ShapeError> {
 
 /// Refuses what would silently give other numbers than the model's makers meant.
 fn refuse_unsupported(config: Fields<'_>, family: Family) -> Result<(), ShapeError> {
-    if let Some(quantization) = config.get("quantization_config") {
-        let method = quantization.get("quant_method").and_then(Value::as_str);
-        return Err(unsupported(
-            format!(
-                "quantization_config ({})",
-                shorten(method.unwrap_or("no method").to_owned())
-            ),
-            "weights must be float32, bfloat16 or float16, so use the unquantized checkpoint",
-        ));
-    }
     for field in ["num_local_experts", "num_experts", "n_routed_experts"] {
         if config
             .get(field)
@@ -347,8 +341,7 @@ fn dtype(config: Fields<'_>) -> Result<Dtype, ShapeError> {
     };
     let name = value.as_str().unwrap_or_default();
     let name = name.strip_prefix("torch.").unwrap_or(name);
-    let known = [Dtype::Float32, Dtype::Bfloat16, Dtype::Float16];
-    known
+    Dtype::ALL
         .into_iter()
         .find(|dtype| dtype.name() == name)
         .ok_or_else(|| {
@@ -406,7 +399,7 @@ impl<'a> Fields<'a> {
         self.flag_or(field, false)
     }
 
-    fn flag_or(self, field: &'static str, default: bool) -> Result<bool, ShapeError> {
+    pub(crate) fn flag_or(self, field: &'static str, default: bool) -> Result<bool, ShapeError> {
         let Some(value) = self.get(field) else {
             return Ok(default);
         };

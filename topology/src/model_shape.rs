@@ -2,6 +2,7 @@
 //!
 //! Llama, Mistral, Qwen2, Qwen3, Gemma 2 and Gemma 3 differ in fields of [`ModelShape`] and in nothing else.
 
+use crate::quantization::Quantization;
 use serde::Serialize;
 
 /// A decoder-only transformer, read from data.
@@ -63,6 +64,8 @@ pub struct ModelShape {
     pub sliding_window: Vec<Option<u32>>,
     /// Type of the stored weights as the config names it.
     pub dtype: Dtype,
+    /// How linear layers are stored, where it is not as `dtype`.
+    pub quantization: Option<Quantization>,
     /// End-of-sequence tokens of `config.json` (those of `generation_config.json` are added by the coordinator).
     pub eos_token_ids: Vec<u32>,
     /// Beginning-of-sequence token.
@@ -137,6 +140,9 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Float32, Self::Bfloat16, Self::Float16];
+
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
@@ -151,6 +157,45 @@ impl Dtype {
             Self::Float32 => "float32",
             Self::Bfloat16 => "bfloat16",
             Self::Float16 => "float16",
+        }
+    }
+}
+
+/// What keys and values may be kept as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvDtype {
+    /// A type that weights may have too.
+    Float(Dtype),
+    /// 8 bits, a float (`E4M3`).
+    Fp8,
+}
+
+impl KvDtype {
+    /// What `--kv-cache-dtype` may be.
+    pub const NAMES: [&str; 6] = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"];
+
+    /// Reads `--kv-cache-dtype`; `None` is `auto`, what the device computes in.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn parse(text: &str) -> Result<Option<Self>, String> {
+        let dtype = Dtype::ALL.into_iter().find(|dtype| dtype.name() == text);
+        match (text, dtype) {
+            ("auto", _) => Ok(None),
+            ("fp8" | "fp8_e4m3", _) => Ok(Some(Self::Fp8)),
+            (_, Some(dtype)) => Ok(Some(Self::Float(dtype))),
+            _ => Err(format!(
+                "--kv-cache-dtype is {text}; it must be one of {}",
+                Self::NAMES.join(", ")
+            )),
+        }
+    }
+
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Float(dtype) => dtype.bytes(),
+            Self::Fp8 => 1,
         }
     }
 }

@@ -3,9 +3,10 @@
 //! The one list that the check of a checkpoint, the fit arithmetic and the shard's loader share. It
 //! does not say which range a rank has; [`crate::partition`] does.
 //!
-//! Invariant: every tensor of the forward pass is here once, under its published name.
+//! Invariant: every tensor of the forward pass is here once, under the name that it has where nothing is quantised.
 
 use crate::model_shape::ModelShape;
+use crate::quantization::{Accepted, Role, Scheme, StoredSpec};
 
 /// What a weight's split follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +33,10 @@ pub enum Split {
     Replicated,
 }
 
-/// One tensor of a model, as its checkpoint names it.
+/// One tensor of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// The name in the checkpoint.
+    /// The name in a checkpoint that is not quantised.
     pub name: String,
     /// Outputs of a weight, or elements of a vector.
     pub rows: u32,
@@ -45,10 +46,33 @@ pub struct TensorSpec {
     pub is_vector: bool,
     /// How it is cut.
     pub split: Split,
+    /// How it is quantised; `None` where it is stored as it is.
+    pub scheme: Option<Scheme>,
 }
 
 impl TensorSpec {
-    /// The shape in the checkpoint.
+    /// Whether it is the matrix of a linear layer, which can be quantised at load. Embedding and head are not.
+    pub fn is_linear(&self) -> bool {
+        !self.is_vector && self.split != Split::Vocab
+    }
+
+    /// The tensors of the checkpoint that it is stored in.
+    pub fn stored(&self) -> Vec<StoredSpec> {
+        if let Some(scheme) = &self.scheme {
+            let module = self.name.strip_suffix(".weight").unwrap_or(&self.name);
+            return scheme.stored(module, [self.rows, self.cols]);
+        }
+        vec![StoredSpec {
+            name: self.name.clone(),
+            role: Role::Elements,
+            shape: self.stored_shape(),
+            accepted: Accepted::Floats,
+            loose: false,
+            optional: false,
+        }]
+    }
+
+    /// The shape in the checkpoint, where it is not quantised.
     pub fn stored_shape(&self) -> Vec<u64> {
         if self.is_vector {
             vec![self.rows.into()]
@@ -81,6 +105,12 @@ pub fn tensors(shape: &ModelShape) -> Vec<TensorSpec> {
             [vocab, hidden],
             Split::Vocab,
         ));
+    }
+    if let Some(quantization) = &shape.quantization {
+        for spec in specs.iter_mut().filter(|spec| !spec.is_vector) {
+            let module = spec.name.strip_suffix(".weight");
+            spec.scheme = module.and_then(|module| quantization.modules.get(module).copied());
+        }
     }
     specs
 }
@@ -178,6 +208,7 @@ fn weight(name: String, [rows, cols]: [u32; 2], split: Split) -> TensorSpec {
         cols,
         is_vector: false,
         split,
+        scheme: None,
     }
 }
 
@@ -188,5 +219,6 @@ fn vector(name: String, rows: u32, split: Split) -> TensorSpec {
         cols: 1,
         is_vector: true,
         split,
+        scheme: None,
     }
 }

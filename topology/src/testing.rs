@@ -39,6 +39,7 @@ pub(crate) fn random_shape(random: &mut Random) -> ModelShape {
         tie_word_embeddings: random.below(2) == 1,
         sliding_window: vec![None; num_layers as usize],
         dtype: Dtype::Float32,
+        quantization: None,
         eos_token_ids: vec![],
         bos_token_id: None,
     }

@@ -12,6 +12,7 @@ use topology::checkpoint::{Checkpoint, CheckpointError, INDEX_FILE, SINGLE_FILE,
 use topology::model_files::{BuiltInFile, ModelFiles};
 use topology::model_shape::{Dtype, ModelShape};
 use topology::partition::tensors;
+use topology::quantization::{Accepted, StoredSpec};
 
 fn shape(config: &Value) -> ModelShape {
     ModelShape::from_config(config.to_string().as_bytes()).expect("a valid configuration")
@@ -270,6 +271,97 @@ fn what_the_model_needs_is_checked() {
         .expect("good")
         .check(&tied)
         .expect("complete");
+}
+
+/// Types of the tensors that a model needs, as its configuration has them quantised.
+fn needed_quantised(shape: &ModelShape) -> Vec<Tensor> {
+    let specs = tensors(shape).into_iter().flat_map(|spec| spec.stored());
+    let tensor = |spec: StoredSpec| {
+        let (dtype, width) = match spec.accepted {
+            Accepted::Floats => ("F16", 2),
+            Accepted::Words | Accepted::Integers => ("I32", 4),
+            Accepted::Int8 => ("I8", 1),
+            Accepted::Fp8 => ("F8_E4M3", 1),
+        };
+        (spec.name, dtype, width, spec.shape)
+    };
+    specs.map(tensor).collect()
+}
+
+#[test]
+fn what_a_quantised_model_needs_is_checked() {
+    let mut config = tiny();
+    config["quantization_config"] =
+        json!({"quant_method": "gptq", "bits": 4, "group_size": 4, "desc_act": true});
+    let shape = shape(&config);
+    let all = needed_quantised(&shape);
+    let down = "model.layers.0.mlp.down_proj";
+    let shapes: Vec<_> = all
+        .iter()
+        .filter(|(name, ..)| name.starts_with(down))
+        .collect();
+    let kinds: Vec<_> = shapes
+        .iter()
+        .map(|(name, _, _, shape)| (&name[down.len()..], &**shape))
+        .collect();
+    // 12 inputs and 8 outputs: two words of inputs, one of outputs, three groups.
+    assert_eq!(
+        kinds,
+        [
+            (".qweight", &[2, 8][..]),
+            (".qzeros", &[3, 1]),
+            (".scales", &[3, 8]),
+            (".g_idx", &[12])
+        ]
+    );
+    let check = |change: &dyn Fn(&mut Tensor)| {
+        let mut all = all.clone();
+        all.iter_mut().for_each(change);
+        open(&file(&all)).expect("a good file").check(&shape)
+    };
+    check(&|_| ()).expect("complete");
+    for (kind, dtype, other) in [
+        (".qweight", "F32", vec![8, 2]),
+        (".qzeros", "F16", vec![3, 8]),
+        (".scales", "I32", vec![8, 3]),
+        (".g_idx", "F32", vec![3]),
+    ] {
+        let name = format!("{down}{kind}");
+        let refused = check(&|tensor| {
+            if tensor.0 == name {
+                (tensor.1, tensor.2) = (dtype, if dtype == "F16" { 2 } else { 4 });
+            }
+        });
+        let said = refused.expect_err("another type").to_string();
+        assert!(said.contains(&name) && said.contains(dtype), "{said}");
+        let refused = check(&|tensor| {
+            if tensor.0 == name {
+                tensor.3.clone_from(&other);
+            }
+        });
+        let said = refused.expect_err("another shape").to_string();
+        assert!(
+            said.contains(&name) && said.contains(&format!("{other:?}")),
+            "{said}"
+        );
+        let refused = check(&|tensor| {
+            if tensor.0 == name {
+                tensor.0.push('x');
+            }
+        });
+        let said = refused.expect_err("missing").to_string();
+        assert!(said.contains(&name) && said.contains("lacks"), "{said}");
+    }
+    // Numbers where codes should be: the unquantised checkpoint under the quantised one's configuration.
+    let refused = open(&file(&needed(&shape)))
+        .expect("a good file")
+        .check(&shape);
+    assert!(
+        refused
+            .expect_err("no codes")
+            .to_string()
+            .contains(".qweight")
+    );
 }
 
 #[test]

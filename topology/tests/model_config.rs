@@ -112,6 +112,7 @@ fn a_llama_is_read_whole() {
         tie_word_embeddings: false,
         sliding_window: vec![None; 32],
         dtype: Dtype::Bfloat16,
+        quantization: None,
         eos_token_ids: vec![128_001, 128_008, 128_009],
         bos_token_id: Some(128_000),
     };
@@ -253,8 +254,8 @@ fn an_unsupported_model_is_refused_with_what_is_supported() {
         (json!({"architectures": []}), vec!["LlamaForCausalLM"]),
         (json!({"architectures": null}), vec!["MistralForCausalLM"]),
         (
-            json!({"quantization_config": {"quant_method": "gptq"}}),
-            vec!["gptq", "bfloat16"],
+            json!({"quantization_config": {"quant_method": "bitsandbytes"}}),
+            vec!["bitsandbytes", "gptq", "unquantized"],
         ),
         (
             json!({"num_local_experts": 8}),

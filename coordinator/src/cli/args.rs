@@ -4,11 +4,14 @@
 //! from (`layers` does). Flags that `vllm serve` has keep its names and meaning.
 
 use super::values::{AutoTokens, bytes, cluster_name, part, positive_tokens, tokens};
-use clap::builder::{BoolishValueParser, NonEmptyStringValueParser as NonEmpty};
+use clap::builder::{
+    BoolishValueParser, NonEmptyStringValueParser as NonEmpty, PossibleValuesParser,
+};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::ffi::OsString;
 use std::path::PathBuf;
+use topology::model_shape::KvDtype;
 
 /// Serves large language models from several devices at once.
 #[derive(Debug, Parser)]
@@ -174,8 +177,10 @@ impl DtypeArg {
 pub enum CpuIsaArg {
     /// The best that the CPU has, in the order below.
     Auto,
-    /// Matrix tiles for weights of bfloat16, AVX-512 for all else.
+    /// Matrix tiles for weights of bfloat16, the next one for all else.
     Amx,
+    /// 512-bit vectors, with instructions for products of bytes.
+    Avx512Vnni,
     /// 512-bit vectors.
     Avx512,
     /// 256-bit vectors.
@@ -190,9 +195,42 @@ impl CpuIsaArg {
         match self {
             Self::Auto => "auto",
             Self::Amx => "amx",
+            Self::Avx512Vnni => "avx512vnni",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
+        }
+    }
+}
+
+/// What weights may be quantised to at load, and how a checkpoint may be quantised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum QuantizationArg {
+    /// 8 bits, a scale for each output.
+    Int8,
+    /// 4 bits, a scale and a zero for each 128 inputs of an output.
+    Int4,
+    /// 8-bit floats (`E4M3`), a scale for each output; also checkpoints stored so.
+    Fp8,
+    /// The checkpoint is GPTQ's.
+    Gptq,
+    /// The checkpoint is AWQ's.
+    Awq,
+    /// The checkpoint is compressed-tensors'.
+    CompressedTensors,
+}
+
+impl QuantizationArg {
+    /// As it is spelled on the command line and on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Fp8 => "fp8",
+            Self::Gptq => "gptq",
+            Self::Awq => "awq",
+            Self::CompressedTensors => "compressed-tensors",
         }
     }
 }
@@ -232,6 +270,9 @@ pub struct Up {
     /// Element type of the weights.
     #[arg(long, env = "CLUSTER_DTYPE", default_value = "auto", help_heading = MODEL)]
     pub dtype: DtypeArg,
+    /// Quantise a checkpoint's linear layers at load: int8, int4 or fp8; or how it is quantised (short: -q).
+    #[arg(short, long, env = "CLUSTER_QUANTIZATION", value_name = "FORMAT", help_heading = MODEL)]
+    pub quantization: Option<QuantizationArg>,
     /// Longest sequence, prompt and answer together: `auto`, 4096, 32k.
     #[arg(long, env = "CLUSTER_MAX_MODEL_LEN", default_value = "auto", value_name = "TOKENS",
           value_parser = AutoTokens::parse, help_heading = MODEL)]
@@ -274,6 +315,10 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", value_parser = bytes,
           help_heading = DEVICES)]
     pub kv_cache_memory_bytes: Option<u64>,
+    /// What keys and values are kept as; `auto` is 32-bit floats on the CPU, and as the weights on GPUs.
+    #[arg(long, env = "CLUSTER_KV_CACHE_DTYPE", default_value = "auto", value_name = "TYPE",
+          value_parser = PossibleValuesParser::new(KvDtype::NAMES), help_heading = DEVICES)]
+    pub kv_cache_dtype: String,
     /// Number of KV blocks, instead of what fits.
     #[arg(long, env = "CLUSTER_NUM_GPU_BLOCKS_OVERRIDE", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..), help_heading = DEVICES)]

@@ -111,8 +111,12 @@ pub fn run(command: &Command) -> ExitCode {
 /// What `cluster plan` shows.
 fn plan(prepared: &Prepared) -> String {
     let shape = &prepared.model.shape;
+    let quantised = shape.quantization.as_ref();
+    let quantised = quantised.map_or_else(String::new, |stored| {
+        format!(", linear layers by {}", stored.method.name())
+    });
     let mut text = format!(
-        "{}: {}, {} layers, {} query and {} KV heads, {} stored\n",
+        "{}: {}, {} layers, {} query and {} KV heads, {} stored{quantised}\n",
         prepared.model.names[0],
         shape.architecture,
         shape.num_layers,

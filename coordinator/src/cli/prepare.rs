@@ -4,7 +4,7 @@
 //! nothing and starts nothing. Invariant: what comes out can be started, as far as can be known
 //! here; every error is one sentence that says what to change.
 
-use super::args::{CpuIsaArg, DtypeArg, Up};
+use super::args::{CpuIsaArg, DtypeArg, QuantizationArg, Up};
 use super::nodes;
 use super::values::{self, AutoTokens};
 use crate::builtin;
@@ -17,15 +17,18 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use topology::checkpoint::Checkpoint;
-use topology::fit::{Asked, FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit};
+use topology::fit::{
+    Asked, Elements, FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit,
+};
 use topology::host::{HostCores, HostMemory};
 use topology::ids::Rank;
 use topology::launch::probe;
 use topology::manifest;
 use topology::model_files::ModelFiles;
-use topology::model_shape::{Dtype, ModelShape};
+use topology::model_shape::{Dtype, KvDtype, ModelShape};
 use topology::partition::Partition;
 use topology::placement::{Device, DeviceRequest, Placement, place};
+use topology::quantization::at_load;
 use topology::spec::cluster::Topology;
 use topology::wire::{Load, Loaded, ModelLocation};
 
@@ -116,6 +119,8 @@ impl Prepared {
             model: model.location.clone(),
             tensor_parallel_size: world_size,
             dtype: up.dtype.name().to_owned(),
+            quantization: quantization(up).to_owned(),
+            kv_cache_dtype: up.kv_cache_dtype.clone(),
             block_size: sizes.block_size,
             max_model_len: sizes.max_model_len,
             max_num_batched_tokens: sizes.max_num_batched_tokens,
@@ -232,6 +237,9 @@ impl Model {
             .with_context(|| format!("{files} cannot be served"))?;
         let weights = Checkpoint::open(&files).and_then(|weights| weights.check(&shape));
         weights.with_context(|| format!("{files} cannot be served"))?;
+        for note in shape.quantization.iter().flat_map(|stored| &stored.notes) {
+            tracing::warn!("{note}");
+        }
         ensure!(
             files.exists("tokenizer.json"),
             "{files} has no tokenizer.json; convert its tokenizer with `transformers` \
@@ -354,18 +362,11 @@ fn sizes(
             .max_num_seqs
             .unwrap_or(MAX_NUM_SEQS.min(max_num_batched_tokens)),
     };
-    let dtype = match up.dtype {
-        DtypeArg::Auto => shape.dtype,
-        DtypeArg::Float32 => Dtype::Float32,
-        DtypeArg::Bfloat16 => Dtype::Bfloat16,
-        DtypeArg::Float16 => Dtype::Float16,
-    };
-    // Keys and values are kept as they are computed: in 32 bits by CPU shards, like the weights by GPUs.
-    let kv_dtype = gpus.map_or(Dtype::Float32, |_| dtype);
+    let elements = elements(up, shape, gpus.is_some())?;
     loop {
         let needs = partitions
             .iter()
-            .map(|partition| RankNeeds::estimate(shape, partition, (dtype, kv_dtype), &sizes));
+            .map(|partition| RankNeeds::estimate(shape, partition, elements, &sizes));
         let mut needs: Vec<RankNeeds> = needs.collect();
         if let Some(gpus) = gpus {
             needs = gpus.estimated(needs);
@@ -380,6 +381,29 @@ fn sizes(
             Err(refused) => return Err(refused.into()),
         }
     }
+}
+
+fn quantization(up: &Up) -> &'static str {
+    up.quantization.map_or("auto", QuantizationArg::name)
+}
+
+/// What the ranks keep numbers as.
+fn elements(up: &Up, shape: &ModelShape, on_gpus: bool) -> Result<Elements> {
+    let dtype = match up.dtype {
+        DtypeArg::Auto => shape.dtype,
+        DtypeArg::Float32 => Dtype::Float32,
+        DtypeArg::Bfloat16 => Dtype::Bfloat16,
+        DtypeArg::Float16 => Dtype::Float16,
+    };
+    // CPU shards compute in 32 bits, GPUs in the weights' type; keys and values are kept as they are computed.
+    let compute = if on_gpus { dtype } else { Dtype::Float32 };
+    let kv = KvDtype::parse(&up.kv_cache_dtype).map_err(anyhow::Error::msg)?;
+    Ok(Elements {
+        dtype,
+        at_load: at_load(quantization(up), shape).map_err(anyhow::Error::msg)?,
+        compute,
+        kv: kv.unwrap_or(KvDtype::Float(compute)),
+    })
 }
 
 /// What is to be had instead of what fits; a number of blocks is the more exact wish.

@@ -27,6 +27,8 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
             model: ModelLocation::BuiltIn,
             tensor_parallel_size: 2,
             dtype: "auto".into(),
+            quantization: "auto".to_owned(),
+            kv_cache_dtype: "auto".to_owned(),
             block_size: 16,
             max_model_len: 64,
             max_num_batched_tokens: 64,

@@ -12,6 +12,7 @@ mod network;
 mod operator;
 mod pressure;
 mod process;
+mod quality;
 mod recovery;
 mod serving;
 mod sockets;

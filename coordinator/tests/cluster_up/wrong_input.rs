@@ -95,6 +95,15 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--prot", "8000"][..], &["--prot"][..]),
         (&["--port", "eighty"], &["eighty", "--port"]),
         (&["--dtype", "int3"], &["int3", "bfloat16"]),
+        (&["--quantization", "int3"], &["int3", "int4", "gptq"]),
+        (
+            &["-q", "awq"],
+            &["--quantization awq", "not quantised", "int8"],
+        ),
+        (
+            &["--kv-cache-dtype", "int8"],
+            &["int8", "bfloat16", "fp8_e4m3"],
+        ),
         // Without CUDA in the build, or without a driver on the machine.
         (&["--gpus", "0,1"], &["--gpus", NO_GPU]),
         (&["--gpu-memory-utilization", "1.5"], &["1.5", "up to 1"]),

@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release -p shard --example engine_speed -- --model DIR [--device cpu|cuda:N] [--tp N]
 //!         [--decode 1,8,64,256] [--prefill 512,2048,8192] [--context 512] [--steps 32] [--dtype auto]
-//!         [--enforce-eager true] [--cpu-isa auto]
+//!         [--quantization int8] [--kv-cache-dtype auto] [--cpu-isa auto] [--enforce-eager true]
 //!
 //! Prints one JSON object per line. With `--tp` it starts itself once per rank, all on the same GPU, or on the
 //! CPU. Every rank makes the same plans by itself, so nothing but the collectives connects them.
@@ -302,6 +302,8 @@ fn load(options: &Options) -> Load {
         model: ModelLocation::Directory(options.model.clone()),
         tensor_parallel_size: options.tp,
         dtype: options.dtype.clone(),
+        quantization: options.quantization.clone(),
+        kv_cache_dtype: options.kv_cache_dtype.clone(),
         block_size: BLOCK_SIZE,
         max_model_len: most(&options.prefill).max(decoded) + 1,
         max_num_batched_tokens: most(&options.prefill).max(most(&options.decode)),

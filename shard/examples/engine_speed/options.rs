@@ -24,6 +24,8 @@ pub(crate) struct Options {
     pub(crate) dtype: String,
     /// Instruction set of the CPU, or `auto`.
     pub(crate) cpu_isa: String,
+    pub(crate) quantization: String,
+    pub(crate) kv_cache_dtype: String,
     /// Whether no step is recorded and replayed.
     pub(crate) eager: bool,
     /// Set by the launcher: which rank this process is.
@@ -44,6 +46,8 @@ impl Options {
             steps: 32,
             dtype: "auto".to_owned(),
             cpu_isa: "auto".to_owned(),
+            quantization: "auto".to_owned(),
+            kv_cache_dtype: "auto".to_owned(),
             eager: false,
             rank: None,
             id: None,
@@ -66,6 +70,8 @@ impl Options {
                 "--steps" => options.steps = number()?,
                 "--dtype" => options.dtype = value,
                 "--cpu-isa" => options.cpu_isa = value,
+                "--quantization" => options.quantization = value,
+                "--kv-cache-dtype" => options.kv_cache_dtype = value,
                 "--enforce-eager" => {
                     options.eager = value.parse().context("--enforce-eager is true or false")?;
                 }

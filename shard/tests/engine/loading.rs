@@ -12,9 +12,9 @@ use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::wire::{Load, PlanRow, Ran, Sampling, StepPlan};
 
-type CpuEngine = Engine<CpuBackend, ShmComm>;
+pub(crate) type CpuEngine = Engine<CpuBackend, ShmComm>;
 
-fn load_rank(files: &ModelFiles, load: &Load, rank: u32) -> anyhow::Result<CpuEngine> {
+pub(crate) fn load_rank(files: &ModelFiles, load: &Load, rank: u32) -> anyhow::Result<CpuEngine> {
     let backend = CpuBackend::new(1, None)?;
     let place = Place {
         rank: Rank(rank),

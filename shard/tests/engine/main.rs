@@ -7,6 +7,7 @@
 mod cuda;
 mod equivalences;
 mod loading;
+mod quantised;
 mod reference;
 mod references;
 mod support;

@@ -64,6 +64,8 @@ pub(crate) fn load(world_size: u32, max_tokens: u32, dtype: &str) -> Load {
         model: ModelLocation::BuiltIn,
         tensor_parallel_size: world_size,
         dtype: dtype.to_owned(),
+        quantization: "auto".to_owned(),
+        kv_cache_dtype: "auto".to_owned(),
         block_size: BLOCK_SIZE,
         max_model_len: 128,
         max_num_batched_tokens: max_tokens,
@@ -143,6 +145,11 @@ impl<B: Tested> Group<B> {
             engines,
             next: Step(0),
         }
+    }
+
+    /// Bytes of weights on rank 0.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        self.engines[0].loaded().weight_bytes
     }
 
     /// The backend of rank 0.

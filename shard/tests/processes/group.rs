@@ -161,6 +161,8 @@ pub(crate) fn load(fixture: &str) -> Load {
         model: ModelLocation::Directory(folder.display().to_string()),
         tensor_parallel_size: 2,
         dtype: dtype.to_owned(),
+        quantization: "auto".to_owned(),
+        kv_cache_dtype: "auto".to_owned(),
         block_size: 4,
         max_model_len: 100,
         max_num_batched_tokens: 64,

@@ -8,8 +8,9 @@
 //! admitted request can run alone; the number of blocks is the same on every rank.
 
 use crate::ids::Rank;
-use crate::model_shape::{Dtype, ModelShape};
-use crate::partition::{Partition, tensors};
+use crate::model_shape::{Dtype, KvDtype, ModelShape};
+use crate::partition::{Partition, Split, TensorSpec, tensors};
+use crate::quantization::{Code, Grouping, device_bytes};
 use crate::wire::Loaded;
 
 mod gpu;
@@ -40,6 +41,19 @@ impl Sizes {
     }
 }
 
+/// What numbers are kept as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elements {
+    /// Weights that are not quantised.
+    pub dtype: Dtype,
+    /// What the matrices of linear layers become at load.
+    pub at_load: Option<Code>,
+    /// Activations.
+    pub compute: Dtype,
+    /// Keys and values.
+    pub kv: KvDtype,
+}
+
 /// What one rank takes, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RankNeeds {
@@ -56,20 +70,17 @@ pub struct RankNeeds {
 }
 
 impl RankNeeds {
-    /// Before loading. Weights and blocks are exact for weights of `dtype` and keys and values of
-    /// `kv_dtype`, which is also what activations are computed in; the workspace is an estimate, a few
-    /// per cent of them.
+    /// Before loading. Weights and blocks are what the shards will take, but for a quantised head that is filled up; the
+    /// workspace is an estimate, a few per cent of them.
     pub fn estimate(
         shape: &ModelShape,
         partition: &Partition,
-        (dtype, kv_dtype): (Dtype, Dtype),
+        elements: Elements,
         sizes: &Sizes,
     ) -> Self {
-        let specs = tensors(shape);
-        let elements = specs
-            .iter()
-            .map(|spec| partition.part(spec).elements())
-            .sum::<u64>();
+        let weights = tensors(shape)
+            .into_iter()
+            .map(|spec| weight_bytes(&spec, partition, elements));
         let kv_width = u64::from(partition.local_kv_heads()) * u64::from(shape.head_dim);
         // Keys and values, for each token of a block in each layer.
         let block_elements = kv_width
@@ -77,10 +88,10 @@ impl RankNeeds {
             .saturating_mul(sizes.block_size.into());
         Self {
             rank: partition.rank,
-            weight_bytes: elements.saturating_mul(dtype.bytes() as u64),
-            workspace_bytes: workspace(shape, partition, kv_dtype, sizes),
+            weight_bytes: weights.fold(0, u64::saturating_add),
+            workspace_bytes: workspace(shape, partition, elements.compute, sizes),
             runtime_bytes: 0,
-            block_bytes: block_elements.saturating_mul(kv_dtype.bytes() as u64),
+            block_bytes: block_elements.saturating_mul(elements.kv.bytes() as u64),
         }
     }
 
@@ -103,6 +114,32 @@ impl RankNeeds {
     fn fixed(&self) -> u64 {
         self.weight_bytes.saturating_add(self.beside_weights())
     }
+}
+
+/// This rank's part of one weight.
+fn weight_bytes(spec: &TensorSpec, partition: &Partition, elements: Elements) -> u64 {
+    const FLOAT_BYTES: u64 = 4;
+    let part = partition.part(spec);
+    if spec.is_vector {
+        // Norms and biases are kept in 32 bits.
+        return part.elements().saturating_mul(FLOAT_BYTES);
+    }
+    // Embedding and head are filled up, so that all ranks have as many rows.
+    let rows = match spec.split {
+        Split::Vocab => u64::from(partition.vocab_width),
+        _ => part.rows.len() as u64,
+    };
+    let shape = [rows, part.cols.len() as u64];
+    let at_load = elements.at_load.filter(|_| spec.is_linear());
+    let (code, groups) = match (&spec.scheme, at_load) {
+        (Some(scheme), _) => (scheme.code, scheme.groups_in(&part.cols, spec.cols)),
+        (None, Some(code)) => (code, Grouping::at_load(code).groups_in(&part.cols)),
+        (None, None) => {
+            let bytes = elements.dtype.bytes() as u64;
+            return shape.into_iter().fold(bytes, u64::saturating_mul);
+        }
+    };
+    device_bytes(code, shape, groups.into())
 }
 
 /// Activations of the widest layer in `dtype`; in 32 bits logits of all rows and the rotary tables.

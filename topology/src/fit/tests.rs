@@ -128,6 +128,15 @@ fn what_is_asked_for_is_taken_or_refused() {
     }
 }
 
+fn elements(kv: Dtype, at_load: Option<Code>) -> Elements {
+    Elements {
+        dtype: Dtype::Bfloat16,
+        at_load,
+        compute: kv,
+        kv: KvDtype::Float(kv),
+    }
+}
+
 #[test]
 fn a_report_never_takes_more_than_there_is() {
     let mut random = Random::new(seed(12));
@@ -138,8 +147,8 @@ fn a_report_never_takes_more_than_there_is() {
         let Ok(partitions) = Partition::all(&shape, world_size) else {
             continue;
         };
-        let dtypes = (Dtype::Bfloat16, Dtype::Float32);
-        let estimate = |partition| RankNeeds::estimate(&shape, partition, dtypes, &SIZES);
+        let elements = elements(Dtype::Float32, *random.pick(&[None, Some(Code::Int4)]));
+        let estimate = |partition| RankNeeds::estimate(&shape, partition, elements, &SIZES);
         let needs: Vec<_> = partitions.iter().map(estimate).collect();
         let free_bytes = random.next() % (1 << 22);
         let memory = Memory::Shared { free_bytes };
@@ -173,23 +182,61 @@ fn the_parts_of_weights_add_up() {
         let mut shape = random_shape(&mut random);
         // Without norms and biases nothing is replicated but the norms.
         (shape.num_heads, shape.num_kv_heads, shape.intermediate_size) = (8, 4, 40);
-        let dtypes = (Dtype::Bfloat16, Dtype::Bfloat16);
+        let elements = elements(Dtype::Bfloat16, None);
         let bytes = |world_size| {
             let partitions = Partition::all(&shape, world_size).unwrap();
             let needs = partitions
                 .iter()
-                .map(|p| RankNeeds::estimate(&shape, p, dtypes, &SIZES));
+                .map(|p| RankNeeds::estimate(&shape, p, elements, &SIZES));
             needs.fold((0, 0), |sum, n| {
                 (sum.0 + n.weight_bytes, sum.1 + n.block_bytes)
             })
         };
         let whole = bytes(1);
-        let replicated: u64 = tensors(&shape)
-            .iter()
-            .filter(|spec| spec.split == crate::partition::Split::Replicated)
-            .map(|spec| 2 * u64::from(spec.rows))
-            .sum();
-        assert_eq!(bytes(4), (whole.0 + 3 * replicated, whole.1));
+        let specs = tensors(&shape);
+        let replicated = specs.iter().filter(|spec| spec.split == Split::Replicated);
+        let replicated: u64 = replicated.map(|spec| 4 * u64::from(spec.rows)).sum();
+        // The ranks' rows of embedding and head are as many on each.
+        let filled = u64::from(shape.vocab_size.next_multiple_of(4) - shape.vocab_size);
+        let tables = specs.iter().filter(|spec| spec.split == Split::Vocab);
+        let padding = tables.count() as u64 * filled * u64::from(2 * shape.hidden_size);
+        assert_eq!(bytes(4), (whole.0 + 3 * replicated + padding, whole.1));
         assert_eq!(bytes(8).1, 2 * whole.1, "each KV head is held twice");
     }
+}
+
+/// By hand, so that the formula is not its own witness.
+#[test]
+fn quantised_weights_count_their_bits_scales_and_zeros() {
+    let mut shape = random_shape(&mut Random::new(3));
+    (shape.num_heads, shape.num_kv_heads, shape.head_dim) = (4, 2, 16);
+    (shape.hidden_size, shape.intermediate_size, shape.num_layers) = (64, 320, 1);
+    (shape.qkv_bias, shape.output_bias, shape.mlp_bias) = (false, false, false);
+    (shape.qk_norm, shape.output_norms, shape.tie_word_embeddings) = (false, false, true);
+    let bytes = |at_load, world_size| {
+        let elements = elements(Dtype::Float32, at_load);
+        let partitions = Partition::all(&shape, world_size).unwrap();
+        RankNeeds::estimate(&shape, &partitions[0], elements, &SIZES).weight_bytes
+    };
+    let dense = 2 * u64::from(shape.vocab_size) * 64 + 4 * 3 * 64;
+    // Rows of q, k, v, o, gate and up have 64 inputs, those of down 320: three groups of 128.
+    let (wide, down) = (64 + 32 + 32 + 64 + 2 * 320, 64);
+    let elements = wide * 64 + down * 320;
+    assert_eq!(bytes(None, 1), dense + 2 * elements);
+    assert_eq!(
+        bytes(Some(Code::Int8), 1),
+        dense + elements + 4 * (wide + down)
+    );
+    assert_eq!(bytes(Some(Code::Fp8), 1), bytes(Some(Code::Int8), 1));
+    assert_eq!(
+        bytes(Some(Code::Int4), 1),
+        dense + elements / 2 + 5 * (wide + 3 * down)
+    );
+    // The first of two ranks has 160 inputs of down: two groups.
+    let half = elements / 4 + 5 * ((wide - 64) / 2 + 64 + 2 * down);
+    let vocab = u64::from(shape.vocab_size.div_ceil(2));
+    assert_eq!(
+        bytes(Some(Code::Int4), 2),
+        2 * vocab * 64 + 4 * 3 * 64 + half
+    );
 }

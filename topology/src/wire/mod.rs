@@ -150,6 +150,10 @@ pub struct Load {
     pub tensor_parallel_size: u32,
     /// `auto`, `float32`, `bfloat16` or `float16`, as given; the shard resolves `auto` from `config.json`.
     pub dtype: String,
+    /// `--quantization` as given, or `auto`; the shard resolves it from `config.json`.
+    pub quantization: String,
+    /// `--kv-cache-dtype` as given; `auto` is what the device computes in.
+    pub kv_cache_dtype: String,
     /// Tokens per KV block.
     pub block_size: u32,
     /// Longest sequence in tokens; rotary tables and block-table workspace are sized by it.

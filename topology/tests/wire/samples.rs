@@ -48,6 +48,8 @@ pub(crate) fn commands() -> Vec<ToShard> {
             model,
             tensor_parallel_size: 4,
             dtype: "bfloat16".to_owned(),
+            quantization: "int8".to_owned(),
+            kv_cache_dtype: "fp8".to_owned(),
             block_size: 16,
             max_model_len: 131_072,
             max_num_batched_tokens: 2048,

@@ -118,6 +118,8 @@ impl Case {
                 model: ModelLocation::BuiltIn,
                 tensor_parallel_size: self.world_size,
                 dtype: "auto".into(),
+                quantization: "auto".to_owned(),
+                kv_cache_dtype: "auto".to_owned(),
                 block_size: config.block_size,
                 max_model_len: config.max_model_len,
                 max_num_batched_tokens: config.max_num_batched_tokens,

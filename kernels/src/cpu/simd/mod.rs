@@ -93,7 +93,7 @@ pub(crate) trait Kernel {
 }
 
 /// Names of all instruction sets for programs, best first.
-const NAMES: [&str; 5] = ["amx", "avx512_vnni", "avx512", "avx2", "portable"];
+const NAMES: [&str; 5] = ["amx", "avx512vnni", "avx512", "avx2", "portable"];
 
 /// The instruction set in use.
 #[derive(Clone, Copy, Debug)]
@@ -167,7 +167,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Amx(_) => "amx",
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni(_) => "avx512_vnni",
+            Self::Avx512Vnni(_) => "avx512vnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -243,7 +243,7 @@ mod tests {
         }
         let why = Isa::named("sse2").unwrap_err();
         assert!(
-            why.contains("none of auto, amx, avx512, avx2, portable"),
+            why.contains("none of auto, amx, avx512vnni, avx512, avx2, portable"),
             "{why}"
         );
     }
