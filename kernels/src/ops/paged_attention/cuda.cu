@@ -39,21 +39,6 @@ struct Problem {
     float soft_cap;
 };
 
-__device__ __forceinline__ float load_one(const void* from, int64_t index, int element) {
-    if (element == 0) return static_cast<const float*>(from)[index];
-    if (element == 1) return widen(static_cast<const Bf16*>(from)[index]);
-    return widen(static_cast<const F16*>(from)[index]);
-}
-
-__device__ __forceinline__ void store_one(void* to, int64_t index, int element, float value) {
-    if (element == 0)
-        static_cast<float*>(to)[index] = value;
-    else if (element == 1)
-        static_cast<Bf16*>(to)[index] = narrow<Bf16>(value);
-    else
-        static_cast<F16*>(to)[index] = narrow<F16>(value);
-}
-
 // A softmax whose terms come bit by bit, and the sum of the values weighted by it. PER_LANE of a head's dimensions.
 template <int QUERIES, int PER_LANE>
 struct Running {
