@@ -94,11 +94,9 @@ fn run(product: &Product) {
             sum * scale + bias.as_ref().map_or(0.0, |bias| bias[column])
         });
         by_element!(element, E => {
+            let start = out.cast::<E>().wrapping_add(row * product.out_stride);
             // SAFETY: emulated device memory is the host's, and there are `outputs` elements in each row of out.
-            let all = unsafe {
-                let start = out.cast::<E>().add(row * product.out_stride);
-                std::slice::from_raw_parts_mut(start, outputs)
-            };
+            let all = unsafe { std::slice::from_raw_parts_mut(start, outputs) };
             for (to, from) in all.iter_mut().zip(sums) {
                 *to = E::narrow(from);
             }

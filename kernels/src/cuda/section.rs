@@ -127,7 +127,8 @@ impl<'a> Stack<'a> {
         let scales = by_group(parts, |part| &part.scales);
         let zeros = by_group(parts, |part| &part.zeros);
         // Scales of 8-bit floats go to the library as they are.
-        let holds = |scale: &f32| half::f16::from_f32(*scale).to_f32() == *scale;
+        let halved = |scale: f32| half::f16::from_f32(scale).to_f32();
+        let holds = |scale: &f32| halved(*scale).to_bits() == scale.to_bits();
         let is_half = *code != Code::Fp8 && scales.iter().all(holds);
         let plan = Plan {
             code: *code,
@@ -295,7 +296,7 @@ impl Plan {
 
     /// Where the codes, scales, zeros, groups and inputs end, filled up.
     fn ends(&self) -> [usize; 5] {
-        let zeros = if self.code == Code::Int4 { 1 } else { 0 };
+        let zeros = usize::from(self.code == Code::Int4);
         let lengths = [
             self.codes_bytes,
             self.groups * self.outputs * self.scale_element.bytes(),

@@ -79,7 +79,7 @@ pub(super) fn linear(
     }
 }
 
-impl<'a> Call<'a> {
+impl Call<'_> {
     fn run(self, workspace: &mut Workspace) {
         let plan = self.section.plan();
         let as_codes = plan.code == Code::Fp8
@@ -106,10 +106,10 @@ impl<'a> Call<'a> {
     }
 
     /// The product of some of the rows.
-    fn rows(self, rows: Range<usize>) -> Call<'a> {
+    fn rows(self, rows: Range<usize>) -> Self {
         let x = rows.start * self.width * self.element.bytes();
         let out = rows.start * self.out_stride * self.out_element.bytes();
-        Call {
+        Self {
             x: self.x.wrapping_byte_add(x),
             out: self.out.wrapping_byte_add(out),
             rows: rows.len(),
@@ -118,18 +118,18 @@ impl<'a> Call<'a> {
     }
 
     /// The same in pieces of up to `each` rows.
-    fn pieces(self, each: usize) -> impl Iterator<Item = Call<'a>> {
+    fn pieces(self, each: usize) -> impl Iterator<Item = Self> {
         let starts = (0..self.rows).step_by(each);
         starts.map(move |start| self.rows(start..(start + each).min(self.rows)))
     }
 
     /// The rows of x in the order of the section's columns, where that is another one.
-    fn arranged(self, inputs: &mut Memory) -> Call<'a> {
+    fn arranged(self, inputs: &mut Memory) -> Self {
         let Some(list) = self.section.inputs() else {
             return self;
         };
         arrange::arrange(&self, list, inputs);
-        Call {
+        Self {
             x: inputs.pointer(),
             width: self.section.plan().columns,
             ..self

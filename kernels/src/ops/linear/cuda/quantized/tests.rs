@@ -40,8 +40,8 @@ fn part(rng: &mut Rng, code: Code, (rows, cols): (usize, usize), layout: &Layout
             .collect(),
         Code::Int8 | Code::Fp8 => Vec::new(),
     };
-    let data: Vec<u8> = (0..(rows - 1) * stride + cols).map(|_| any(rng)).collect();
-    let mut data = data;
+    let codes = (rows - 1) * stride + cols;
+    let mut data: Vec<u8> = (0..codes).map(|_| any(rng)).collect();
     if stride > cols {
         // What stands between rows is nobody's code.
         data.chunks_mut(stride)
@@ -228,56 +228,51 @@ impl Case {
         cuda.linear(&x, &weight, self.is_biased.then_some(&bias), &mut out);
         let found = read(cuda, &out);
         let bias = self.is_biased.then_some(&*bias_values);
-        let as_columns = |first: usize, count: usize| -> Vec<f32> {
-            let rows = found.chunks_exact(outputs);
-            rows.flat_map(|row| &row[first..first + count])
-                .copied()
-                .collect()
-        };
         let mut first = 0;
         for part in &self.parts {
-            let found = as_columns(first, part.rows);
-            let bias = bias.map(|bias| &bias[first..first + part.rows]);
-            let weights = stands_for(std::slice::from_ref(part));
-            let roundings = if self.rows > super::FEW_ROWS || part.code == Code::Fp8 {
-                2.0 * rounding(cuda.element())
-            } else {
-                0.0
-            };
-            let exact = is_product(
-                &found,
-                (&x_values, &weights),
-                inputs,
-                bias,
-                (roundings, out.element()),
+            let columns = first..first + part.rows;
+            let rows = found.chunks_exact(outputs);
+            let rows = rows.flat_map(|row| &row[columns.clone()]);
+            let found: Vec<f32> = rows.copied().collect();
+            let bias = bias.map(|bias| &bias[columns]);
+            self.check_part(
+                cuda,
+                (part, first),
+                (&x_values, bias),
+                (&found, out.element()),
             );
-            let coded: Vec<f32> = x_values
-                .chunks_exact(inputs)
-                .flat_map(rounded_row)
-                .collect();
-            let as_codes = is_product(
-                &found,
-                (&coded, &weights),
-                inputs,
-                bias,
-                (0.0, out.element()),
-            );
-            let may_be_codes = part.code == Code::Fp8
-                && part.group_ends.len() == 1
-                && self.rows > super::FEW_ROWS_OF_CODES
-                && cuda.element() != Element::F32;
-            assert!(
-                exact || as_codes && may_be_codes,
-                "outputs from {first} on are not the product"
-            );
-            // The emulated library takes whatever a device's may.
-            if cfg!(feature = "cuda-emulation")
-                && may_be_codes
-                && self.is_for_the_library(first, out.element())
-            {
-                assert!(as_codes, "rows were to become codes");
-            }
             first += part.rows;
+        }
+    }
+
+    fn check_part(
+        &self,
+        cuda: &CudaBackend,
+        (part, first): (&HostQuantized, usize),
+        (x, bias): (&[f32], Option<&[f32]>),
+        (found, out): (&[f32], Element),
+    ) {
+        let weights = stands_for(std::slice::from_ref(part));
+        let becomes_elements = self.rows > super::FEW_ROWS || part.code == Code::Fp8;
+        let roundings = if becomes_elements {
+            2.0 * rounding(cuda.element())
+        } else {
+            0.0
+        };
+        let exact = is_product(found, (x, &weights), part.cols, bias, (roundings, out));
+        let coded: Vec<f32> = x.chunks_exact(part.cols).flat_map(rounded_row).collect();
+        let as_codes = is_product(found, (&coded, &weights), part.cols, bias, (0.0, out));
+        let may_be_codes = part.code == Code::Fp8
+            && part.group_ends.len() == 1
+            && self.rows > super::FEW_ROWS_OF_CODES
+            && cuda.element() != Element::F32;
+        assert!(
+            exact || as_codes && may_be_codes,
+            "outputs from {first} on are not the product"
+        );
+        // The emulated library takes whatever a device's may.
+        if cfg!(feature = "cuda-emulation") && may_be_codes && self.is_for_the_library(first, out) {
+            assert!(as_codes, "rows were to become codes");
         }
     }
 
@@ -451,8 +446,9 @@ fn rows_become_the_nearest_codes() {
         let weight = cuda.load_quantized(&[weight], &mut |_| ()).unwrap();
         // From the largest code to below the smallest, and a row of zeros.
         let mut x: Vec<f32> = rng.values(rows * width);
-        x.iter_mut()
-            .for_each(|x| *x *= 0.5_f32.powi(rng.within(0..20) as i32));
+        for x in &mut x {
+            *x /= (1_u32 << rng.within(0..20)) as f32;
+        }
         x[width..2 * width].fill(0.0);
         let x = rounded(&x, cuda.element());
         let mut out = cuda.allocate(rows, width, Precision::Compute).unwrap();
