@@ -53,6 +53,8 @@ pub enum Element {
     Bf16,
     /// IEEE half.
     F16,
+    /// A float with 4 bits of exponent and 3 of mantissa, without infinities (OCP's `E4M3`): of KV blocks alone.
+    Fp8,
 }
 
 impl Element {
@@ -61,6 +63,7 @@ impl Element {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::Fp8 => 1,
         }
     }
 }

@@ -7,6 +7,8 @@ use crate::batch::Batch;
 use crate::cpu::CpuBackend;
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::simd::Isa;
+use crate::quantized::e4m3;
+use std::cmp::Ordering;
 use std::ops::Range;
 
 /// All element types.
@@ -120,7 +122,29 @@ pub(crate) fn tokens(token_ids: Vec<u32>, positions: Vec<u32>) -> Batch {
 
 /// `values` rounded to `element`, and widened again.
 pub(crate) fn rounded(values: &[f32], element: Element) -> Vec<f32> {
+    if element == Element::Fp8 {
+        return values.iter().map(|x| e4m3(nearest_e4m3(*x))).collect();
+    }
     by_element!(element, E => values.iter().map(|&value| E::narrow(value).widen()).collect())
+}
+
+/// The nearest code of an 8-bit float, the even one of two; the largest for whatever is larger.
+pub(crate) fn nearest_e4m3(value: f32) -> u8 {
+    let (sign, size) = (u8::from(value.is_sign_negative()) << 7, value.abs());
+    // Codes of one sign are in the order of their values, up to the one that is no number.
+    let codes: Vec<u8> = (0..0x7f).collect();
+    let above = codes.partition_point(|code| e4m3(*code) < size);
+    let Some(&above) = codes.get(above) else {
+        return sign | if value.is_nan() { 0x7f } else { 0x7e };
+    };
+    let below = above.saturating_sub(1);
+    let distance = |code: u8| (f64::from(e4m3(code)) - f64::from(size)).abs();
+    let is_below = match distance(below).total_cmp(&distance(above)) {
+        Ordering::Less => true,
+        Ordering::Equal => below % 2 == 0,
+        Ordering::Greater => false,
+    };
+    sign | if is_below { below } else { above }
 }
 
 /// `values: [rows, cols]` stored as `element`, with gaps of any values between rows.

@@ -126,6 +126,7 @@ macro_rules! by_element {
                 type $E = half::f16;
                 $body
             }
+            $crate::backend::Element::Fp8 => panic!("8-bit floats are elements of a GPU's caches"),
         }
     };
 }

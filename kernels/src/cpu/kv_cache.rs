@@ -30,6 +30,7 @@ impl CpuKvCache {
         let store = match layout.element {
             Element::F32 => Store::Whole(vec![0.0; elements]),
             Element::Bf16 | Element::F16 => Store::Half(vec![0; elements]),
+            Element::Fp8 => panic!("8-bit floats are elements of a GPU's caches"),
         };
         Self { layout, store }
     }

@@ -240,7 +240,7 @@ impl Plan {
                 if scaled {
                     product.scale_columns()?;
                 }
-                sys::cudaDataType::CUDA_R_8F_E4M3
+                data_type(Element::Fp8)
             }
         };
         let weight = Layout::new(stored, (inputs, outputs), inputs)?;

@@ -1,5 +1,5 @@
 // 8-bit floats with 4 bits of exponent and 3 of mantissa, without infinities (OCP's E4M3): to and from f32.
-// What is too large becomes the largest; rounding is to nearest even.
+// What is too large becomes the largest; rounding is to nearest even. Caches may be stored in them.
 #pragma once
 
 #include "device.cuh"
@@ -30,6 +30,66 @@ __device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
 #else
     return e4m3_by_bits(low) | e4m3_by_bits(high) << 8;
 #endif
+}
+
+// ---- As elements ---------------------------------------------------------------------------------
+
+// Bits only, as the other elements. A cache may be stored in these; nothing is computed in them.
+struct E4m3 { uint8_t bits; };
+
+// Half of 16 bytes: what registers hold of a key once it is widened.
+template <>
+constexpr int VECTOR<E4m3> = 8;
+
+// The two codes in the low bytes of `pair`.
+__device__ __forceinline__ void widen_pair(uint32_t pair, float& low, float& high, E4m3*) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+    widen_pair(halves, low, high, static_cast<F16*>(nullptr));
+#else
+    // Exponent and mantissa where f32 has them; what the exponents' biases differ by is a factor.
+    const auto value = [](uint32_t code) {
+        const float size = __uint_as_float((code & 0x7f) << 20) * 0x1p120F;
+        const float known = (code & 0x7f) == 0x7f ? NAN : size;
+        return code & 0x80 ? -known : known;
+    };
+    low = value(pair & 0xff);
+    high = value(pair >> 8 & 0xff);
+#endif
+}
+
+__device__ __forceinline__ float widen(E4m3 value) {
+    float low, high;
+    widen_pair(value.bits, low, high, static_cast<E4m3*>(nullptr));
+    return low;
+}
+
+template <>
+__device__ __forceinline__ E4m3 narrow<E4m3>(float value) {
+    return {static_cast<uint8_t>(e4m3_pair(value, 0.0F))};
+}
+
+template <>
+struct Packed<E4m3, 8> {
+    uint2 bits;
+
+    __device__ __forceinline__ static Packed load(const E4m3* at) {
+        CLUSTER_CHECK_ALIGNED(at, 8);
+        return {*reinterpret_cast<const uint2*>(at)};
+    }
+    __device__ __forceinline__ void widen_to(float (&values)[8]) const {
+        const uint32_t words[2] = {bits.x, bits.y};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            widen_pair(words[i / 2] >> i % 2 * 16, values[2 * i], values[2 * i + 1], static_cast<E4m3*>(nullptr));
+    }
+};
+
+// As `by_element`, with the elements that only caches have.
+template <class F>
+int by_stored(int element, F&& f) {
+    return element == 3 ? f(Tag<E4m3>{}) : by_element(element, f);
 }
 
 }  // namespace cluster

@@ -211,5 +211,6 @@ pub(crate) fn element_code(element: Element) -> c_int {
         Element::F32 => 0,
         Element::Bf16 => 1,
         Element::F16 => 2,
+        Element::Fp8 => 3,
     }
 }

@@ -13,6 +13,7 @@ pub(super) fn data_type(element: Element) -> sys::cudaDataType {
         Element::F32 => sys::cudaDataType::CUDA_R_32F,
         Element::Bf16 => sys::cudaDataType::CUDA_R_16BF,
         Element::F16 => sys::cudaDataType::CUDA_R_16F,
+        Element::Fp8 => sys::cudaDataType::CUDA_R_8F_E4M3,
     }
 }
 

@@ -6,7 +6,7 @@
 // 16 bytes for each lane, so a warp reads 32 / LANES keys at a time and UNROLL times that before it uses the
 // first. Each group of lanes has its own running maximum and sum, and all are merged at the end, so nothing waits
 // at a barrier on the way. Runs of keys begin at multiples of their length, so that most are in one block.
-#include "../../cuda/device.cuh"
+#include "../../cuda/fp8.cuh"
 
 namespace {
 
@@ -374,7 +374,7 @@ extern "C" int cluster_paged_attention(void* stream, int element, int cache_elem
     problem.window = window > 0 && window < INT32_MAX ? static_cast<uint32_t>(window) : INT32_MAX;
     problem.scale = soft_cap > 0.0F ? scale * LOG2_E * 2.0F / soft_cap : scale * LOG2_E;
     problem.soft_cap = soft_cap * LOG2_E;
-    return by_element(cache_element, [&](auto tag) {
+    return by_stored(cache_element, [&](auto tag) {
         using C = typename decltype(tag)::Type;
         return launch_cache<C>(problem, tokens, tokens == rows, stream);
     });

@@ -371,6 +371,7 @@ fn data_type(element: Element) -> ncclDataType_t {
         Element::F32 => ncclDataType_t::ncclFloat32,
         Element::Bf16 => ncclDataType_t::ncclBfloat16,
         Element::F16 => ncclDataType_t::ncclFloat16,
+        Element::Fp8 => unreachable!("activations are no 8-bit floats"),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::cuda::testing::{each_element, read, values};
 use crate::cuda::{CudaBackend, CudaTensor};
 use crate::ops::linear::tests::reference;
 use crate::quantized::{Code, HostQuantized, e4m3};
-use crate::testing::{Rng, assert_close, host_matrix, rounded, tokens, upload};
+use crate::testing::{Rng, assert_close, host_matrix, nearest_e4m3, rounded, tokens, upload};
 use bytes::Bytes;
 
 const CODES: [Code; 3] = [Code::Int4, Code::Int8, Code::Fp8];
@@ -119,19 +119,6 @@ fn stands_for(parts: &[HostQuantized]) -> Vec<f32> {
     all
 }
 
-/// The nearest code, the even one of two: looked for among all.
-fn nearest_e4m3(value: f32) -> u8 {
-    let all = (0..=255_u8).filter(|code| code & 0x7f != 0x7f);
-    // Of zeros the one with the value's sign.
-    let all = all.filter(|code| (code & 0x80 != 0) == value.is_sign_negative());
-    let distance = |code: u8| (f64::from(e4m3(code)) - f64::from(value)).abs();
-    all.min_by(|a, b| {
-        let nearer = distance(*a).total_cmp(&distance(*b));
-        nearer.then((a & 1).cmp(&(b & 1)))
-    })
-    .expect("there are codes of both signs")
-}
-
 /// A row as `e4m3` codes with one scale, and what these stand for.
 fn rounded_row(row: &[f32]) -> Vec<f32> {
     let most = row.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
@@ -150,6 +137,7 @@ fn rounding(element: Element) -> f32 {
         Element::F32 => 1.0 / (1 << 24) as f32,
         Element::Bf16 => 1.0 / (1 << 9) as f32,
         Element::F16 => 1.0 / (1 << 12) as f32,
+        Element::Fp8 => 1.0 / (1 << 4) as f32,
     }
 }
 
