@@ -148,7 +148,7 @@ impl Blas {
             let plan = match plans.entry(shape) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => {
-                    let plan = Plan::choose(self.handle, shape);
+                    let plan = Plan::choose(self, shape);
                     new.insert(not_supported(plan)?)
                 }
             };
@@ -222,7 +222,7 @@ fn bucket(rows: usize) -> usize {
 }
 
 impl Plan {
-    fn choose(handle: sys::cublasLtHandle_t, shape: Shape) -> Result<Self, CublasError> {
+    fn choose(blas: &Blas, shape: Shape) -> Result<Self, CublasError> {
         let Shape {
             rows,
             inputs,
@@ -239,6 +239,9 @@ impl Plan {
             Kind::Fp8 { scaled } => {
                 if scaled {
                     product.scale_columns()?;
+                    // Any that are aligned as the real ones: without, there may be said to be no algorithm.
+                    let any = blas.workspace.borrow().pointer();
+                    product.set_scales(any, any)?;
                 }
                 data_type(Element::Fp8)
             }
@@ -257,7 +260,7 @@ impl Plan {
         // SAFETY: all descriptors are alive, and there is room for `most` results.
         let status = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
-                handle,
+                blas.handle,
                 product.0,
                 weight.0,
                 x.0,
