@@ -1,6 +1,6 @@
-//! The twin of `blas.rs` for machines without a GPU: plain products with f32 sums, rounded once when stored.
+//! The twin of `blas` for machines without a GPU: plain products with f32 sums, rounded once when stored.
 //!
-//! Invariant: the same interface as `blas.rs`.
+//! Invariant: the same interface as `blas`.
 
 #![expect(
     unsafe_code,
@@ -9,7 +9,7 @@
 #![expect(
     clippy::unnecessary_wraps,
     clippy::unused_self,
-    reason = "the interface is blas.rs's"
+    reason = "the interface is that of `blas`"
 )]
 
 use super::device::Device;

@@ -1,4 +1,4 @@
-//! A matrix product as `blas.rs` and its twin get it: sizes, addresses, and what the factors are stored as.
+//! A matrix product as `blas` and its twin get it: sizes, addresses, and what the factors are stored as.
 //!
 //! Nothing is computed here. Invariant: a `Product` holds addresses of memory that outlives the queued work.
 

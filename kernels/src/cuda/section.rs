@@ -353,3 +353,81 @@ impl Section {
         self.plan.has_inputs.then(|| self.memory.at(at).cast())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    fn part(code: Code, (rows, cols): (usize, usize), group_ends: Vec<usize>) -> HostQuantized {
+        let groups = group_ends.len();
+        HostQuantized {
+            code,
+            data: Bytes::from(vec![3; rows * cols]),
+            rows,
+            cols,
+            row_stride: cols,
+            inputs: None,
+            scales: vec![0.25; rows * groups],
+            zeros: if code == Code::Int4 {
+                vec![8; rows * groups]
+            } else {
+                Vec::new()
+            },
+            group_ends,
+        }
+    }
+
+    #[test]
+    fn layouts_that_are_published_take_their_codes_and_scales_and_no_list() {
+        let (rows, cols) = (128, 1024);
+        let by = |size: usize| (size..=cols).step_by(size).collect::<Vec<_>>();
+        for (code, group, scale_bytes) in [
+            (Code::Int4, 32, 2),
+            (Code::Int4, 128, 2),
+            (Code::Int8, cols, 2),
+            (Code::Fp8, 128, 4),
+        ] {
+            let parts = [part(code, (rows, cols), by(group))];
+            let stacks = stacks(&parts);
+            let [stack] = &stacks[..] else {
+                panic!("one layout is one stack");
+            };
+            let plan = stack.plan();
+            assert_eq!((plan.columns, plan.has_inputs), (cols, false), "{code:?}");
+            let zeros = usize::from(code == Code::Int4);
+            let of_groups = rows * cols / group * (scale_bytes + zeros);
+            let chunks = cols / chunk_columns(code) * 4;
+            let expected = rows * cols * code.bits() / 8 + of_groups + chunks.next_multiple_of(256);
+            assert_eq!(plan.bytes(), expected, "{code:?} in groups of {group}");
+        }
+    }
+
+    #[test]
+    fn parts_are_stacked_while_their_columns_are_alike() {
+        let one = |rows| part(Code::Int4, (rows, 64), vec![32, 64]);
+        let mut permuted = one(5);
+        permuted.inputs = Some((0..64).rev().collect());
+        let parts = [
+            one(3),
+            one(4),
+            permuted,
+            part(Code::Int8, (2, 64), vec![64]),
+        ];
+        let stacks = stacks(&parts);
+        let found = stacks.iter().map(|s| (s.plan.first, s.plan.outputs));
+        assert_eq!(found.collect::<Vec<_>>(), [(0, 7), (7, 5), (12, 2)]);
+        assert!(stacks[1].plan.has_inputs);
+    }
+
+    /// A group that ends anywhere is filled up; so is the last stretch, by columns that no input belongs to.
+    #[test]
+    fn groups_begin_where_lanes_can_take_them() {
+        let parts = [part(Code::Int4, (1, 40), vec![5, 40])];
+        let plan = stacks(&parts).remove(0);
+        assert_eq!(plan.columns.len(), 128);
+        let input = |at: usize| plan.columns[at];
+        assert_eq!((input(4), input(5), input(31)), (Some(4), None, None));
+        assert_eq!((input(32), input(66), input(67)), (Some(5), Some(39), None));
+    }
+}
