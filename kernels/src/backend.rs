@@ -53,7 +53,8 @@ pub enum Element {
     Bf16,
     /// IEEE half.
     F16,
-    /// 8-bit float, e4m3 without infinities: KV blocks only. What is too large becomes the largest, 448.
+    /// A float with 4 bits of exponent and 3 of mantissa, without infinities (OCP's `E4M3`): of KV blocks alone. What is
+    /// too large becomes the largest, 448.
     Fp8,
 }
 

@@ -104,7 +104,7 @@ class Checks:
     def cuda_tests(self):
         listed = self.run([self.programs / "test-kernels", "--list"], 30)
         names = re.findall(r"^(\S+): test$", listed, re.M)
-        return [name for name in names if re.search(r"cuda|twin|device|flashinfer", name)]
+        return [name for name in names if re.search(r"cuda|twin|device|flashinfer|kernel", name)]
 
 
 def tail(text, characters=600):

@@ -15,7 +15,7 @@ use crate::models::decoder::{Decoder, StepSize};
 use crate::run::Run;
 use crate::sampler::{self, Sampled};
 use crate::weights::{self, DecoderWeights};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use kernels::backend::{Backend, DeviceError, Element, KvLayout};
 use std::net::IpAddr;
 use std::time::Instant;
@@ -364,9 +364,7 @@ fn kv_element(asked: &str, place: Place, dtype: Dtype) -> Result<Element> {
     match KvDtype::parse(asked).map_err(anyhow::Error::msg)? {
         None => Ok(place.kv_element.unwrap_or(weights::element(dtype))),
         Some(KvDtype::Float(dtype)) => Ok(weights::element(dtype)),
-        Some(KvDtype::Fp8) => bail!(
-            "--kv-cache-dtype {asked} is not supported by this build; give auto, bfloat16, float16 or float32"
-        ),
+        Some(KvDtype::Fp8) => Ok(Element::Fp8),
     }
 }
 

@@ -167,6 +167,22 @@ struct Packed<T, 1> {
     __device__ __forceinline__ static Packed from(const float (&values)[1]) { return {narrow<T>(values[0])}; }
 };
 
+// One element whose type is known when the kernel runs: 0 for f32, 1 for Bf16, 2 for F16.
+__device__ __forceinline__ float load_one(const void* from, int64_t index, int element) {
+    if (element == 0) return static_cast<const float*>(from)[index];
+    if (element == 1) return widen(static_cast<const Bf16*>(from)[index]);
+    return widen(static_cast<const F16*>(from)[index]);
+}
+
+__device__ __forceinline__ void store_one(void* to, int64_t index, int element, float value) {
+    if (element == 0)
+        static_cast<float*>(to)[index] = value;
+    else if (element == 1)
+        static_cast<Bf16*>(to)[index] = narrow<Bf16>(value);
+    else
+        static_cast<F16*>(to)[index] = narrow<F16>(value);
+}
+
 // Whether 16-byte accesses may be used at `at` and every `stride` elements from there on.
 template <class T>
 __host__ __forceinline__ bool vectors_fit(const T* at, int64_t stride) {

@@ -239,6 +239,12 @@ impl Device {
             .unwrap_or(1)
     }
 
+    /// What the device can do, as 10 times the major number of its compute capability and the minor one.
+    pub(crate) fn capability(&self) -> i32 {
+        let capability = self.context().compute_capability();
+        capability.map_or(0, |(major, minor)| 10 * major + minor)
+    }
+
     /// The stream.
     pub(super) fn cuda_stream(&self) -> &Arc<CudaStream> {
         &self.stream

@@ -179,6 +179,11 @@ impl Device {
         Ok(())
     }
 
+    /// As Hopper has it, whose paths are to be met.
+    pub(crate) fn capability(&self) -> i32 {
+        90
+    }
+
     /// A small device.
     pub(crate) fn multiprocessors(&self) -> usize {
         MULTIPROCESSORS

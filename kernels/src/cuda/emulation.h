@@ -182,6 +182,12 @@ inline int __clzll(long long value) {
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>(uint64_t{a} * b >> 32);
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t bytes = uint64_t{high} << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
+}
 inline unsigned __float_as_uint(float value) {
     return cluster::emulation::from_bits<unsigned>(cluster::emulation::to_bits(value));
 }

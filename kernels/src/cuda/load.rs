@@ -13,12 +13,15 @@
 
 use super::CudaWeight;
 use super::device::Device;
+use super::section;
 use super::transfer::Transfer;
 use crate::backend::{DeviceError, Element, HostMatrix};
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::weight::{are_vectors, stacked_shape};
+use crate::quantized::HostQuantized;
 use rustix::mm::Advice;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How far ahead of the copy the system is told to read. Two pieces: one being read, one to come.
 const AHEAD_BYTES: usize = 32 << 20;
@@ -54,6 +57,67 @@ pub(crate) fn load(
         .then(|| place(compute, &mut |_| ()))
         .transpose()?;
     Ok(CudaWeight::new(memory, (rows, cols), other))
+}
+
+/// Puts the stacked parts on the device in as many bits as their codes have, to be multiplied with `compute`.
+pub(crate) fn load_quantized(
+    (device, transfer): (&Device, &mut Transfer),
+    parts: &[HostQuantized],
+    compute: Element,
+    progress: &mut dyn FnMut(u64),
+) -> Result<CudaWeight, DeviceError> {
+    let failed = |reason: String| DeviceError::Failed {
+        device: device.name().to_owned(),
+        reason,
+    };
+    let first = parts.first();
+    let first = first.ok_or_else(|| failed("a weight without parts".to_owned()))?;
+    for part in parts {
+        part.check().map_err(failed)?;
+        if part.cols != first.cols {
+            let widths = (first.cols, part.cols);
+            return Err(failed(format!("a weight of parts with {widths:?} columns")));
+        }
+    }
+    let mut sections = Vec::new();
+    for stack in section::stacks(parts) {
+        let bytes = stack.plan().bytes();
+        let mut memory = device.allocate("a quantised weight", bytes)?;
+        stack.sources(0..AHEAD_BYTES, announce);
+        let is_broken = AtomicBool::new(false);
+        let fill = |range: Range<usize>, room: &mut [u8]| {
+            if stack.copy(range, room).is_err() {
+                is_broken.store(true, Ordering::Relaxed);
+            }
+        };
+        let mut queued = 0;
+        let mut next = |bytes| {
+            progress(bytes);
+            queued += usize::try_from(bytes).unwrap_or(usize::MAX);
+            stack.sources(queued..queued + AHEAD_BYTES, announce);
+        };
+        transfer.write(device, (&mut memory, bytes), &fill, &mut next)?;
+        if is_broken.into_inner() {
+            return Err(failed(
+                "a weight in fp8 has codes that stand for no number; get the checkpoint again"
+                    .to_owned(),
+            ));
+        }
+        sections.push(stack.into_section(memory));
+    }
+    let rows = parts.iter().map(|part| part.rows).sum();
+    Ok(CudaWeight::quantized(sections, (rows, first.cols), compute))
+}
+
+/// Tells the system that `bytes`, perhaps of a memory map, are wanted soon.
+fn announce(bytes: &[u8]) {
+    let start = bytes.as_ptr() as usize;
+    let page = start / PAGE * PAGE;
+    // SAFETY: the advice changes no contents, whatever memory this is. A refusal costs speed alone.
+    let _ = unsafe {
+        let length = bytes.len() + start - page;
+        rustix::mm::madvise(page as *mut _, length, Advice::WillNeed)
+    };
 }
 
 /// The elements of all parts, one after the other, as bytes of `store`.
@@ -97,14 +161,7 @@ impl<'a> Source<'a> {
         self.parts_of(range.start / width..range.end / width, |part, elements| {
             let first = element_at(part, elements.start);
             let end = element_at(part, elements.end - 1) + part.element.bytes();
-            let bytes = &part.data[first..end];
-            let start = bytes.as_ptr() as usize;
-            let page = start / PAGE * PAGE;
-            // SAFETY: the advice changes no contents, whatever memory this is. A refusal costs speed alone.
-            let _ = unsafe {
-                let length = bytes.len() + start - page;
-                rustix::mm::madvise(page as *mut _, length, Advice::WillNeed)
-            };
+            announce(&part.data[first..end]);
         });
     }
 

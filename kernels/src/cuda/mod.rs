@@ -24,6 +24,8 @@ pub(crate) mod launch;
 pub mod libraries;
 mod load;
 mod operations;
+pub(crate) mod product;
+pub(crate) mod section;
 mod source;
 mod stop;
 mod tensor;
@@ -36,6 +38,7 @@ mod transfer;
 )]
 mod trials;
 mod weight;
+pub(crate) mod workspace;
 
 pub use batch::CudaBatch;
 pub use gpus::{GpuInfo, gpus};
@@ -50,11 +53,13 @@ use blas::Blas;
 use clock::Clock;
 use device::Device;
 use graphs::Graphs;
+use product::Product;
 use std::cell::{Cell, RefCell, RefMut};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use transfer::Transfer;
+use workspace::Workspace;
 
 /// A GPU as a device.
 #[derive(Debug)]
@@ -65,6 +70,8 @@ pub struct CudaBackend {
     /// Where activations are taken from first.
     source: Option<TensorSource>,
     blas: Blas,
+    /// There as soon as there are quantised weights.
+    workspace: RefCell<Workspace>,
     transfer: RefCell<Transfer>,
     sampler: RefCell<Sampler>,
     graphs: Graphs,
@@ -86,6 +93,7 @@ impl CudaBackend {
             blas: Blas::new(&device)?,
             transfer: RefCell::new(Transfer::new(&device)?),
             sampler: RefCell::new(Sampler::new(&device)?),
+            workspace: RefCell::default(),
             device,
             element: Element::F32,
             source: None,
@@ -141,15 +149,18 @@ impl CudaBackend {
         self.sampler.borrow_mut()
     }
 
-    /// Queues `out = x · weightᵀ (+ bias)`. The caller checked the shapes.
-    pub(crate) fn multiply(
-        &self,
-        (x, weight): (&CudaTensor, &CudaWeight),
-        bias: Option<&CudaWeight>,
-        out: &mut CudaTensor,
-    ) {
-        let queued = (self.blas).linear(&self.device, (x, weight), bias, out);
-        queued.unwrap_or_else(|reason| self.fail(reason));
+    /// Memory for products with quantised weights.
+    pub(crate) fn workspace(&self) -> RefMut<'_, Workspace> {
+        self.workspace.borrow_mut()
+    }
+
+    /// Queues the product. `false`, and nothing queued, where the library has no algorithm for factors of 8 bits.
+    pub(crate) fn multiply(&self, product: &Product) -> bool {
+        let queued = self.blas.multiply(&self.device, product);
+        queued.unwrap_or_else(|reason| {
+            self.fail(reason);
+            true
+        })
     }
 
     /// Remembers a launch that was refused: `code` is what the launcher of `kernel` returned.
@@ -200,6 +211,6 @@ pub(crate) fn element_code(element: Element) -> c_int {
         Element::F32 => 0,
         Element::Bf16 => 1,
         Element::F16 => 2,
-        Element::Fp8 => unreachable!("the kernels have no floats of 8 bits"),
+        Element::Fp8 => 3,
     }
 }

@@ -91,20 +91,26 @@ impl Backend for CudaBackend {
         load::load(way, parts, (store, self.element), progress)
     }
 
-    fn takes(&self, _code: Code) -> bool {
-        false
+    fn takes(&self, code: Code) -> bool {
+        match code {
+            Code::Int4 | Code::Int8 | Code::Fp8 => true,
+        }
     }
 
     fn load_quantized(
         &self,
         parts: &[HostQuantized],
-        _progress: &mut dyn FnMut(u64),
+        progress: &mut dyn FnMut(u64),
     ) -> Result<CudaWeight, DeviceError> {
-        let codes: Vec<_> = parts.iter().map(|part| part.code).collect();
-        Err(DeviceError::Failed {
-            device: self.name(),
-            reason: format!("cannot multiply with quantised weights yet ({codes:?})"),
-        })
+        let way = (&self.device, &mut *self.transfer.borrow_mut());
+        let weight = load::load_quantized(way, parts, self.element, progress)?;
+        let sections = weight.sections().unwrap_or_default();
+        let mut workspace = self.workspace();
+        for section in sections {
+            workspace.reserve(&self.device, section.plan(), self.element)?;
+        }
+        drop(workspace);
+        Ok(weight)
     }
 
     fn kv_cache(&self, layout: KvLayout) -> Result<CudaKvCache, DeviceError> {

@@ -2,20 +2,32 @@
 //!
 //! Vectors (norms, biases) are kept as asked for and, where that differs, in the element the backend
 //! computes in as well: kernels take the one, the bias of a product has to be the other. They are small.
+//! Quantised matrices are [`Section`]s, which only products take.
+//!
+//! Invariant: sections hold each output once, in order.
 
 use super::device::Memory;
+use super::section::Section;
 use crate::backend::Element;
 use std::ffi::c_void;
 
 /// A matrix `[rows, cols]` without gaps, or a vector `[1, n]`.
 #[derive(Debug)]
 pub struct CudaWeight {
-    memory: Memory,
+    values: Values,
     element: Element,
     rows: usize,
     cols: usize,
-    /// The same vector in another element.
-    other: Option<(Memory, Element)>,
+}
+
+#[derive(Debug)]
+enum Values {
+    Dense {
+        memory: Memory,
+        /// The same vector in another element.
+        other: Option<(Memory, Element)>,
+    },
+    Quantized(Vec<Section>),
 }
 
 impl CudaWeight {
@@ -26,23 +38,51 @@ impl CudaWeight {
         other: Option<(Memory, Element)>,
     ) -> Self {
         Self {
-            memory,
+            values: Values::Dense { memory, other },
             element,
             rows,
             cols,
-            other,
+        }
+    }
+
+    /// A quantised matrix, to be multiplied with `element`s.
+    pub(crate) fn quantized(
+        sections: Vec<Section>,
+        (rows, cols): (usize, usize),
+        element: Element,
+    ) -> Self {
+        let outputs = sections.iter().map(|section| section.plan().outputs);
+        assert_eq!(outputs.sum::<usize>(), rows, "each output is there");
+        Self {
+            values: Values::Quantized(sections),
+            element,
+            rows,
+            cols,
+        }
+    }
+
+    /// The sections of a quantised matrix.
+    pub(crate) fn sections(&self) -> Option<&[Section]> {
+        match &self.values {
+            Values::Dense { .. } => None,
+            Values::Quantized(sections) => Some(sections),
         }
     }
 
     /// The memory of what [`Self::pointer`] points to.
-    #[cfg(test)]
     pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
+        match &self.values {
+            Values::Dense { memory, .. } => memory,
+            Values::Quantized(_) => panic!("a quantised weight was asked for its elements"),
+        }
     }
 
     /// The first element, on the device.
+    ///
+    /// # Panics
+    /// If the matrix is quantised.
     pub fn pointer(&self) -> *const c_void {
-        self.memory.pointer()
+        self.memory().pointer()
     }
 
     /// The first element of the vector as `element`s, on the device.
@@ -50,9 +90,12 @@ impl CudaWeight {
     /// # Panics
     /// If it is not kept as such: vectors are, in f32 and in the element the backend computes in.
     pub fn pointer_as(&self, element: Element) -> *const c_void {
-        match &self.other {
+        match &self.values {
             _ if self.element == element => self.pointer(),
-            Some((memory, other)) if *other == element => memory.pointer(),
+            Values::Dense {
+                other: Some((memory, other)),
+                ..
+            } if *other == element => memory.pointer(),
             _ => panic!(
                 "a weight of {:?} was asked for as {element:?}",
                 self.element
@@ -60,7 +103,7 @@ impl CudaWeight {
         }
     }
 
-    /// What [`Self::pointer`] points to.
+    /// What [`Self::pointer`] points to; what a quantised matrix is multiplied with.
     pub fn element(&self) -> Element {
         self.element
     }

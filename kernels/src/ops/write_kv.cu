@@ -1,7 +1,7 @@
 // Copies keys and values of new tokens to their slots. Formula and shapes: write_kv.rs.
 //
 // A thread copies the same vector of a key and of a value; a block stays within one token.
-#include "../cuda/device.cuh"
+#include "../cuda/fp8.cuh"
 
 namespace {
 
@@ -55,7 +55,7 @@ extern "C" int cluster_write_kv(void* stream, int element, int cache_element, co
                                 int64_t token_stride, uint32_t slot_count) {
     return by_element(element, [&](auto tag) -> int {
         using T = typename decltype(tag)::Type;
-        return by_element(cache_element, [&](auto cache_tag) -> int {
+        return by_stored(cache_element, [&](auto cache_tag) -> int {
             using C = typename decltype(cache_tag)::Type;
             if (block_size < 1) return cudaErrorInvalidValue;
             if (tokens == 0 || kv_heads == 0 || head_dim == 0) return cudaSuccess;

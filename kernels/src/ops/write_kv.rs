@@ -183,16 +183,26 @@ mod tests {
         }
     }
 
+    /// Values from beyond the largest 8-bit float to below the smallest.
+    #[cfg(feature = "cuda")]
+    fn spread(cuda: &crate::cuda::CudaBackend, rng: &mut Rng, count: usize) -> Vec<f32> {
+        let mut values = rng.values(count);
+        for x in values.iter_mut().step_by(3) {
+            *x *= rng.pick(&[1024.0, 1.0 / 64.0, 1.0 / 1024.0]);
+        }
+        rounded(&values, cuda.element())
+    }
+
     /// The cache is read back by looking at it: each value alone where attention sees nothing but one token.
     #[cfg(feature = "cuda")]
     #[test]
     fn the_kernel_puts_each_token_where_attention_finds_it() {
-        use crate::backend::{Attention, Precision};
+        use crate::backend::{Attention, Element, Precision};
         use crate::batch::Batch;
         use crate::cuda::testing::{each_element, read, values};
         use crate::ops::paged_attention::cuda::attend;
         each_element(109, |cuda, rng| {
-            for cache_element in ELEMENTS {
+            for cache_element in ELEMENTS.into_iter().chain([Element::Fp8]) {
                 let heads = Heads {
                     local_heads: 2,
                     local_kv_heads: 2,
@@ -219,7 +229,7 @@ mod tests {
                     slots: some_outside,
                     ..tokens(vec![0; slots.len() + 2], vec![0; slots.len() + 2])
                 };
-                let before = values(cuda, rng, (slots.len() + 2) * width);
+                let before = spread(cuda, rng, (slots.len() + 2) * width);
                 let qkv = tensor(cuda, &before, width);
                 cuda.write_kv(&upload(cuda, &written), 1, &qkv, heads, &mut cache);
 

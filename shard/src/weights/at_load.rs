@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use bytes::Bytes;
 use half::{bf16, f16};
 use kernels::backend::{Element, HostMatrix};
-use kernels::quantized::{HostQuantized, to_e4m3};
+use kernels::quantized::{HostQuantized, e4m3, to_e4m3};
 use topology::quantization::{Code, Grouping};
 
 /// Largest code.
@@ -91,6 +91,7 @@ pub(super) fn read_row(matrix: &HostMatrix, row: usize, out: &mut [f32]) {
         Element::F32 => read(bytes, out, f32::from_le_bytes),
         Element::Bf16 => read(bytes, out, |two| bf16::from_le_bytes(two).to_f32()),
         Element::F16 => read(bytes, out, |two| f16::from_le_bytes(two).to_f32()),
+        Element::Fp8 => read(bytes, out, |[code]| e4m3(code)),
     }
 }
 

@@ -369,6 +369,7 @@ fn numbers(values: &[f32], cols: usize, element: Element) -> HostMatrix {
             .iter()
             .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
             .collect(),
+        Element::Fp8 => values.iter().map(|v| to_e4m3(*v)).collect(),
     };
     HostMatrix {
         data: data.into(),

@@ -176,9 +176,12 @@ fn equal_parts(length: usize, most: usize) -> impl Iterator<Item = Range<usize>>
     (0..parts).map(move |part| part * length / parts..(part + 1) * length / parts)
 }
 
-/// On the GPU: cuBLASLt's product, the bias added where the sums are.
+/// On the GPU: cuBLASLt's product, the bias added where the sums are; for quantised weights what is in `quantized`.
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda {
+    mod quantized;
+
+    use crate::cuda::product::{Factors, Product};
     use crate::cuda::{CudaBackend, CudaTensor, CudaWeight};
 
     /// As the fast path; `out` may be f32 where the rest is narrower.
@@ -203,9 +206,23 @@ pub(crate) mod cuda {
             let length = bias.rows() * bias.cols();
             assert_eq!(length, weight.rows(), "one bias for each output");
         }
-        if x.rows() > 0 {
-            cuda.multiply((x, weight), bias, out);
+        if x.rows() == 0 {
+            return;
         }
+        if let Some(sections) = weight.sections() {
+            return quantized::linear(cuda, x, sections, bias, out);
+        }
+        cuda.multiply(&Product {
+            rows: x.rows(),
+            inputs: weight.cols(),
+            outputs: weight.rows(),
+            factors: Factors::Dense(x.element()),
+            x: x.pointer(),
+            weight: weight.pointer(),
+            bias: bias.map(|bias| bias.pointer_as(out.element())),
+            out: (out.pointer_mut(), out.element()),
+            out_stride: weight.rows(),
+        });
     }
 
     #[cfg(test)]

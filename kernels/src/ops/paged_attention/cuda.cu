@@ -6,7 +6,7 @@
 // 16 bytes for each lane, so a warp reads 32 / LANES keys at a time and UNROLL times that before it uses the
 // first. Each group of lanes has its own running maximum and sum, and all are merged at the end, so nothing waits
 // at a barrier on the way. Runs of keys begin at multiples of their length, so that most are in one block.
-#include "../../cuda/device.cuh"
+#include "../../cuda/fp8.cuh"
 
 namespace {
 
@@ -38,21 +38,6 @@ struct Problem {
     // The cap times log2(e); 0 where there is none.
     float soft_cap;
 };
-
-__device__ __forceinline__ float load_one(const void* from, int64_t index, int element) {
-    if (element == 0) return static_cast<const float*>(from)[index];
-    if (element == 1) return widen(static_cast<const Bf16*>(from)[index]);
-    return widen(static_cast<const F16*>(from)[index]);
-}
-
-__device__ __forceinline__ void store_one(void* to, int64_t index, int element, float value) {
-    if (element == 0)
-        static_cast<float*>(to)[index] = value;
-    else if (element == 1)
-        static_cast<Bf16*>(to)[index] = narrow<Bf16>(value);
-    else
-        static_cast<F16*>(to)[index] = narrow<F16>(value);
-}
 
 // A softmax whose terms come bit by bit, and the sum of the values weighted by it. PER_LANE of a head's dimensions.
 template <int QUERIES, int PER_LANE>
@@ -389,7 +374,7 @@ extern "C" int cluster_paged_attention(void* stream, int element, int cache_elem
     problem.window = window > 0 && window < INT32_MAX ? static_cast<uint32_t>(window) : INT32_MAX;
     problem.scale = soft_cap > 0.0F ? scale * LOG2_E * 2.0F / soft_cap : scale * LOG2_E;
     problem.soft_cap = soft_cap * LOG2_E;
-    return by_element(cache_element, [&](auto tag) {
+    return by_stored(cache_element, [&](auto tag) {
         using C = typename decltype(tag)::Type;
         return launch_cache<C>(problem, tokens, tokens == rows, stream);
     });

@@ -118,15 +118,18 @@ extern "C" int cluster_flashinfer_plan(const Step* step, uint32_t* indices, size
     return caught(error, error_bytes, [&] { plan(*step, Words(indices, words), partial_bytes, *out); });
 }
 
-// Queues the attention of one layer; `element` is 1 for bfloat16 and 2 for half.
-extern "C" int cluster_flashinfer_run(void* stream, int element, const Call* call, const Plan* plan, char* error,
-                                      size_t error_bytes) {
+// Queues the attention of one layer; `element` is 1 for bfloat16 and 2 for half, and so is `kv_element`, or 3 for
+// 8-bit floats.
+extern "C" int cluster_flashinfer_run(void* stream, int element, int kv_element, const Call* call, const Plan* plan,
+                                      char* error, size_t error_bytes) {
     return caught(error, error_bytes, [&] {
-        switch (element) {
-            case 1: return run<nv_bfloat16>(*call, *plan, static_cast<cudaStream_t>(stream));
-            case 2: return run<half>(*call, *plan, static_cast<cudaStream_t>(stream));
-            default: throw std::runtime_error("elements of kind " + std::to_string(element) + " are not compiled");
-        }
+        const auto queue = static_cast<cudaStream_t>(stream);
+        if (element == 1 && kv_element == 1) return run<nv_bfloat16, nv_bfloat16>(*call, *plan, queue);
+        if (element == 2 && kv_element == 2) return run<half, half>(*call, *plan, queue);
+        if (element == 1 && kv_element == 3) return run<nv_bfloat16, __nv_fp8_e4m3>(*call, *plan, queue);
+        if (element == 2 && kv_element == 3) return run<half, __nv_fp8_e4m3>(*call, *plan, queue);
+        throw std::runtime_error("elements of kinds " + std::to_string(element) + " and " + std::to_string(kv_element) +
+                                 " are not compiled");
     });
 }
 #endif

@@ -1,4 +1,4 @@
-// Paged attention from FlashInfer's templates, instantiated for one element type by each flashinfer_*.cu: what a
+// Paged attention from FlashInfer's templates, instantiated for the element types of each flashinfer_*.cu: what a
 // call hands over, which tile sizes are compiled for which architecture, and the launch.
 //
 // Prefill and decode go through the same kernel: a plan (flashinfer.cu) cuts the step's queries into tiles and,
@@ -47,16 +47,16 @@ struct Call {
     float soft_cap;      // 0: none.
 };
 
-// The names are FlashInfer's: its kernels read these members.
-template <class Element>
+// The names are FlashInfer's: its kernels read these members. Keys and values are `Kv`s: `Element`s, or 8-bit floats.
+template <class Element, class Kv>
 struct Params {
     using DTypeQ = Element;
-    using DTypeKV = Element;
+    using DTypeKV = Kv;
     using DTypeO = Element;
     using IdType = int32_t;
 
     Element* q;
-    flashinfer::paged_kv_t<Element, int32_t> paged_kv;
+    flashinfer::paged_kv_t<Kv, int32_t> paged_kv;
     int32_t* q_indptr;
     Element* o;
     float* lse;
@@ -83,11 +83,11 @@ struct Params {
 template <bool CAP>
 using Variant = flashinfer::DefaultAttention</*custom mask*/ false, /*window*/ true, CAP, /*alibi*/ false>;
 
-template <class Element, int HEAD, int TILE, int FRAGMENTS, bool CAP>
+template <class Element, class Kv, int HEAD, int TILE, int FRAGMENTS, bool CAP>
 using Traits = flashinfer::KernelTraits<
     flashinfer::MaskMode::kCausal, TILE, flashinfer::get_num_mma_q(TILE), FRAGMENTS, HEAD / 16, HEAD / 16,
     flashinfer::get_num_warps_q(TILE), flashinfer::get_num_warps_kv(TILE), flashinfer::PosEncodingMode::kNone, Element,
-    Element, Element, float, int32_t, Variant<CAP>>;
+    Kv, Element, float, int32_t, Variant<CAP>>;
 
 // ---- Which sizes ---------------------------------------------------------------------------------
 
@@ -105,17 +105,21 @@ constexpr int shared_bytes(Kind kind) {
 }
 
 // Fragments of 16 keys that each warp works on at a time, for 16-bit elements: as many as leave room for two
-// blocks on a multiprocessor and for the registers to hold the scores.
-constexpr int fragments(int head, int tile, bool cap, Kind kind) {
+// blocks on a multiprocessor and for the registers to hold the scores. Where keys and values are `kv_bytes` of 1,
+// tiles of more than 16 rows widen them to 16 bits in as much memory again.
+constexpr int fragments(int head, int tile, bool cap, Kind kind, int kv_bytes) {
     const int shared = shared_bytes(kind), key_warps = tile == 16 ? 4 : 1;
-    const int fixed = tile * head * 2, each = 2 * head * 16 * key_warps * 2;
+    const int fixed = tile * head * 2, each = 2 * head * 16 * key_warps * (tile == 16 ? kv_bytes : 2);
     const bool two = shared >= 2 * (fixed + each);
     const int fitting = ((two ? shared / 2 : shared - 1024) - fixed) / each;
     // What the compiler keeps in registers without spilling.
     int most = tile == 16 ? 8 : 4;
     if (tile == 128 && head == 128 && (cap || kind == Kind::Blackwell)) most = 2;
+    if (tile == 16 && head == 256 && kv_bytes == 1) most = 1;
     const int count = fitting < most ? fitting : most;
-    return count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+    // Four warps take turns at the halves of a fragment of codes.
+    const int least = kv_bytes == 1 && tile > 16 ? 2 : 1;
+    return count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : least;
 }
 
 // Whether devices of this kind run code compiled for `architecture` (80 for 8.0, whose code 8.6 and 8.9 run too).
@@ -131,20 +135,20 @@ constexpr bool runs_on(int architecture, Kind kind) {
 
 constexpr Kind KINDS[] = {Kind::Blackwell, Kind::Hopper, Kind::Medium, Kind::Small};
 
-constexpr bool is_compiled(int architecture, int head, int tile, bool cap, int count) {
+constexpr bool is_compiled(int architecture, int head, int tile, bool cap, int count, int kv_bytes) {
     for (const Kind kind : KINDS)
-        if (runs_on(architecture, kind) && fragments(head, tile, cap, kind) == count) return true;
+        if (runs_on(architecture, kind) && fragments(head, tile, cap, kind, kv_bytes) == count) return true;
     return false;
 }
 
 // ---- Kernel and launch ---------------------------------------------------------------------------
 
-template <class Element, int HEAD, int TILE, int FRAGMENTS, bool CAP>
-__global__ __launch_bounds__(128) void paged_attention(const __grid_constant__ Params<Element> params) {
+template <class Element, class Kv, int HEAD, int TILE, int FRAGMENTS, bool CAP>
+__global__ __launch_bounds__(128) void paged_attention(const __grid_constant__ Params<Element, Kv> params) {
 #ifdef __CUDA_ARCH__
-    if constexpr (is_compiled(__CUDA_ARCH__ / 10, HEAD, TILE, CAP, FRAGMENTS)) {
+    if constexpr (is_compiled(__CUDA_ARCH__ / 10, HEAD, TILE, CAP, FRAGMENTS, sizeof(Kv))) {
         extern __shared__ uint8_t attention_shared[];
-        using T = Traits<Element, HEAD, TILE, FRAGMENTS, CAP>;
+        using T = Traits<Element, Kv, HEAD, TILE, FRAGMENTS, CAP>;
         auto& storage = reinterpret_cast<typename T::SharedStoragePaged&>(attention_shared);
         flashinfer::BatchPrefillWithPagedKVCacheDevice<T, /*keys and values have the same strides*/ true>(params, storage);
     } else {
@@ -158,14 +162,14 @@ inline void check(cudaError_t code, const char* what) {
 }
 
 // What this process's device is, among those that its code was compiled for.
-template <class Element>
+template <class Element, class Kv>
 Kind kind_of_device() {
     static const Kind found = [] {
         int device = 0, shared = 0;
         check(cudaGetDevice(&device), "ask for the device");
         check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "ask for shared memory");
         cudaFuncAttributes attributes{};
-        check(cudaFuncGetAttributes(&attributes, paged_attention<Element, 64, 16, 4, false>), "find the kernels for this device");
+        check(cudaFuncGetAttributes(&attributes, paged_attention<Element, Kv, 128, 16, fragments(128, 16, false, Kind::Hopper, sizeof(Kv)), false>), "find the kernels for this device");
         for (const Kind kind : KINDS)
             if (shared_bytes(kind) <= shared && runs_on(attributes.ptxVersion, kind)) return kind;
         throw std::runtime_error("no kernel was compiled for multiprocessors with " + std::to_string(shared) +
@@ -174,12 +178,12 @@ Kind kind_of_device() {
     return found;
 }
 
-template <class Element, int HEAD, int TILE, int FRAGMENTS, bool CAP>
-void launch_kernel(const Params<Element>& params, dim3 grid, cudaStream_t stream) {
-    using T = Traits<Element, HEAD, TILE, FRAGMENTS, CAP>;
+template <class Element, class Kv, int HEAD, int TILE, int FRAGMENTS, bool CAP>
+void launch_kernel(const Params<Element, Kv>& params, dim3 grid, cudaStream_t stream) {
+    using T = Traits<Element, Kv, HEAD, TILE, FRAGMENTS, CAP>;
     static_assert(!T::IsInvalid());
     constexpr size_t bytes = sizeof(typename T::SharedStoragePaged);
-    const auto kernel = paged_attention<Element, HEAD, TILE, FRAGMENTS, CAP>;
+    const auto kernel = paged_attention<Element, Kv, HEAD, TILE, FRAGMENTS, CAP>;
     // Once in a process, which has one device.
     static const cudaError_t prepared =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
@@ -189,23 +193,23 @@ void launch_kernel(const Params<Element>& params, dim3 grid, cudaStream_t stream
 }
 
 // The kernel with as many fragments as this device takes; others were not compiled for it.
-template <class Element, int HEAD, int TILE, bool CAP>
-void launch_tile(const Params<Element>& params, dim3 grid, cudaStream_t stream) {
-    switch (kind_of_device<Element>()) {
-        case Kind::Small: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Small), CAP>(params, grid, stream);
-        case Kind::Medium: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Medium), CAP>(params, grid, stream);
-        case Kind::Hopper: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Hopper), CAP>(params, grid, stream);
-        case Kind::Blackwell: return launch_kernel<Element, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Blackwell), CAP>(params, grid, stream);
+template <class Element, class Kv, int HEAD, int TILE, bool CAP>
+void launch_tile(const Params<Element, Kv>& params, dim3 grid, cudaStream_t stream) {
+    switch (kind_of_device<Element, Kv>()) {
+        case Kind::Small: return launch_kernel<Element, Kv, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Small, sizeof(Kv)), CAP>(params, grid, stream);
+        case Kind::Medium: return launch_kernel<Element, Kv, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Medium, sizeof(Kv)), CAP>(params, grid, stream);
+        case Kind::Hopper: return launch_kernel<Element, Kv, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Hopper, sizeof(Kv)), CAP>(params, grid, stream);
+        case Kind::Blackwell: return launch_kernel<Element, Kv, HEAD, TILE, fragments(HEAD, TILE, CAP, Kind::Blackwell, sizeof(Kv)), CAP>(params, grid, stream);
     }
 }
 
-template <class Element, int HEAD, bool CAP>
-void launch_head(const Params<Element>& params, uint32_t tile, dim3 grid, cudaStream_t stream) {
+template <class Element, class Kv, int HEAD, bool CAP>
+void launch_head(const Params<Element, Kv>& params, uint32_t tile, dim3 grid, cudaStream_t stream) {
     switch (tile) {
-        case 16: return launch_tile<Element, HEAD, 16, CAP>(params, grid, stream);
-        case 64: return launch_tile<Element, HEAD, 64, CAP>(params, grid, stream);
+        case 16: return launch_tile<Element, Kv, HEAD, 16, CAP>(params, grid, stream);
+        case 64: return launch_tile<Element, Kv, HEAD, 64, CAP>(params, grid, stream);
         case 128:
-            if constexpr (HEAD < 256) return launch_tile<Element, HEAD, 128, CAP>(params, grid, stream);
+            if constexpr (HEAD < 256) return launch_tile<Element, Kv, HEAD, 128, CAP>(params, grid, stream);
         default: throw std::runtime_error("a plan with tiles of " + std::to_string(tile) + " rows");
     }
 }
@@ -232,15 +236,15 @@ void merge(Element* partials, float* logarithms, const Call& call, const Plan& p
     check(cudaGetLastError(), "launch the merging of chunks");
 }
 
-template <class Element, int HEAD>
+template <class Element, class Kv, int HEAD>
 void run_head(const Call& call, const Plan& plan, cudaStream_t stream) {
     const auto ints = [](const uint32_t* at) { return reinterpret_cast<int32_t*>(const_cast<uint32_t*>(at)); };
-    Params<Element> params{};
+    Params<Element, Kv> params{};
     params.q = static_cast<Element*>(const_cast<void*>(call.queries));
     const int64_t strides[3] = {call.block_stride, call.head_stride, HEAD};
-    params.paged_kv = flashinfer::paged_kv_t<Element, int32_t>(
+    params.paged_kv = flashinfer::paged_kv_t<Kv, int32_t>(
         call.kv_heads, call.block_size, HEAD, call.rows, flashinfer::QKVLayout::kHND,
-        static_cast<Element*>(const_cast<void*>(call.keys)), static_cast<Element*>(const_cast<void*>(call.values)), strides,
+        static_cast<Kv*>(const_cast<void*>(call.keys)), static_cast<Kv*>(const_cast<void*>(call.values)), strides,
         ints(call.blocks), ints(call.block_starts), /*last_page_len: context_lens says it*/ nullptr);
     params.q_indptr = ints(call.row_starts);
     params.context_lens = call.context_lens;
@@ -269,26 +273,31 @@ void run_head(const Call& call, const Plan& plan, cudaStream_t stream) {
         if constexpr (HEAD == 64)
             throw std::runtime_error("soft caps are not compiled for heads of 64 elements");
         else
-            launch_head<Element, HEAD, true>(params, plan.tile, grid, stream);
+            launch_head<Element, Kv, HEAD, true>(params, plan.tile, grid, stream);
     } else {
-        launch_head<Element, HEAD, false>(params, plan.tile, grid, stream);
+        launch_head<Element, Kv, HEAD, false>(params, plan.tile, grid, stream);
     }
     if (plan.split != 0) merge<Element, HEAD>(params.o, logarithms, call, plan, stream);
 }
 
 // Queues the attention of one layer. Throws what went wrong.
-template <class Element>
+template <class Element, class Kv>
 void run(const Call& call, const Plan& plan, cudaStream_t stream) {
     switch (call.head_dim) {
-        case 64: return run_head<Element, 64>(call, plan, stream);
-        case 128: return run_head<Element, 128>(call, plan, stream);
-        case 256: return run_head<Element, 256>(call, plan, stream);
+        case 64:
+            // A row of such a head's codes is half of what the tiles of keys are swizzled in.
+            if constexpr (sizeof(Kv) > 1) return run_head<Element, Kv, 64>(call, plan, stream);
+            throw std::runtime_error("8-bit keys are not compiled for heads of 64 elements");
+        case 128: return run_head<Element, Kv, 128>(call, plan, stream);
+        case 256: return run_head<Element, Kv, 256>(call, plan, stream);
         default: throw std::runtime_error("heads of " + std::to_string(call.head_dim) + " elements are not compiled");
     }
 }
 
 // Each in its own flashinfer_*.cu, so that they compile side by side.
-extern template void run<nv_bfloat16>(const Call&, const Plan&, cudaStream_t);
-extern template void run<half>(const Call&, const Plan&, cudaStream_t);
+extern template void run<nv_bfloat16, nv_bfloat16>(const Call&, const Plan&, cudaStream_t);
+extern template void run<half, half>(const Call&, const Plan&, cudaStream_t);
+extern template void run<nv_bfloat16, __nv_fp8_e4m3>(const Call&, const Plan&, cudaStream_t);
+extern template void run<half, __nv_fp8_e4m3>(const Call&, const Plan&, cudaStream_t);
 
 }  // namespace cluster::attention

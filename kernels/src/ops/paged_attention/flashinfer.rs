@@ -124,15 +124,20 @@ pub(crate) struct Planned {
 /// Whether attention of this shape was compiled.
 pub(crate) fn takes(element: Element, layout: &KvLayout, attention: &Attention) -> bool {
     FlashInfer::is_for(element)
-        && element == layout.element
-        && is_compiled(layout.head_dim, attention.logit_soft_cap.is_some())
+        && (element == layout.element || layout.element == Element::Fp8)
+        && is_compiled(layout, attention.logit_soft_cap.is_some())
         && attention.local_heads <= layout.local_kv_heads * MOST_GROUPED
         && attention.sliding_window != Some(0)
 }
 
-/// Whether heads of this size were compiled, with a soft cap or without: no published model has one with heads of 64.
-fn is_compiled(head_dim: usize, has_soft_cap: bool) -> bool {
-    matches!((head_dim, has_soft_cap), (64, false) | (128 | 256, _))
+/// Whether heads of this size were compiled, with a soft cap or without: no published model has one with heads of 64. Those
+/// are not compiled for 8-bit keys either.
+fn is_compiled(layout: &KvLayout, has_soft_cap: bool) -> bool {
+    match layout.head_dim {
+        64 => !has_soft_cap && layout.element != Element::Fp8,
+        128 | 256 => true,
+        _ => false,
+    }
 }
 
 /// 32-bit words that the plan of any step up to this size takes.
@@ -336,7 +341,8 @@ pub(crate) fn attend(
         soft_cap: attention.logit_soft_cap.unwrap_or(0.0),
     };
     let plan = &space.cuts[place].plan;
-    interface::run(backend.stream(), element_code(element), &call, plan)
+    let elements = (element_code(qkv.element()), element_code(element));
+    interface::run(backend.stream(), elements, &call, plan)
         .map_err(|reason| failed(&backend.device, &reason))?;
     Ok(true)
 }
@@ -374,6 +380,7 @@ mod interface {
         fn cluster_flashinfer_run(
             stream: *mut c_void,
             element: c_int,
+            kv_element: c_int,
             call: *const Call,
             plan: *const Plan,
             error: *mut c_char,
@@ -407,7 +414,7 @@ mod interface {
 
     pub(super) fn run(
         stream: *mut c_void,
-        element: c_int,
+        (element, kv_element): (c_int, c_int),
         call: &Call,
         plan: &Plan,
     ) -> Result<(), String> {
@@ -417,6 +424,7 @@ mod interface {
             cluster_flashinfer_run(
                 stream,
                 element,
+                kv_element,
                 call,
                 plan,
                 message.as_mut_ptr().cast(),
@@ -445,7 +453,7 @@ mod interface {
         Err("is not emulated".to_owned())
     }
 
-    pub(super) fn run(_: *mut c_void, _: c_int, _: &Call, _: &Plan) -> Result<(), String> {
+    pub(super) fn run(_: *mut c_void, _: (c_int, c_int), _: &Call, _: &Plan) -> Result<(), String> {
         Err("is not emulated".to_owned())
     }
 }

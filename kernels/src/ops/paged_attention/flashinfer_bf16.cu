@@ -3,6 +3,6 @@
 #include "flashinfer.cuh"
 
 namespace cluster::attention {
-template void run<nv_bfloat16>(const Call&, const Plan&, cudaStream_t);
+template void run<nv_bfloat16, nv_bfloat16>(const Call&, const Plan&, cudaStream_t);
 }
 #endif

@@ -3,6 +3,6 @@
 #include "flashinfer.cuh"
 
 namespace cluster::attention {
-template void run<half>(const Call&, const Plan&, cudaStream_t);
+template void run<half, half>(const Call&, const Plan&, cudaStream_t);
 }
 #endif

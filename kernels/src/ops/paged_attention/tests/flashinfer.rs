@@ -1,6 +1,8 @@
 //! `FlashInfer`'s kernels against the CPU path, on sequences long enough for every size of tile and for keys cut
-//! into chunks. Runs on a device only: nothing of it is emulated.
+//! into chunks. 8-bit caches are compared with the kernel for every shape. Runs on a device only: nothing of it is
+//! emulated.
 
+use super::super::cuda::attend as every_shape;
 use super::super::flashinfer::{FlashInfer, attend as launch, takes};
 use super::{Attend, Scene};
 use crate::backend::{Attention, Element, Heads};
@@ -18,7 +20,7 @@ pub(super) fn assert_close_to(
     (actual, expected): (&[f32], &[f32]),
 ) {
     let (atol, rtol) = match (cuda.element(), attention.logit_soft_cap) {
-        (Element::F32, _) => (0.0, 0.0),
+        (Element::F32 | Element::Fp8, _) => (0.0, 0.0),
         (Element::Bf16, _) => (6e-3, 1.0 / 128.0),
         (Element::F16, None) => (8e-4, 1.0 / 1024.0),
         (Element::F16, Some(_)) => (3e-3, 1.0 / 256.0),
@@ -31,7 +33,8 @@ const TAKEN: Attend<CudaBackend> = |cuda, batch, attention, (qkv, cache), out| {
     assert!(taken.expect("it is launched"), "the shape is compiled");
 };
 
-fn scene(rng: &mut Rng, element: Element, head_dim: usize) -> Scene {
+/// `cache` is what keys and values are stored as.
+fn scene(rng: &mut Rng, element: Element, cache: Element, head_dim: usize) -> Scene {
     let local_kv_heads = rng.pick(&[1, 2, 8]);
     let heads = Heads {
         local_heads: local_kv_heads * rng.pick(&[1, 4, 7]),
@@ -44,7 +47,7 @@ fn scene(rng: &mut Rng, element: Element, head_dim: usize) -> Scene {
         .map(|_| rng.within(longest / 2..longest))
         .collect();
     let mut scene = Scene::with_lengths(rng, heads, &lengths);
-    scene.layout.element = element;
+    scene.layout.element = cache;
     scene.attention.sliding_window = rng.pick(&[None, None, Some(1), Some(7), Some(700)]);
     if head_dim == 64 {
         // Not compiled with a cap.
@@ -65,10 +68,19 @@ fn tiles_and_chunks_give_the_same() {
         }
         let cpu = CpuBackend::new(2, None).expect("threads start");
         for case in 0..24 {
-            let scene = scene(rng, element, [64, 128, 256][case % 3]);
+            let head_dim = [64, 128, 256][case % 3];
+            let cache = match head_dim {
+                64 => element,
+                _ => rng.pick(&[element, Element::Fp8]),
+            };
+            let scene = scene(rng, element, cache, head_dim);
             println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
             assert!(takes(element, &scene.layout, &scene.attention));
-            let expected = scene.whole((&cpu, attend));
+            // The CPU path takes no 8-bit cache; the kernel for every shape is compared with the formula elsewhere.
+            let expected = match cache {
+                Element::Fp8 => scene.whole((cuda, every_shape)),
+                _ => scene.whole((&cpu, attend)),
+            };
 
             let on = (cuda, TAKEN);
             let mut ends = vec![Vec::new(); expected.len()];

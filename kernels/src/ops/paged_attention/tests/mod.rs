@@ -4,7 +4,7 @@
 mod flashinfer;
 
 use super::*;
-use crate::backend::{Backend, Heads, Precision};
+use crate::backend::{Backend, Element, Heads, Precision};
 use crate::batch::Batch;
 use crate::testing::{
     ELEMENTS, KV_ELEMENTS, Rng, assert_close, backends, bits, rounded, tensor, tokens, upload,
@@ -321,7 +321,7 @@ fn scores_far_apart_do_not_overflow() {
     let mut rng = Rng::new(13);
     for cpu in backends() {
         let mut scene = Scene::random(&mut rng);
-        scene.layout.element = crate::backend::Element::F32;
+        scene.layout.element = Element::F32;
         scene.attention.scale = 1e6;
         for out in scene.whole((&cpu, attend)) {
             assert!(out.iter().all(|value| value.abs() <= 1.0));
@@ -349,6 +349,9 @@ fn the_kernels_give_the_same() {
                 head_dim,
             };
             let mut scene = Scene::with_heads(rng, heads);
+            if rng.within(0..3) == 0 {
+                scene.layout.element = Element::Fp8;
+            }
             for sequence in &mut scene.sequences {
                 *sequence = rounded(sequence, cuda.element());
             }

@@ -4,6 +4,9 @@
 //! of a matrix by rows are its transpose by columns. So A is the weight (transposed), B is `x`, and the bias runs
 //! along the rows of D, as its epilogue has it.
 //!
+//! Factors of 8 bits are multiplied where the device and the library can, sums scaled by row and by output where the
+//! library knows how.
+//!
 //! The library names some algorithms for a shape, the one it believes in first. That one computes the process's first
 //! step, so that the first token is not late; after it all are tried in the products of the steps that come,
 //! and the fastest is kept ([`Trials`]). Numbers of rows share one with those of about their size. No device memory
@@ -13,16 +16,19 @@
 
 #![expect(unsafe_code, reason = "the library's interface is C")]
 
+mod descriptions;
+
 use super::device::{Device, Memory};
+use super::libraries;
+use super::product::{Factors, Product};
 use super::trials::Trials;
-use super::{CudaTensor, CudaWeight, libraries};
 use crate::backend::{DeviceError, Element};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
+use descriptions::{Description, Layout, Preference, data_type};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::ffi::c_void;
 
 /// What NVIDIA recommends for Hopper; sums of divided products are kept in it.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -37,7 +43,8 @@ const TRANSPOSED: i32 = 1;
 pub(crate) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: RefCell<Memory>,
-    plans: RefCell<HashMap<Shape, Plan>>,
+    /// `None` where the library has no algorithm.
+    plans: RefCell<HashMap<Shape, Option<Plan>>>,
     /// Whether algorithms are tried.
     tries: Cell<bool>,
 }
@@ -52,9 +59,19 @@ struct Shape {
     rows: usize,
     inputs: usize,
     outputs: usize,
-    element: Element,
+    factors: Kind,
     out: Element,
+    out_stride: usize,
+    /// Bytes; a power of two.
+    out_alignment: u32,
     biased: bool,
+}
+
+/// [`Factors`] without their addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Kind {
+    Dense(Element),
+    Fp8 { scaled: bool },
 }
 
 /// A product's description and its algorithm.
@@ -66,7 +83,7 @@ struct Plan {
 
 #[derive(Debug)]
 struct Problem {
-    product: Product,
+    product: Description,
     weight: Layout,
     x: Layout,
     out: Layout,
@@ -76,16 +93,6 @@ struct Problem {
 enum Choice {
     Open(Trials<sys::cublasLtMatmulAlgo_t>),
     Made(sys::cublasLtMatmulAlgo_t),
-}
-
-/// Where a product's matrices are.
-#[derive(Clone, Copy, Debug)]
-struct Operands {
-    x: *const c_void,
-    rows: usize,
-    weight: *const c_void,
-    bias: Option<*const c_void>,
-    out: *mut c_void,
 }
 
 impl Blas {
@@ -113,7 +120,7 @@ impl Blas {
     /// Keeps what was found out so far; the device is done with it. Comes before work is recorded, which is no time to
     /// ask the device.
     pub(crate) fn settle(&self) {
-        for plan in self.plans.borrow_mut().values_mut() {
+        for plan in self.plans.borrow_mut().values_mut().flatten() {
             plan.settle();
         }
     }
@@ -124,33 +131,14 @@ impl Blas {
         let mut plans = plans.iter();
         plans.all(|(shape, plan)| {
             let concerned = shape.rows == rows || shape.rows == shared;
-            !concerned || plan.has_tried()
+            !concerned || plan.as_ref().is_none_or(Plan::has_tried)
         })
     }
 
-    /// Queues `out = x · weightᵀ (+ bias)`. The shapes agree and there is at least one row.
-    pub(crate) fn linear(
-        &self,
-        device: &Device,
-        (x, weight): (&CudaTensor, &CudaWeight),
-        bias: Option<&CudaWeight>,
-        out: &mut CudaTensor,
-    ) -> Result<(), String> {
-        let exact = Shape {
-            rows: x.rows(),
-            inputs: weight.cols(),
-            outputs: weight.rows(),
-            element: weight.element(),
-            out: out.element(),
-            biased: bias.is_some(),
-        };
-        let operands = Operands {
-            x: x.pointer(),
-            rows: x.rows(),
-            weight: weight.pointer(),
-            bias: bias.map(|bias| bias.pointer_as(out.element())),
-            out: out.pointer_mut(),
-        };
+    /// Queues the product, of at least one row. `false`, and nothing queued, where the library has no algorithm for such
+    /// factors on this device.
+    pub(crate) fn multiply(&self, device: &Device, product: &Product) -> Result<bool, String> {
+        let exact = Shape::of(product);
         let shared = Shape {
             rows: bucket(exact.rows),
             ..exact
@@ -159,13 +147,59 @@ impl Blas {
         let mut run = |shape: Shape| {
             let plan = match plans.entry(shape) {
                 Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => new.insert(Plan::choose(self.handle, shape)?),
+                Entry::Vacant(new) => {
+                    let plan = Plan::choose(self, shape);
+                    new.insert(not_supported(plan)?)
+                }
             };
-            plan.run((self, device), operands)
+            let run = |plan: &mut Plan| plan.run((self, device), product);
+            plan.as_mut().map_or(Err(NOT_SUPPORTED), run)
         };
         // An algorithm may refuse numbers of rows near the one it was chosen for; these get their own.
-        let done = run(shared).or_else(|_| run(exact));
-        done.map_err(|error| format!("cuBLASLt failed ({error}) at {exact:?}"))
+        match run(shared).or_else(|_| run(exact)) {
+            Ok(()) => Ok(true),
+            Err(NOT_SUPPORTED) if !matches!(exact.factors, Kind::Dense(_)) => Ok(false),
+            Err(error) => Err(format!("cuBLASLt failed ({error}) at {exact:?}")),
+        }
+    }
+}
+
+const NOT_SUPPORTED: CublasError = CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+
+/// `None` where it is not supported.
+fn not_supported(plan: Result<Plan, CublasError>) -> Result<Option<Plan>, CublasError> {
+    match plan {
+        Ok(plan) => Ok(Some(plan)),
+        // What a library that is older than a scale mode, or a device without such cores, says.
+        Err(CublasError(
+            sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED
+            | sys::cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE
+            | sys::cublasStatus_t::CUBLAS_STATUS_ARCH_MISMATCH,
+        )) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Shape {
+    fn of(product: &Product) -> Self {
+        let (out, element) = product.out;
+        // What allocations have is as good as any.
+        let out_alignment = 1 << (out as usize).trailing_zeros().min(8);
+        Self {
+            rows: product.rows,
+            inputs: product.inputs,
+            outputs: product.outputs,
+            factors: match product.factors {
+                Factors::Dense(element) => Kind::Dense(element),
+                Factors::Fp8 { scales } => Kind::Fp8 {
+                    scaled: scales.is_some(),
+                },
+            },
+            out: element,
+            out_stride: product.out_stride,
+            out_alignment,
+            biased: product.bias.is_some(),
+        }
     }
 }
 
@@ -188,20 +222,34 @@ fn bucket(rows: usize) -> usize {
 }
 
 impl Plan {
-    fn choose(handle: sys::cublasLtHandle_t, shape: Shape) -> Result<Self, CublasError> {
+    fn choose(blas: &Blas, shape: Shape) -> Result<Self, CublasError> {
         let Shape {
             rows,
             inputs,
             outputs,
-            element,
+            factors,
             out,
+            out_stride,
+            out_alignment,
             biased,
         } = shape;
-        let product = Product::new(biased.then_some(out))?;
-        let weight = Layout::new(element, inputs, outputs)?;
-        let x = Layout::new(element, inputs, rows)?;
-        let out = Layout::new(out, outputs, rows)?;
-        let preference = Preference::new()?;
+        let product = Description::new(biased.then_some(out))?;
+        let stored = match factors {
+            Kind::Dense(element) => data_type(element),
+            Kind::Fp8 { scaled } => {
+                if scaled {
+                    product.scale_columns()?;
+                    // Any that are aligned as the real ones: without, there may be said to be no algorithm.
+                    let any = blas.workspace.borrow().pointer();
+                    product.set_scales(any, any)?;
+                }
+                data_type(Element::Fp8)
+            }
+        };
+        let weight = Layout::new(stored, (inputs, outputs), inputs)?;
+        let x = Layout::new(stored, (inputs, rows), inputs)?;
+        let out = Layout::new(data_type(out), (outputs, rows), out_stride)?;
+        let preference = Preference::new(out_alignment)?;
 
         let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
             std::array::from_fn(|_| {
@@ -212,7 +260,7 @@ impl Plan {
         // SAFETY: all descriptors are alive, and there is room for `most` results.
         let status = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
-                handle,
+                blas.handle,
                 product.0,
                 weight.0,
                 x.0,
@@ -232,9 +280,7 @@ impl Plan {
         });
         let usable: Vec<_> = usable.map(|one| one.algo).collect();
         if usable.is_empty() {
-            return Err(CublasError(
-                sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
-            ));
+            return Err(NOT_SUPPORTED);
         }
         let problem = Problem {
             product,
@@ -265,7 +311,7 @@ impl Plan {
     fn run(
         &mut self,
         (blas, device): (&Blas, &Device),
-        operands: Operands,
+        operands: &Product,
     ) -> Result<(), CublasError> {
         let tries = blas.tries.get();
         if tries {
@@ -283,13 +329,19 @@ impl Plan {
 
 impl Problem {
     /// Puts what differs between products of one plan into the descriptions.
-    fn point_to(&self, operands: Operands) -> Result<(), CublasError> {
+    fn point_to(&self, operands: &Product) -> Result<(), CublasError> {
         self.x.set_columns(operands.rows)?;
         self.out.set_columns(operands.rows)?;
         if let Some(bias) = operands.bias {
             use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             self.product
                 .set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &(bias as u64))?;
+        }
+        if let Factors::Fp8 {
+            scales: Some((x, weight)),
+        } = operands.factors
+        {
+            self.product.set_scales(weight, x)?;
         }
         Ok(())
     }
@@ -298,8 +350,10 @@ impl Problem {
         &self,
         (blas, device): (&Blas, &Device),
         algorithm: &sys::cublasLtMatmulAlgo_t,
-        Operands { x, weight, out, .. }: Operands,
+        operands: &Product,
     ) -> Result<(), CublasError> {
+        let &Product { x, weight, out, .. } = operands;
+        let out = out.0;
         let (one, zero) = (1.0_f32, 0.0_f32);
         // SAFETY: the caller checked that the matrices have the plan's shape; they, the bias and the workspace
         // are freed only after the stream has come by.
@@ -323,122 +377,6 @@ impl Problem {
                 device.stream().cast(),
             )
         }
-    }
-}
-
-fn data_type(element: Element) -> sys::cudaDataType {
-    match element {
-        Element::F32 => sys::cudaDataType::CUDA_R_32F,
-        Element::Bf16 => sys::cudaDataType::CUDA_R_16BF,
-        Element::F16 => sys::cudaDataType::CUDA_R_16F,
-        Element::Fp8 => unreachable!("neither weights nor activations are floats of 8 bits"),
-    }
-}
-
-/// What is computed: `D = Aᵀ · B (+ bias)`.
-#[derive(Debug)]
-struct Product(sys::cublasLtMatmulDesc_t);
-
-impl Product {
-    /// With a bias stored as `bias`, or without.
-    fn new(bias: Option<Element>) -> Result<Self, CublasError> {
-        use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let product = Self(result::create_matmul_desc(sums, data_type(Element::F32))?);
-        product.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
-        if let Some(bias) = bias {
-            product.set(
-                Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
-                &(sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32),
-            )?;
-            product.set(
-                Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
-                &(data_type(bias) as i32),
-            )?;
-        }
-        Ok(product)
-    }
-
-    /// Attributes are plain numbers of the size the library expects of each.
-    fn set<T: Copy>(
-        &self,
-        attribute: sys::cublasLtMatmulDescAttributes_t,
-        value: &T,
-    ) -> Result<(), CublasError> {
-        let at = std::ptr::from_ref(value).cast();
-        // SAFETY: the descriptor is alive, and `value` is read before this returns.
-        unsafe { result::set_matmul_desc_attribute(self.0, attribute, at, size_of::<T>()) }
-    }
-}
-
-impl Drop for Product {
-    fn drop(&mut self) {
-        // SAFETY: created once, destroyed once.
-        let _ = unsafe { result::destroy_matmul_desc(self.0) };
-    }
-}
-
-/// A matrix by columns without gaps.
-#[derive(Debug)]
-struct Layout(sys::cublasLtMatrixLayout_t);
-
-impl Layout {
-    fn new(element: Element, rows: usize, columns: usize) -> Result<Self, CublasError> {
-        let stride = i64::try_from(rows).unwrap_or(i64::MAX);
-        let layout =
-            result::create_matrix_layout(data_type(element), rows as u64, columns as u64, stride);
-        layout.map(Self)
-    }
-
-    fn set_columns(&self, columns: usize) -> Result<(), CublasError> {
-        use sys::cublasLtMatrixLayoutAttribute_t::CUBLASLT_MATRIX_LAYOUT_COLS;
-        let columns = columns as u64;
-        let at = (&raw const columns).cast();
-        // SAFETY: the layout is alive, and the number is read before this returns.
-        unsafe {
-            result::set_matrix_layout_attribute(
-                self.0,
-                CUBLASLT_MATRIX_LAYOUT_COLS,
-                at,
-                size_of::<u64>(),
-            )
-        }
-    }
-}
-
-impl Drop for Layout {
-    fn drop(&mut self) {
-        // SAFETY: created once, destroyed once.
-        let _ = unsafe { result::destroy_matrix_layout(self.0) };
-    }
-}
-
-/// What an algorithm may use.
-struct Preference(sys::cublasLtMatmulPreference_t);
-
-impl Preference {
-    fn new() -> Result<Self, CublasError> {
-        use sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let preference = Self(result::create_matmul_pref()?);
-        let bytes: usize = WORKSPACE_BYTES;
-        let at = (&raw const bytes).cast();
-        // SAFETY: the preference is alive, and the number is read before this returns.
-        unsafe {
-            result::set_matmul_pref_attribute(
-                preference.0,
-                CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                at,
-                size_of::<usize>(),
-            )
-        }?;
-        Ok(preference)
-    }
-}
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        // SAFETY: created once, destroyed once.
-        let _ = unsafe { result::destroy_matmul_pref(self.0) };
     }
 }
 
