@@ -8,8 +8,9 @@ use crate::process::Cluster;
 use crate::serving::{CHAT, COMPLETIONS};
 use crate::turn;
 use serde_json::{Value, json};
+use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 /// Requests at a time.
@@ -26,21 +27,24 @@ fn questions() -> Vec<Value> {
 
 /// What `ask` makes of each item, several at a time.
 fn each<T: Send>(items: &[Value], ask: impl Fn(&Value) -> T + Sync) -> Vec<T> {
-    let (next, answers) = (Mutex::new(items.iter().enumerate()), Mutex::new(Vec::new()));
+    let next = AtomicUsize::new(0);
     let work = || {
+        let mut answers = Vec::new();
         loop {
-            // The lock must not be held while a question is asked.
-            let item = next.lock().unwrap().next();
-            let Some((place, item)) = item else { break };
-            let answer = ask(item);
-            answers.lock().unwrap().push((place, answer));
+            let place = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(place) else {
+                return answers;
+            };
+            answers.push((place, ask(item)));
         }
     };
-    thread::scope(|scope| {
+    let mut answers: Vec<(usize, T)> = thread::scope(|scope| {
         let asking: Vec<_> = (0..ASKING).map(|_| scope.spawn(work)).collect();
-        asking.into_iter().for_each(|thread| thread.join().unwrap());
+        let answers = asking.into_iter().map(thread::ScopedJoinHandle::join);
+        answers
+            .flat_map(|answers| answers.expect("no question panics"))
+            .collect()
     });
-    let mut answers = answers.into_inner().unwrap();
     answers.sort_by_key(|(place, _)| *place);
     answers.into_iter().map(|(_, answer)| answer).collect()
 }
@@ -177,11 +181,13 @@ fn quality_is_what_the_table_says() {
             .map(|(one, other)| (one - other).abs());
         let change = mean(changes);
         let part = 100.0 * right as f64 / questions.len() as f64;
-        table += &format!(
-            "| {} | {right} / {} ({part:.1} %) | {perplexity:.4} | {change:.5} |\n",
+        writeln!(
+            table,
+            "| {} | {right} / {} ({part:.1} %) | {perplexity:.4} | {change:.5} |",
             format.name,
             questions.len()
-        );
+        )
+        .expect("a string takes it");
         found.push((right, perplexity, change));
     }
     println!("{table}");
