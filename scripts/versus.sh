@@ -63,9 +63,11 @@ install_llama() {
     # elimination they stay. It is built for this machine.
     local flags="-fno-tree-dse -fno-dse"
     CFLAGS=$flags CXXFLAGS=$flags CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" \
-        pip_install llama --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf==0.19.0 numpy==2.4.6 || return
+        pip_install llama --no-binary llama-cpp-python llama-cpp-python==0.3.36 || return
     "$folder/llama/bin/python" -c 'import llama_cpp'
 }
+
+install_gguf() { pip_install gguf gguf==0.19.0 numpy==2.4.6; }
 
 # install NAME PINS: the pins name what its function installs, so that a change makes it again.
 install() {
@@ -90,13 +92,14 @@ fi
 ln -sfn ../venv "$folder/transformers"
 [[ ,$peers, != *,vllm,* ]] || install vllm "vLLM CPU 0.32.0, torch 2.13.0"
 [[ ,$peers, != *,openvino,* ]] || install openvino "OpenVINO GenAI 2026.4.1.0"
-[[ ,$peers, != *,llama,* && ,$peers, != *,openvino,* ]] || install llama "llama.cpp 0.3.36, gguf 0.19.0"
+[[ ,$peers, != *,llama,* ]] || install llama "llama.cpp 0.3.36"
+[[ ,$peers, != *,llama,* && ,$peers, != *,openvino,* ]] || install gguf "gguf 0.19.0"
 
 gguf() {
     local file=$folder/$shape.$1.gguf
-    [[ -f $file || ! -x $folder/llama/bin/python ]] && return
+    [[ -f $file || ! -x $folder/gguf/bin/python ]] && return
     say "making $file"
-    "$folder/llama/bin/python" scripts/versus/gguf_model.py "$model" "$file.part" "$1" >&2 && mv "$file.part" "$file"
+    "$folder/gguf/bin/python" scripts/versus/gguf_model.py "$model" "$file.part" "$1" >&2 && mv "$file.part" "$file"
 }
 [[ ,$peers, != *,openvino,* ]] || gguf f16
 [[ ,$peers, != *,llama,* ]] || gguf bf16

@@ -116,10 +116,12 @@ class Versus:
                     yield f"cluster, TP {ranks}", weights, self.ours(ranks, quantization)
         model, folder = self.arguments.model, self.arguments.folder
         gguf = lambda kind: folder / f"{model.name}.{kind}.gguf"  # noqa: E731
+        # Without instructions for bf16, torch computes it element by element: nobody would serve that way.
+        kind = "bf16" if table.has_bf16() else "f32"
         peers = {
-            "vllm": [("bf16", model, self.vllm_variables())],
+            "vllm": [(kind, model, self.vllm_variables())],
             "openvino": [("f16", gguf("f16")), ("q8_0", gguf("q8_0")), ("q4_0", gguf("q4_0"))],
-            "transformers": [("bf16", model)],
+            "transformers": [(kind, model)],
             "llama": [(kind, gguf(kind)) for kind in ("bf16", "q8_0", "q4_0")],
         }
         for name in self.peers:
@@ -192,7 +194,8 @@ class Versus:
         python = self.arguments.folder / "vllm" / "bin" / "python"
         if not python.exists():
             raise Failed("not installed")
-        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "bfloat16"]
+        command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--dtype", "bfloat16" if table.has_bf16() else "float32"]
         command += ["--model", self.arguments.model, "--max-model-len", "2048"]
         command += ["--host", "127.0.0.1", "--port", str(PORT), "--no-enable-prefix-caching"]
         command += ["--max-num-seqs", "64"]

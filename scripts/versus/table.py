@@ -18,6 +18,19 @@ PEERS = {
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 
 
+def processor():
+    """What `lscpu` says, by name."""
+    lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    parts = (line.partition(":") for line in lines.splitlines())
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def has_bf16():
+    """Whether the processor multiplies bf16 itself."""
+    flags = processor().get("Flags", "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def render(records, failures, options, minutes):
     parts = [heading(records, options, minutes), engines(records, failures)]
     parts += [ratios(records), served(records), reasons(failures)]
@@ -25,10 +38,7 @@ def render(records, failures, options, minutes):
 
 
 def heading(records, options, minutes):
-    cpu = {}
-    for line in subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines():
-        name, _, value = line.partition(":")
-        cpu[name.strip()] = value.strip()
+    cpu = processor()
     has = set(cpu.get("Flags", "").split())
     flags = ", ".join(flag for flag in FLAGS if flag in has)
     lines = [
@@ -129,7 +139,8 @@ def ratios(records):
     rows = []
     for mine in ours:
         for other in theirs:
-            if bits.get(mine[1]) != bits.get(other[1]):
+            # Whoever computes in f32 here would take 16 bits where the processor can.
+            if bits.get(mine[1]) != min(bits.get(other[1], 0), 16):
                 continue
             cells = []
             for column in columns:
