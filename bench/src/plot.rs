@@ -43,82 +43,61 @@ pub fn sweep(points: &Points) -> String {
         Some((Load::Rate(_), _)) => "requests per second",
         _ => "requests at once",
     };
-    let by_load = |value: &dyn Fn(&Report) -> f64| {
-        let points = all
-            .iter()
-            .map(|(load, report)| (load.value(), value(report)));
-        points.collect::<Vec<_>>()
+    let by_load = |name, value: &dyn Fn(&Report) -> f64| {
+        line(name, all.iter().map(|(load, it)| (load.value(), value(it))))
     };
-    let by_throughput = |value: &dyn Fn(&Report) -> f64| {
-        let points = all
-            .iter()
-            .map(|(_, report)| (report.output_throughput, value(report)));
-        points.collect::<Vec<_>>()
+    let by_throughput = |name, value: &dyn Fn(&Report) -> f64| {
+        line(
+            name,
+            all.iter().map(|(_, it)| (it.output_throughput, value(it))),
+        )
     };
-    let series = |name: &str, points| Series {
-        name: name.into(),
-        draw: Draw::Line,
-        points,
-    };
-    let panel = |title: &str, x: Axis, y: Axis, series: Vec<Series>| Panel {
+    let latency = |title: &str, of: &dyn Fn(&Report) -> &Summary| Panel {
         title: title.into(),
-        x,
-        y,
-        series,
+        x: logarithmic(load),
+        y: logarithmic("ms"),
+        series: vec![
+            by_load("p50", &|it| of(it).median()),
+            by_load("p99", &|it| of(it).percentile(99.0)),
+        ],
         marks: vec![],
     };
-    let latency = |title: &str, of: &dyn Fn(&Report) -> &Summary| {
-        let p99 = by_load(&|report| of(report).percentile(99.0));
-        let p50 = by_load(&|report| of(report).median());
-        let series = vec![series("p50", p50), series("p99", p99)];
-        panel(title, logarithmic(load), logarithmic("ms"), series)
-    };
-    let throughput = by_load(&|report| report.output_throughput);
-    let throughput = vec![series("output", throughput)];
-    let mut output = panel(
-        "Output throughput",
-        logarithmic(load),
-        axis("tokens/s"),
-        throughput,
-    );
     let named = [
         ("saturation", points.saturation()),
         ("within limits", points.within_limits()),
     ];
-    let marks = named
-        .into_iter()
-        .filter_map(|(name, load)| Some((load?.value(), name.into())));
-    output.marks = marks.collect();
-    let tail = [
-        (
-            "TTFT p99",
-            by_throughput(&|report| report.ttft_ms.percentile(99.0)),
-        ),
-        (
-            "ITL p99",
-            by_throughput(&|report| report.itl_ms.percentile(99.0)),
-        ),
-    ];
-    let tail = tail.map(|(name, points)| series(name, points)).into();
-    let tail = panel(
-        "Latency at that throughput",
-        axis("output tokens/s"),
-        logarithmic("ms"),
-        tail,
-    );
-    let panels = [
-        output,
-        tail,
-        latency("Time to first token", &|report| &report.ttft_ms),
-        latency("Inter-token latency", &|report| &report.itl_ms),
-    ];
-    let model = all.first().map_or("", |(_, report)| &report.setting.model);
-    let requests: usize = all.iter().map(|(_, report)| report.outcomes.len()).sum();
-    document(
-        model,
-        &format!("{} loads · {requests} requests", all.len()),
-        &panels,
-    )
+    let marks = named.map(|(name, load)| Some((load?.value(), name.to_owned())));
+    let output = Panel {
+        title: "Output throughput".into(),
+        x: logarithmic(load),
+        y: axis("tokens/s"),
+        series: vec![by_load("output", &|it| it.output_throughput)],
+        marks: marks.into_iter().flatten().collect(),
+    };
+    let tails = Panel {
+        title: "Latency at that throughput".into(),
+        x: axis("output tokens/s"),
+        y: logarithmic("ms"),
+        series: vec![
+            by_throughput("TTFT p99", &|it| it.ttft_ms.percentile(99.0)),
+            by_throughput("ITL p99", &|it| it.itl_ms.percentile(99.0)),
+        ],
+        marks: vec![],
+    };
+    let first = latency("Time to first token", &|it| &it.ttft_ms);
+    let between = latency("Inter-token latency", &|it| &it.itl_ms);
+    let model = all.first().map_or("", |(_, it)| &it.setting.model);
+    let requests: usize = all.iter().map(|(_, it)| it.outcomes.len()).sum();
+    let subtitle = format!("{} loads · {requests} requests", all.len());
+    document(model, &subtitle, &[output, tails, first, between])
+}
+
+fn line(name: &str, points: impl Iterator<Item = (f64, f64)>) -> Series {
+    Series {
+        name: name.into(),
+        draw: Draw::Line,
+        points: points.collect(),
+    }
 }
 
 fn logarithmic(title: &str) -> Axis {

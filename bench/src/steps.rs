@@ -55,11 +55,10 @@ impl Page {
 
     /// How much a sample grew since `before`, for each set of labels.
     fn growth<'a>(&'a self, before: &'a Self, name: &'a str) -> impl Iterator<Item = f64> + 'a {
-        let grown = self.samples(name).map(move |(labels, value)| {
+        self.samples(name).map(move |(labels, value)| {
             let key = format!("{name}{labels}");
             value - before.0.get(&key).copied().unwrap_or(0.0)
-        });
-        grown
+        })
     }
 }
 

@@ -10,6 +10,8 @@ const HEIGHT: f64 = 300.0;
 const HEAD: f64 = 64.0;
 /// Room around a panel's axes: left, right, top, bottom.
 const MARGIN: [f64; 4] = [64.0, 24.0, 44.0, 48.0];
+/// More bars than this are drawn as one shape.
+const MANY_BARS: usize = 130;
 /// Colours that stay apart for most colour-blind readers, and in print.
 const COLOURS: [&str; 4] = ["#2563eb", "#d97706", "#059669", "#be185d"];
 
@@ -230,7 +232,7 @@ impl Panel {
                 svg,
                 "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{}\" stroke=\"#111827\" \
                  stroke-dasharray=\"4 3\"/><text x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\" \
-                 fill=\"#111827\">{}</text>",
+                 fill=\"#111827\" stroke=\"#ffffff\" stroke-width=\"3\" paint-order=\"stroke\">{}</text>",
                 HEIGHT - bottom,
                 at + shift,
                 top + 12.0 + 15.0 * (row % 3) as f64,
@@ -241,7 +243,7 @@ impl Panel {
             return;
         }
         let mut at = x.to;
-        for (series, colour) in self.series.iter().zip(COLOURS.iter().cycle()) {
+        for (series, colour) in self.series.iter().zip(COLOURS).rev() {
             let name = escape(&series.name);
             let _ = writeln!(
                 svg,
@@ -276,6 +278,23 @@ impl Series {
                     );
                 }
             }
+            Draw::Bars if self.points.len() > MANY_BARS => {
+                let Some(last) = self.points.last() else {
+                    return;
+                };
+                // One shape: edges of thin bars beside each other would show as stripes.
+                let first = x.place(self.points[0].0);
+                let mut path = format!("M{first:.1} {:.1}", y.from);
+                for (px, py) in self.points.iter().map(places) {
+                    let _ = write!(path, "H{px:.1}V{py:.1}");
+                }
+                let _ = writeln!(
+                    svg,
+                    "<path d=\"{path}H{:.1}V{:.1}Z\" fill=\"{colour}\" fill-opacity=\"0.75\"/>",
+                    x.place(last.0),
+                    y.from
+                );
+            }
             Draw::Bars => {
                 for pair in self.points.windows(2) {
                     let (px, py) = places(&pair[0]);
@@ -285,8 +304,7 @@ impl Series {
                             svg,
                             "<rect x=\"{px:.1}\" y=\"{py:.1}\" width=\"{:.1}\" height=\"{height:.1}\" \
                              fill=\"{colour}\" fill-opacity=\"0.75\"/>",
-                            // A gap where bars are wide enough to be told apart.
-                            if width > 4.0 { width - 0.6 } else { width }
+                            (width - 0.6).max(0.4)
                         );
                     }
                 }
