@@ -69,6 +69,11 @@ impl Client {
             .context("the server names no model; give --model")
     }
 
+    /// Whether `/ready` says that requests may be sent.
+    pub async fn is_ready(&self) -> anyhow::Result<bool> {
+        Ok(self.get("/ready").await?.0.is_success())
+    }
+
     /// The metrics' text, or `None` if the server has none.
     pub async fn metrics(&self) -> Option<String> {
         let (status, body) = self.get("/metrics").await.ok()?;
@@ -82,7 +87,7 @@ impl Client {
     pub async fn generate(
         &self,
         path: &str,
-        body: &Value,
+        body: Bytes,
         deadline: Duration,
     ) -> anyhow::Result<Answer> {
         let request = self.stream(path, body);
@@ -92,8 +97,7 @@ impl Client {
         }
     }
 
-    async fn stream(&self, path: &str, body: &Value) -> anyhow::Result<Answer> {
-        let body = Bytes::from(serde_json::to_vec(body)?);
+    async fn stream(&self, path: &str, body: Bytes) -> anyhow::Result<Answer> {
         let start = Instant::now();
         let (response, connection) = self.send(Method::POST, path, body).await?;
         let status = response.status();

@@ -3,7 +3,11 @@
 //! Token ids are drawn from a range that is ordinary text in every tokenizer we know: special
 //! tokens and single bytes lie below it or far above.
 
-use crate::args::{Backend, Dataset, Serve};
+use crate::args::{Backend, Dataset, Prompts};
+use hyper::body::Bytes;
+use rand::{Rng, SeedableRng};
+use rand_distr::{Distribution, Gamma};
+use rand_xoshiro::Xoshiro256PlusPlus;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -22,94 +26,112 @@ const WORDS: &[&str] = &[
 pub struct Planned {
     /// When it is due, counted from the beginning.
     pub due: Duration,
-    /// What is sent.
-    pub body: Value,
+    /// What is sent: JSON, written before the clock runs.
+    pub body: Bytes,
     /// Prompt tokens asked for; exact for token ids.
     pub prompt_tokens: u64,
 }
 
-/// A seeded generator (xorshift64*).
-#[derive(Debug)]
-struct Rng(u64);
+/// When requests are due.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Arrivals {
+    /// Requests per second; infinite: all at once.
+    pub rate: f64,
+    /// Shape of the gamma distribution of the times between them; 1 is a Poisson process.
+    pub burstiness: f64,
+}
 
-impl Rng {
-    fn new(seed: u64) -> Self {
-        // Zero is the one state it never leaves.
-        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
-    }
+impl Arrivals {
+    /// All are due at once.
+    pub const AT_ONCE: Self = Self {
+        rate: f64::INFINITY,
+        burstiness: 1.0,
+    };
 
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    /// In `0..end`.
-    fn below(&mut self, end: u32) -> u32 {
-        u32::try_from(self.next() % u64::from(end)).expect("below a u32")
-    }
-
-    /// In `(0, 1]`.
-    fn share(&mut self) -> f64 {
-        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
-    }
-
-    /// `length` give or take `ratio` of it, at least 1.
-    fn around(&mut self, length: u32, ratio: f64) -> u32 {
-        let spread = f64::from(length) * ratio;
-        let offset = (self.share() * 2.0 - 1.0) * spread;
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "a ratio below 1 keeps it positive, and `as` saturates"
-        )]
-        let varied = (f64::from(length) + offset).round() as u32;
-        varied.max(1)
+    /// The distribution of gaps in seconds; `None` if there are none.
+    fn gaps(self) -> Option<Gamma<f64>> {
+        if !self.rate.is_finite() {
+            return None;
+        }
+        let mean = 1.0 / self.rate;
+        let gamma = Gamma::new(self.burstiness, mean / self.burstiness);
+        Some(gamma.expect("the command line takes numbers above 0 only"))
     }
 }
 
-/// The first `count` requests of a run, in order of time.
-pub fn plan(args: &Serve, model: &str, count: u32) -> Vec<Planned> {
-    let Dataset::Random = args.dataset_name;
-    let mut rng = Rng::new(args.seed);
-    let prefix = draw(&mut rng, args.random_prefix_len, args.random_vocab_size);
+/// The first `count` requests of a run for `model`, in order of time.
+pub fn plan(
+    prompts: &Prompts,
+    backend: Backend,
+    model: &str,
+    arrivals: Arrivals,
+    count: u32,
+) -> Vec<Planned> {
+    let Dataset::Random = prompts.dataset_name;
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(prompts.seed);
+    // Moments have a generator of their own: the same prompts can be sent at any rate.
+    let mut clock = rng.clone();
+    clock.jump();
+    let gaps = arrivals.gaps();
+    let prefix = draw(
+        &mut rng,
+        prompts.random_prefix_len,
+        prompts.random_vocab_size,
+    );
     let mut due = Duration::ZERO;
     let requests = (0..count).map(|_| {
-        let input = rng.around(args.random_input_len, args.random_range_ratio);
-        let output = rng.around(args.random_output_len, args.random_range_ratio);
+        let ratio = prompts.random_range_ratio;
+        let input = around(&mut rng, prompts.random_input_len, ratio);
+        let output = around(&mut rng, prompts.random_output_len, ratio);
         let mut tokens = prefix.clone();
-        tokens.extend(draw(&mut rng, input, args.random_vocab_size));
+        tokens.extend(draw(&mut rng, input, prompts.random_vocab_size));
         let planned = Planned {
             due,
             prompt_tokens: tokens.len() as u64,
-            body: body(args, model, &tokens, output),
+            body: body(prompts, backend, model, &tokens, output),
         };
-        if args.request_rate.is_finite() {
-            // Waiting times of a Poisson process are exponential.
-            due += Duration::from_secs_f64(-rng.share().ln() / args.request_rate);
+        if let Some(gaps) = gaps {
+            due += Duration::from_secs_f64(gaps.sample(&mut clock));
         }
         planned
     });
     requests.collect()
 }
 
-fn draw(rng: &mut Rng, length: u32, vocab_size: u32) -> Vec<u32> {
-    let range = vocab_size - FIRST_TOKEN;
+/// `length` give or take `ratio` of it, at least 1.
+fn around(rng: &mut impl Rng, length: u32, ratio: f64) -> u32 {
+    let spread = f64::from(length) * ratio;
+    let offset = rng.random_range(-1.0..=1.0) * spread;
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a ratio below 1 keeps it positive, and `as` saturates"
+    )]
+    let varied = (f64::from(length) + offset).round() as u32;
+    varied.max(1)
+}
+
+fn draw(rng: &mut impl Rng, length: u32, vocab_size: u32) -> Vec<u32> {
     (0..length)
-        .map(|_| FIRST_TOKEN + rng.below(range))
+        .map(|_| rng.random_range(FIRST_TOKEN..vocab_size))
         .collect()
 }
 
-fn body(args: &Serve, model: &str, tokens: &[u32], max_tokens: u32) -> Value {
+fn body(
+    prompts: &Prompts,
+    backend: Backend,
+    model: &str,
+    tokens: &[u32],
+    max_tokens: u32,
+) -> Bytes {
     let mut body = json!({
         "model": model,
         "max_tokens": max_tokens,
-        "temperature": args.temperature,
+        "temperature": prompts.temperature,
         "stream": true,
         "stream_options": {"include_usage": true},
     });
-    match args.backend {
+    match backend {
         Backend::Openai => body["prompt"] = json!(tokens),
         Backend::OpenaiChat => {
             let words: Vec<&str> = tokens
@@ -119,42 +141,64 @@ fn body(args: &Serve, model: &str, tokens: &[u32], max_tokens: u32) -> Value {
             body["messages"] = json!([{"role": "user", "content": words.join(" ")}]);
         }
     }
-    if args.ignore_eos {
+    if prompts.ignore_eos {
         body["ignore_eos"] = json!(true);
     }
-    body
+    Value::to_string(&body).into()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::args::{Args, Mode};
+    use crate::args::{Args, Mode, Serve};
     use clap::Parser;
 
     fn args(line: &str) -> Serve {
         let words = ["bench", "serve"]
             .into_iter()
             .chain(line.split_whitespace());
-        let Mode::Serve(serve) = Args::parse_from(words).mode;
-        serve
+        match Args::parse_from(words).mode {
+            Mode::Serve(serve) => *serve,
+            mode => panic!("{mode:?}"),
+        }
+    }
+
+    fn planned(line: &str, count: u32) -> Vec<Planned> {
+        let serve = args(line);
+        let arrivals = Arrivals {
+            rate: serve.request_rate,
+            burstiness: serve.burstiness,
+        };
+        plan(&serve.prompts, Backend::Openai, "m", arrivals, count)
+    }
+
+    fn json_of(planned: &Planned) -> Value {
+        serde_json::from_slice(&planned.body).unwrap()
     }
 
     #[test]
     fn the_seed_makes_the_load() {
         let line = "--random-range-ratio 0.5 --request-rate 10 --seed";
-        let plan = |seed: u32| plan(&args(&format!("{line} {seed}")), "m", 50);
+        let plan = |seed: u32| planned(&format!("{line} {seed}"), 50);
         assert_eq!(plan(3), plan(3));
         assert_ne!(plan(3), plan(4));
+        let slower = planned("--random-range-ratio 0.5 --request-rate 1 --seed 3", 50);
+        let bodies = |plan: &[Planned]| plan.iter().map(|p| p.body.clone()).collect::<Vec<_>>();
+        assert_eq!(
+            bodies(&plan(3)),
+            bodies(&slower),
+            "the rate changes no prompt"
+        );
     }
 
     #[test]
     fn prompts_share_their_prefix_and_keep_to_their_lengths() {
-        let args = args(
+        let all = planned(
             "--random-prefix-len 10 --random-input-len 20 \
                          --random-output-len 30 --random-range-ratio 0.2 --ignore-eos",
+            40,
         );
-        let all = plan(&args, "m", 40);
-        let prompt = |planned: &Planned| planned.body["prompt"].as_array().unwrap().clone();
+        let prompt = |planned: &Planned| json_of(planned)["prompt"].as_array().unwrap().clone();
         let first = prompt(&all[0]);
         for planned in &all {
             let prompt = prompt(planned);
@@ -166,16 +210,21 @@ mod tests {
                     .iter()
                     .all(|t| (300..1000).contains(&t.as_u64().unwrap()))
             );
-            let output = planned.body["max_tokens"].as_u64().unwrap();
+            let json = json_of(planned);
+            let output = json["max_tokens"].as_u64().unwrap();
             assert!((24..=36).contains(&output), "{output}");
+            assert_eq!(json["ignore_eos"], true);
             assert_eq!(planned.due, Duration::ZERO, "all at once");
         }
         assert_ne!(prompt(&all[1])[10..], first[10..]);
     }
 
-    #[test]
-    fn moments_have_the_rate_and_the_spread_of_a_poisson_process() {
-        let all = plan(&args("--random-input-len 1 --request-rate 8"), "m", 4000);
+    /// Mean of the gaps times the rate, and their deviation by their mean.
+    fn gaps(line: &str) -> (f64, f64) {
+        let all = planned(
+            &format!("--random-input-len 1 --request-rate 8 {line}"),
+            8000,
+        );
         let gaps: Vec<f64> = all
             .windows(2)
             .map(|pair| pair[1].due.saturating_sub(pair[0].due).as_secs_f64())
@@ -183,10 +232,23 @@ mod tests {
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
         let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>();
         let deviation = (variance / gaps.len() as f64).sqrt();
-        assert!((mean * 8.0 - 1.0).abs() < 0.1, "mean {mean}");
-        assert!(
-            (deviation / mean - 1.0).abs() < 0.1,
-            "deviation {deviation}"
-        );
+        (mean * 8.0, deviation / mean)
+    }
+
+    #[test]
+    fn moments_have_the_rate_and_the_spread_of_their_process() {
+        // The deviation of a gamma distribution, by its mean, is one over the root of its shape.
+        for (line, expected) in [
+            ("", 1.0),
+            ("--burstiness 0.25", 2.0),
+            ("--burstiness 100", 0.1),
+        ] {
+            let (mean, spread) = gaps(line);
+            assert!((mean - 1.0).abs() < 0.1, "{line}: mean {mean}");
+            assert!(
+                (spread / expected - 1.0).abs() < 0.1,
+                "{line}: spread {spread}"
+            );
+        }
     }
 }

@@ -45,14 +45,20 @@ impl Page {
         Self(samples.collect())
     }
 
+    /// Samples of a name: labels as they are written, and value.
+    pub fn samples<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a str, f64)> + 'a {
+        self.0.iter().filter_map(move |(key, value)| {
+            let labels = key.strip_prefix(name)?;
+            (labels.is_empty() || labels.starts_with('{')).then_some((labels, *value))
+        })
+    }
+
     /// How much a sample grew since `before`, for each set of labels.
     fn growth<'a>(&'a self, before: &'a Self, name: &'a str) -> impl Iterator<Item = f64> + 'a {
-        let of_name = move |key: &str| {
-            let labels = key.strip_prefix(name)?;
-            (labels.is_empty() || labels.starts_with('{')).then_some(())
-        };
-        let samples = self.0.iter().filter(move |(key, _)| of_name(key).is_some());
-        samples.map(|(key, value)| value - before.0.get(key).copied().unwrap_or(0.0))
+        self.samples(name).map(move |(labels, value)| {
+            let key = format!("{name}{labels}");
+            value - before.0.get(&key).copied().unwrap_or(0.0)
+        })
     }
 }
 

@@ -1,7 +1,8 @@
 //! The load generator against a small server of its own, over real sockets.
 
-use bench::args::{Args, Mode, Serve};
+use bench::args::{Args, Backend, Mode, Serve};
 use bench::client::Client;
+use bench::load::{Arrivals, plan};
 use clap::Parser;
 use http_body_util::channel::Channel;
 use http_body_util::{BodyExt, Either, Full};
@@ -138,8 +139,10 @@ async fn generate(
 
 fn args(port: u16, line: &str) -> Serve {
     let line = format!("bench serve --port {port} --random-output-len 5 {line}");
-    let Mode::Serve(serve) = Args::parse_from(line.split_whitespace()).mode;
-    serve
+    match Args::parse_from(line.split_whitespace()).mode {
+        Mode::Serve(serve) => *serve,
+        mode => panic!("{mode:?}"),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -192,7 +195,11 @@ async fn failures_are_counted_and_one_is_shown() {
 async fn a_poisson_load_takes_its_time() {
     let (port, _) = start(false).await;
     let serve = args(port, "--num-prompts 20 --request-rate 100 --seed 1");
-    let last = bench::load::plan(&serve, "tiny", 20)[19].due;
+    let arrivals = Arrivals {
+        rate: serve.request_rate,
+        burstiness: serve.burstiness,
+    };
+    let last = plan(&serve.prompts, Backend::Openai, "tiny", arrivals, 20)[19].due;
     let report = bench::measure(&serve).await.expect("a report");
     assert!(last > Duration::from_millis(80));
     assert!(report.duration_s >= last.as_secs_f64(), "{report}");
@@ -222,6 +229,71 @@ async fn a_run_without_any_answer_is_an_error() {
         error.expect_err("too slow").to_string(),
         "all 3 requests failed"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_may_stand_in_a_file() {
+    let (port, _) = start(false).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let key = directory.path().join("key");
+    let serve = args(
+        port,
+        &format!("--num-prompts 2 --api-key-file {}", key.display()),
+    );
+    std::fs::write(&key, "# of the bench\n\n  right \n").expect("write");
+    let report = bench::measure(&serve).await.expect("a report");
+    assert_eq!(report.failed, 0, "{report}");
+    std::fs::write(&key, "# nothing\n").expect("write");
+    let error = bench::measure(&serve).await.expect_err("no key");
+    assert!(error.to_string().contains("holds no API key"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_for_room_counts_in_an_open_loop() {
+    let (port, _) = start(false).await;
+    // 20 requests due within some 20 ms, one at a time, 10 ms each: the last waits for all others.
+    let line = "--num-prompts 20 --request-rate 1000 --max-concurrency 1";
+    let report = bench::measure(&args(port, line)).await.expect("a report");
+    assert!(report.ttft_ms.percentile(100.0) >= 100.0, "{report}");
+    assert!(report.send_delay_ms.percentile(100.0) >= 100.0, "{report}");
+    let closed = args(port, "--num-prompts 20 --max-concurrency 1");
+    let closed = bench::measure(&closed).await.expect("a report");
+    assert!(closed.send_delay_ms.mean.abs() < 1e-9, "{closed}");
+    assert!(
+        closed.ttft_ms.median() < report.ttft_ms.median(),
+        "{closed}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_are_saved_under_their_name_and_drawn() {
+    let (port, _) = start(false).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let folder = directory.path().join("new");
+    let plot = directory.path().join("plot.svg");
+    let line = format!(
+        "bench serve --port {port} --num-prompts 5 --random-output-len 4 --save-result --save-detailed \
+         --goodput ttft:60000 e2el:120000 --result-dir {} --plot {}",
+        folder.display(),
+        plot.display()
+    );
+    bench::run(Args::parse_from(line.split_whitespace()))
+        .await
+        .expect("a run");
+    let mut files = std::fs::read_dir(&folder).expect("the folder was made");
+    let file = files.next().expect("a file").expect("an entry").path();
+    let name = file
+        .file_name()
+        .expect("a name")
+        .to_string_lossy()
+        .into_owned();
+    assert!(name.starts_with("openai-infqps-tiny-"), "{name}");
+    let json: Value = serde_json::from_slice(&std::fs::read(&file).expect("read")).expect("JSON");
+    assert_eq!(json["itls"][4].as_array().expect("gaps").len(), 3);
+    let goodput = json["request_goodput"].as_f64().expect("a goodput");
+    assert_eq!(json["request_throughput"], goodput, "limits are far");
+    let svg = std::fs::read_to_string(&plot).expect("a plot");
+    assert!(svg.starts_with("<svg ") && svg.contains("Inter-token latency"));
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use super::quantised::{QuantisedPart, Tensors};
 use super::*;
 use crate::testing::Random;
 use half::f16;
+use kernels::quantized::to_e4m3;
 use std::collections::BTreeMap;
 use topology::checkpoint::StoredDtype;
 use topology::model_shape::Dtype;
