@@ -264,7 +264,11 @@ mod tests {
         let mut admitted = listener.accept(PATIENCE).await.unwrap();
         admitted
             .sender
-            .send(&ToShard::Welcome { world_size: 1 })
+            .send(&ToShard::Welcome {
+                world_size: 1,
+                generation: 0,
+                pid: std::process::id(),
+            })
             .await
             .unwrap();
         // The listener's socket carries the link.

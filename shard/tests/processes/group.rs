@@ -68,7 +68,11 @@ impl Shard {
         assert!(is_cpu != is_gpu() && admitted.hello.free_bytes > 0);
         let (mut sender, receiver) = (admitted.sender, admitted.receiver);
         sender
-            .send(&ToShard::Welcome { world_size: 2 })
+            .send(&ToShard::Welcome {
+                world_size: 2,
+                generation: 0,
+                pid: std::process::id(),
+            })
             .await
             .expect("the shard listens");
         Self {
@@ -91,6 +95,7 @@ impl Shard {
             rank: Rank(rank),
             device,
             interface: None,
+            hold: None,
         };
         started.launch(&launch).await.expect("it takes the line")
     }

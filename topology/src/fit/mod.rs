@@ -11,6 +11,7 @@ use crate::ids::Rank;
 use crate::model_shape::{Dtype, ModelShape};
 use crate::partition::{Partition, tensors};
 use crate::wire::Loaded;
+use serde::{Deserialize, Serialize};
 
 mod gpu;
 mod report;
@@ -124,7 +125,7 @@ fn workspace(shape: &ModelShape, partition: &Partition, dtype: Dtype, sizes: &Si
 }
 
 /// Memory that may be used, in bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Memory {
     /// All ranks take from the memory of one host: CPU shards.
     Shared {
@@ -141,7 +142,7 @@ pub enum Memory {
 }
 
 /// One of several hosts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostShare {
     /// As the operator calls it.
     pub name: String,
