@@ -333,6 +333,16 @@ pub struct Up {
     /// How often in a row, without a new token in between, the group of shards may be formed again after a fault.
     #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 10, value_name = "N", help_heading = SERVER)]
     pub max_recovery_attempts: u32,
+    /// Seconds that shards keep what they loaded when this process is killed, for a `cluster up` with the same
+    /// settings to go on with; 0: they end with it. Shards of other nodes always do.
+    #[arg(long, env = "CLUSTER_SHARD_GRACE_PERIOD", default_value_t = 60, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u32).range(..=86_400), help_heading = SERVER)]
+    pub shard_grace_period: u32,
+    /// Take over the shards of a process that was killed, or fail. Without it they are taken over where
+    /// nothing has changed, and ended where something has.
+    #[arg(long, help_heading = SERVER)]
+    #[serde(skip)] // what is to be done once is no setting
+    pub adopt: bool,
     /// What `cluster status`, `logs` and `down` call it [default: the port].
     #[arg(long, env = "CLUSTER_NAME", value_name = "NAME", value_parser = cluster_name, help_heading = SERVER)]
     pub name: Option<String>,

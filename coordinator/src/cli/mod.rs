@@ -3,6 +3,7 @@
 //! Reading order: [`args`], [`layers`], [`prepare`], [`up`]. The only place that reads the
 //! environment and writes to standard output and error.
 
+mod adopt;
 pub mod args;
 mod doctor;
 mod down;

@@ -19,7 +19,8 @@ const COMPLETIONS: &str = "/v1/completions";
 /// Streams of one round: half greedy, half sampled with a seed of their own.
 const STREAMS: usize = 64;
 
-fn body(index: usize, tokens: u32) -> Value {
+/// A stream of `tokens` tokens; every second one is sampled.
+pub(crate) fn body(index: usize, tokens: u32) -> Value {
     let names = ["Tom", "Lily", "Ben", "Anna", "Max", "Mia", "Sam", "Zoe"];
     let things = ["ball", "dog", "cat", "boat", "tree", "bird", "hat", "cake"];
     let (name, thing) = (names[index % 8], things[index / 8 % 8]);
@@ -60,7 +61,7 @@ pub(crate) fn recoveries(cluster: &Cluster) -> f64 {
     clippy::disallowed_methods,
     reason = "scripts/chaos.sh makes the test longer"
 )]
-fn number(name: &str, otherwise: u64) -> u64 {
+pub(crate) fn number(name: &str, otherwise: u64) -> u64 {
     let given = std::env::var(name).ok();
     given.map_or(otherwise, |text| text.parse().expect("it is a number"))
 }
