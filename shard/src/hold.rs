@@ -61,7 +61,7 @@ pub(crate) async fn serve(
         };
         let _notice = Notice::post(hold, &lease);
         let seconds = hold.seconds;
-        tracing::warn!("{why}; what is loaded is held for another coordinator for {seconds} s");
+        tracing::warn!("{why}; weights are held for another coordinator for {seconds} s");
         if let Some(stuck) = session.leave().await? {
             return Ok(stuck);
         }
