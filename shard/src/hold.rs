@@ -59,7 +59,7 @@ pub(crate) async fn serve(
         let Some(hold) = holds else {
             bail!("{why}");
         };
-        let _notice = Notice::post(hold, &lease);
+        let notice = Notice::post(hold, &lease);
         let seconds = hold.seconds;
         tracing::warn!("{why}; weights are held for another coordinator for {seconds} s");
         if let Some(stuck) = session.leave().await? {
@@ -69,6 +69,7 @@ pub(crate) async fn serve(
             found = find(seat, hold, generation) => found?,
             failed = session.idle() => bail!("{:#}", failed.err().context("the device ended")?),
         };
+        drop(notice);
         let held = session.held().context("what was loaded is gone")?;
         generation = link.generation;
         tracing::info!(generation, "another coordinator takes over");

@@ -15,6 +15,7 @@ pub mod prepare;
 mod presence;
 mod progress;
 mod report;
+mod run_batch;
 mod signals;
 mod status;
 pub mod up;
@@ -89,6 +90,7 @@ pub fn run(command: &Command) -> ExitCode {
         Command::Status(status) => return status::run(status),
         Command::Logs(logs) => return logs::run(logs),
         Command::Down(down) => return down::run(down),
+        Command::RunBatch(batch) => return run_batch::run(batch),
         Command::Doctor(doctor) => return doctor::run(doctor),
         Command::Bench(_) | Command::Shard { .. } => {
             unreachable!("the binary runs these itself")

@@ -4,6 +4,7 @@
 //! cores has room for one cluster at a time; what runs out of time fails.
 
 mod adopt;
+mod batch;
 mod client;
 mod doctor;
 mod hostile;
