@@ -12,10 +12,12 @@ use crate::fleet::{
     Fault, Fleet, Keeper, Legacy, LocalHost, Program, ProgramFile, Ready, Setup, StartEvent, Terms,
 };
 use anyhow::{Context, Result, bail, ensure};
+use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use topology::examine::model::ModelDigest;
+use topology::launch::process::ProcessId;
 use topology::wire::{Loaded, ModelLocation};
 
 /// Shards that wait, and are wanted.
@@ -109,7 +111,7 @@ fn model(location: &ModelLocation) -> Result<String> {
         let about = fs::metadata(&path);
         let about = about.with_context(|| format!("cannot read {}", path.display()))?;
         let (seconds, nanos) = (about.mtime(), about.mtime_nsec());
-        text.push_str(&format!(" {file} {seconds}.{nanos:09}"));
+        let _ = write!(text, " {file} {seconds}.{nanos:09}"); // strings do not fail
     }
     Ok(text)
 }
@@ -184,7 +186,7 @@ pub(super) async fn start(
                 return Err(fault);
             }
             let ranks = legacy.alive().map(|(_, holder)| holder.process);
-            ranks.for_each(|process| process.kill());
+            ranks.for_each(ProcessId::kill);
             tracing::warn!("the shards of a process that was killed are ended: {fault}");
             LocalHost::new(program)?
         }

@@ -127,7 +127,7 @@ pub struct Down {
 /// Flags of `cluster run-batch`. Files have the form of OpenAI's batches.
 #[derive(Args, Clone, Debug)]
 pub struct RunBatch {
-    /// Requests: a JSON object with custom_id, method, url and body in each line.
+    /// Requests: a JSON object with `custom_id`, `method`, `url` and `body` in each line.
     #[arg(short, long, value_name = "FILE")]
     pub input_file: PathBuf,
     /// Answers, in the order in which they come. What is there already is not asked again.

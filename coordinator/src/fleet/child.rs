@@ -29,7 +29,7 @@ const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(super) enum Body {
     /// A child of this process.
-    Started(Process),
+    Started(Box<Process>),
     /// A process of this machine whose parent is gone.
     Adopted(Adopted),
 }

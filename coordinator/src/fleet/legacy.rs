@@ -243,6 +243,8 @@ mod tests {
     use super::*;
     use topology::wire::ModelLocation;
 
+    type Change = fn(&mut Terms);
+
     fn terms() -> Terms {
         Terms {
             version: "1 (build a)".into(),
@@ -271,7 +273,6 @@ mod tests {
     fn every_term_counts_and_is_named() {
         let old = terms();
         assert_eq!(old.disagreement(&terms()), None);
-        type Change = fn(&mut Terms);
         let changes: [(Change, &str); 8] = [
             (|t| t.version = "2".into(), "this is 2"),
             (|t| t.program.inode += 1, "program is another one"),

@@ -161,7 +161,7 @@ impl LocalHost {
         // Those that did start are killed when they are dropped with the others' fault.
         let processes: Result<Vec<_>, Fault> = join_all(launches).await.into_iter().collect();
         let child = |(source, (certificate, process)): (&Source, (Certificate, Process))| {
-            let body = Body::Started(process);
+            let body = Body::Started(Box::new(process));
             let watched = Child::watch(*source, body, outlet.clone(), self.program.watchers());
             watched.with(certificate)
         };

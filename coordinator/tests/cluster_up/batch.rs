@@ -4,7 +4,7 @@ use crate::client::{get, post, request};
 use crate::process::{Cluster, RUN_DIR, command, run, until};
 use crate::turn;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
@@ -24,7 +24,8 @@ fn batch(count: usize, max_tokens: u32) -> (TempDir, BTreeMap<String, Value>) {
         });
         let id = format!("request-{index}");
         let line = json!({"custom_id": id, "method": "POST", "url": COMPLETIONS, "body": body});
-        text.push_str(&format!("{line}\n"));
+        text += &line.to_string();
+        text.push('\n');
         bodies.insert(id, body);
     }
     fs::write(dir.path().join("in.jsonl"), text).expect("it can be written");
@@ -77,7 +78,7 @@ fn answered(dir: &TempDir) -> usize {
 /// Every request was answered once, with the text that it gets when asked alone.
 fn check(dir: &TempDir, bodies: &BTreeMap<String, Value>, golden: &BTreeMap<String, Value>) {
     let text = fs::read_to_string(out(dir)).expect("it is there");
-    let mut seen = BTreeMap::new();
+    let mut seen = BTreeSet::new();
     for line in text.lines() {
         let line: Value = serde_json::from_str(line).expect("every line is JSON");
         let id = line["custom_id"].as_str().expect("a text").to_owned();
@@ -85,7 +86,7 @@ fn check(dir: &TempDir, bodies: &BTreeMap<String, Value>, golden: &BTreeMap<Stri
         assert!(line["error"].is_null(), "{line}");
         let text = line["response"]["body"]["choices"][0]["text"].clone();
         assert_eq!(Some(&text), golden.get(&id));
-        assert!(seen.insert(id, ()).is_none(), "twice: {line}");
+        assert!(seen.insert(id), "twice: {line}");
     }
     assert_eq!(seen.len(), bodies.len());
 }
@@ -133,8 +134,13 @@ fn a_batch_that_is_killed_goes_on_and_answers_each_request_once() {
     cluster.stop();
 }
 
+fn line(id: &str, url: &str, body: Value) -> String {
+    let line = json!({"custom_id": id, "method": "POST", "url": url, "body": body});
+    format!("{line}\n")
+}
+
 #[test]
-fn what_is_refused_stands_in_the_output_and_what_is_wrong_is_said_at_once() {
+fn what_is_refused_stands_in_the_output() {
     let _turn = turn();
     let cluster = Cluster::start(&[
         "-tp",
@@ -145,10 +151,6 @@ fn what_is_refused_stands_in_the_output_and_what_is_wrong_is_said_at_once() {
         "2",
     ]);
     let (dir, _) = batch(0, 0);
-    let line = |id: &str, url: &str, body: Value| {
-        let line = json!({"custom_id": id, "method": "POST", "url": url, "body": body});
-        format!("{line}\n")
-    };
     let chat =
         json!({"messages": [{"role": "user", "content": "What is 7 plus 5?"}], "temperature": 0});
     let mut text = line("chat", "/v1/chat/completions", chat)
@@ -199,6 +201,15 @@ fn what_is_refused_stands_in_the_output_and_what_is_wrong_is_said_at_once() {
         let message = line["error"]["error"]["message"].as_str().expect("a text");
         assert!(message.contains(said), "{message}");
     }
+    cluster.stop();
+}
+
+#[test]
+fn what_is_wrong_with_a_batch_is_said_before_anything_is_asked() {
+    let _turn = turn();
+    let cluster = Cluster::start(&["-tp", "1"]);
+    let (dir, _) = batch(1, 1);
+    assert_eq!(run_batch(&dir, &[]).0, 0);
     let fails = |more: &[&str], code, said: &str| {
         let (ended, _, stderr) = run_batch(&dir, more);
         assert!(ended == code && stderr.contains(said), "{ended}: {stderr}");

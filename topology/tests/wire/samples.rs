@@ -57,6 +57,23 @@ fn load(model: ModelLocation) -> Load {
     }
 }
 
+fn held() -> Held {
+    Held {
+        load: load(ModelLocation::BuiltIn),
+        loaded: Loaded {
+            weight_bytes: 1 << 30,
+            workspace_bytes: 252,
+            block_bytes: 1 << 15,
+            recording_bytes: 0,
+            free_bytes: 1 << 31,
+            load_us: 1_234,
+        },
+        num_blocks: 16_384,
+        kv_bytes: 1 << 29,
+        epoch: Epoch(7),
+    }
+}
+
 pub(crate) fn commands() -> Vec<ToShard> {
     let load = |model| ToShard::Load(load(model));
     vec![
@@ -108,20 +125,7 @@ pub(crate) fn replies() -> Vec<FromShard> {
             load_us: 123_456,
         }),
         FromShard::Allocated { kv_bytes: 1 << 33 },
-        FromShard::Held(Box::new(Held {
-            load: load(ModelLocation::BuiltIn),
-            loaded: Loaded {
-                weight_bytes: 1 << 30,
-                workspace_bytes: 252,
-                block_bytes: 1 << 15,
-                recording_bytes: 0,
-                free_bytes: 1 << 31,
-                load_us: 1_234,
-            },
-            num_blocks: 16_384,
-            kv_bytes: 1 << 29,
-            epoch: Epoch(7),
-        })),
+        FromShard::Held(Box::new(held())),
         FromShard::CommMade {
             epoch: Epoch(1),
             comm_id: (0..128).collect(),

@@ -70,31 +70,37 @@ enum Miss {
     Absent(anyhow::Error),
 }
 
+impl Place {
+    fn url(url: &str) -> Result<Self> {
+        let uri: Uri = url
+            .parse()
+            .with_context(|| format!("--url {url} is no URL"))?;
+        ensure!(
+            uri.scheme_str() == Some("http"),
+            "--url {url} must begin with http://; for TLS, go through a local proxy"
+        );
+        let authority = uri.authority().context("--url names no host")?;
+        let port = authority.port_u16().unwrap_or(80);
+        // Both http://host:8000 and http://host:8000/v1 are usual.
+        let path = uri.path().trim_end_matches('/').trim_end_matches("/v1");
+        Ok(Self::Url(
+            format!("{}:{port}", authority.host()),
+            path.to_owned(),
+        ))
+    }
+}
+
 impl Server {
     /// The server that is meant.
     ///
     /// # Errors
     /// A sentence: the URL is none, or there is no such cluster.
     pub(super) fn find(flags: &RunBatch) -> Result<Self> {
-        let place = match &flags.url {
-            Some(url) => {
-                let uri: Uri = url
-                    .parse()
-                    .with_context(|| format!("--url {url} is no URL"))?;
-                ensure!(
-                    uri.scheme_str() == Some("http"),
-                    "--url {url} must begin with http://; for TLS, go through a local proxy"
-                );
-                let authority = uri.authority().context("--url names no host")?;
-                let port = authority.port_u16().unwrap_or(80);
-                // Both http://host:8000 and http://host:8000/v1 are usual.
-                let path = uri.path().trim_end_matches('/').trim_end_matches("/v1");
-                Place::Url(format!("{}:{port}", authority.host()), path.to_owned())
-            }
-            None => {
-                find::live(&flags.which)?;
-                Place::Cluster(flags.which.clone())
-            }
+        let place = if let Some(url) = &flags.url {
+            Place::url(url)?
+        } else {
+            find::live(&flags.which)?;
+            Place::Cluster(flags.which.clone())
         };
         let key = flags.api_key.as_deref();
         // As `up` reads the variable: several keys, of which one is enough.
