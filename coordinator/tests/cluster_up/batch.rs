@@ -134,7 +134,7 @@ fn a_batch_that_is_killed_goes_on_and_answers_each_request_once() {
     cluster.stop();
 }
 
-fn line(id: &str, url: &str, body: Value) -> String {
+fn line(id: &str, url: &str, body: &Value) -> String {
     let line = json!({"custom_id": id, "method": "POST", "url": url, "body": body});
     format!("{line}\n")
 }
@@ -153,20 +153,24 @@ fn what_is_refused_stands_in_the_output() {
     let (dir, _) = batch(0, 0);
     let chat =
         json!({"messages": [{"role": "user", "content": "What is 7 plus 5?"}], "temperature": 0});
-    let mut text = line("chat", "/v1/chat/completions", chat)
+    let mut text = line("chat", "/v1/chat/completions", &chat)
         + &line(
             "bad",
             COMPLETIONS,
-            json!({"prompt": "x", "temperature": -1}),
+            &json!({"prompt": "x", "temperature": -1}),
         )
-        + &line("embed", "/v1/embeddings", json!({}))
-        + &line("whole", COMPLETIONS, json!({"prompt": "x", "stream": true}));
+        + &line("embed", "/v1/embeddings", &json!({}))
+        + &line(
+            "whole",
+            COMPLETIONS,
+            &json!({"prompt": "x", "stream": true}),
+        );
     // More than may wait: a full queue is waited for.
     for index in 0..20 {
         text += &line(
             &format!("q{index}"),
             COMPLETIONS,
-            json!({"prompt": "Once", "max_tokens": 8}),
+            &json!({"prompt": "Once", "max_tokens": 8}),
         );
     }
     fs::write(dir.path().join("in.jsonl"), &text).expect("it can be written");
@@ -218,7 +222,7 @@ fn what_is_wrong_with_a_batch_is_said_before_anything_is_asked() {
     fails(&["--name", "no-such"], 2, "no cluster named");
     fs::write(
         dir.path().join("in.jsonl"),
-        line("other", COMPLETIONS, json!({})),
+        line("other", COMPLETIONS, &json!({})),
     )
     .expect("written");
     fails(&[], 2, "which");
