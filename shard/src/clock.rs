@@ -24,6 +24,11 @@ pub(crate) fn micros(start: Instant, end: Instant) -> u64 {
     u64::try_from(end.duration_since(start).as_micros()).unwrap_or(u64::MAX)
 }
 
+/// Seconds since 1970, for people.
+pub(crate) fn unix_seconds() -> u64 {
+    unix_micros() / 1_000_000
+}
+
 /// Microseconds since 1970, for comparing the clocks of nodes; never for measuring.
 #[expect(
     clippy::disallowed_methods,

@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Run(Box<StepPlan>),
     /// Drop the communicator, which was aborted before this was sent.
     Leave(Epoch),
+    /// Say when everything before this was answered.
+    Report(oneshot::Sender<()>),
 }
 
 /// The device as the operator would name it, and its memory.
@@ -203,6 +205,11 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
                 C::discard_id(&self.open_comm.take());
                 self.left.send_replace(Some(epoch));
                 Ok(Some(FromShard::Aborted { epoch }))
+            }
+            Command::Report(done) => {
+                // Whoever asked may have given up.
+                let _ = done.send(());
+                Ok(None)
             }
         }
     }

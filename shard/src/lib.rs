@@ -10,8 +10,10 @@ pub mod comm;
 mod device;
 pub mod engine;
 mod examine;
+mod hold;
 mod ladder;
 mod layers;
+mod log;
 pub mod models;
 mod probe;
 mod run;
@@ -27,12 +29,13 @@ use comm::nccl::NcclComm;
 use comm::{Comm, shm::ShmComm, tcp::TcpComm};
 use engine::Place;
 pub use examine::examine;
+use hold::Seat;
 use kernels::backend::{Backend, DeviceError, Element};
 use kernels::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use kernels::cuda::CudaBackend;
 pub use probe::probe;
-use session::End;
+use session::{End, Session};
 use std::process::ExitCode;
 use std::time::Duration;
 use topology::launch::Launch;
@@ -66,7 +69,7 @@ pub struct Options {
 /// 0 when the coordinator said stop, [`EXIT_STUCK`], or 1 with a sentence in the log.
 pub fn run(options: &Options, built_in: &'static [BuiltInFile]) -> ExitCode {
     let logging = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(log::Log)
         .with_ansi(false)
         .with_env_filter(EnvFilter::new(&options.log));
     // Fails where the process has a subscriber already, which then serves.
@@ -83,6 +86,10 @@ pub fn run(options: &Options, built_in: &'static [BuiltInFile]) -> ExitCode {
     });
     match ended {
         Ok(End::Stopped) => ExitCode::SUCCESS,
+        Ok(End::Lost(why)) => {
+            tracing::error!("the shard ends: {why}");
+            ExitCode::FAILURE
+        }
         Ok(End::Stuck) => {
             tracing::error!(
                 "the device did not leave its collective within {}s of an abort",
@@ -100,6 +107,9 @@ pub fn run(options: &Options, built_in: &'static [BuiltInFile]) -> ExitCode {
 /// The one place that chooses backend and communicator.
 async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
     let (launch, identity, parent) = child::announce().await?;
+    if let Some(hold) = &launch.hold {
+        log::fall_back_to(&hold.log);
+    }
     match launch.device.clone() {
         placement::Device::Cpu { threads, cores } => {
             let cores: Vec<usize> = cores.iter().map(|core| *core as usize).collect();
@@ -153,12 +163,24 @@ async fn serve<B: Backend, C: Comm<B>>(
         total_bytes: device.about.total_bytes,
     };
     let (address, certificate) = (launch.coordinator, &launch.certificate);
-    let link = link::connect(address, certificate, &identity, hello, CONNECT_LIMIT)
-        .await
-        .with_context(|| format!("connect to the coordinator at {address}"))?;
+    let link = link::connect(
+        address,
+        certificate,
+        &identity,
+        hello.clone(),
+        CONNECT_LIMIT,
+    )
+    .await
+    .with_context(|| format!("connect to the coordinator at {address}"))?;
     tracing::info!(rank = %launch.rank, device = device.about.name, "admitted to the cluster");
     let open_comm = device.open_comm.clone();
-    let ended = session::serve(link, device, parent.gone()).await;
+    let seat = Seat {
+        launch,
+        identity,
+        hello,
+    };
+    let session = Session::new(device);
+    let ended = hold::serve(session, &seat, link, parent).await;
     // What was made for a communicator that was never formed must not outlive the process.
     C::discard_id(&open_comm.take());
     ended

@@ -68,7 +68,11 @@ async fn links(ranks: u32) -> Result<Vec<Admitted>> {
         });
         let mut link = listener.accept(LIMIT).await?;
         link.sender
-            .send(&ToShard::Welcome { world_size: ranks })
+            .send(&ToShard::Welcome {
+                world_size: ranks,
+                generation: 0,
+                pid: std::process::id(),
+            })
             .await?;
         links.push(link);
     }

@@ -25,7 +25,7 @@ fn shard_process() {
     }
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let (launch, identity, parent) = child::announce().await.unwrap();
+        let (launch, identity, mut parent) = child::announce().await.unwrap();
         let hello = Hello {
             rank: launch.rank,
             pid: std::process::id(),
@@ -81,11 +81,16 @@ async fn shard() -> Shard {
         },
         cpu_isa: "avx2".to_owned(),
         interface: None,
+        hold: None,
     };
     let process = started.launch(&launch).await.expect("it listens");
     let mut link = listener.accept(LIMIT).await.expect("it connects");
     link.sender
-        .send(&ToShard::Welcome { world_size: 4 })
+        .send(&ToShard::Welcome {
+            world_size: 4,
+            generation: 0,
+            pid: std::process::id(),
+        })
         .await
         .expect("it reads");
     Shard { process, link }
@@ -208,6 +213,7 @@ async fn output_waits_and_is_not_lost() {
         device: Device::Gpu { index: 0, ranks: 1 },
         cpu_isa: "auto".to_owned(),
         interface: None,
+        hold: None,
     };
     let mut process = started.launch(&launch).await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;

@@ -9,7 +9,7 @@ use super::shard_log::ShardLog;
 use super::status::{Queue, RankStatus, Stand, Status};
 use crate::clock::{now, since, unix_seconds, utc};
 use crate::engine::handle::Readiness;
-use crate::fleet::{RankReport, Source, Witness};
+use crate::fleet::{Legacy, RankReport, Source, Witness};
 use crate::metrics::Metrics;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -84,6 +84,8 @@ impl Board {
     pub fn close(&self, how: &str) {
         let mut inner = self.inner();
         inner.change(|state| state.ended = Some(how.to_owned()));
+        // What ended in order has no successor.
+        Legacy::remove(inner.claim.dir());
         // Nobody answers there any more.
         let _ = std::fs::remove_file(inner.claim.socket());
     }

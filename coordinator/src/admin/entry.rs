@@ -5,6 +5,7 @@
 //!   lock          held by the process for as long as it lives: an entry nobody holds is over
 //!   state.json    what this file calls State
 //!   admin.sock    the admin socket
+//!   legacy.json   what a successor needs to take over the shards; see `fleet::Legacy`
 //!   logs/         what shards print
 //! ```
 //!
@@ -12,6 +13,7 @@
 //! is not used; an entry that is over stays readable until its name is taken again or
 //! eight newer ones have ended.
 
+use crate::fleet::Legacy;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -111,6 +113,8 @@ pub struct Entry {
     pub state: State,
     /// Whether its process lives.
     pub is_live: bool,
+    /// Where that was killed: how many of its shards wait for another one.
+    pub orphans: usize,
 }
 
 impl Claim {
@@ -166,6 +170,11 @@ impl Claim {
         self.dir.join(SOCKET)
     }
 
+    /// The entry's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// What the entry says.
     pub fn state(&self) -> &State {
         &self.state
@@ -217,15 +226,23 @@ impl Entry {
         let is_live = is_held(&dir)?;
         let state = read(&dir).ok()?;
         Some(Self {
+            orphans: if is_live { 0 } else { orphans(&dir) },
             dir,
             state,
             is_live,
         })
     }
 
+    /// The entry `name` in `place`, if there is one.
+    pub fn named(place: &Path, name: &str) -> Option<Self> {
+        check_private(place).ok()?;
+        Self::at(place.join(name))
+    }
+
     /// Reads it again.
     pub fn refresh(&mut self) {
         self.is_live = is_held(&self.dir).unwrap_or(false);
+        self.orphans = if self.is_live { 0 } else { orphans(&self.dir) };
         if let Ok(state) = read(&self.dir) {
             self.state = state;
         }
@@ -235,6 +252,41 @@ impl Entry {
     pub fn socket(&self) -> PathBuf {
         self.dir.join(SOCKET)
     }
+}
+
+fn orphans(dir: &Path) -> usize {
+    Legacy::read(dir).map_or(0, |legacy| legacy.alive().count())
+}
+
+/// Ends the shards that wait for a successor of the process that held the entry; how many they were.
+///
+/// # Errors
+/// If a process holds it now, or a shard does not end.
+pub fn end_orphans(dir: &Path) -> Result<usize> {
+    let lock = lock_in(dir, LOCK)?;
+    ensure!(
+        is_locked_within(&lock, GLANCE_LIMIT),
+        "another process has just taken over the shards of {}",
+        dir.display()
+    );
+    let Some(legacy) = Legacy::read(dir) else {
+        return Ok(0);
+    };
+    let alive: Vec<_> = legacy.alive().map(|(_, holder)| holder.process).collect();
+    Legacy::remove(dir);
+    let begun = crate::clock::now();
+    for process in &alive {
+        process.kill();
+    }
+    while let Some(process) = alive.iter().find(|process| process.is_running()) {
+        let pid = process.pid;
+        ensure!(
+            crate::clock::since(begun) < TURN_LIMIT,
+            "the system does not end process {pid}"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(alive.len())
 }
 
 fn read(dir: &Path) -> Result<State> {
@@ -309,7 +361,7 @@ fn check_private(dir: &Path) -> Result<()> {
 /// Removes entries that are over, but for the newest few. The directory's lock is held.
 fn forget_oldest(place: &Path) {
     let mut ended = Entry::all(&[place.to_owned()]);
-    ended.retain(|entry| !entry.is_live);
+    ended.retain(|entry| !entry.is_live && entry.orphans == 0);
     for entry in ended.iter().skip(MAX_ENDED) {
         if let Err(error) = fs::remove_dir_all(&entry.dir) {
             tracing::warn!("cannot remove {}: {error}", entry.dir.display());

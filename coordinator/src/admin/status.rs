@@ -25,6 +25,8 @@ pub enum Stand {
     Failed,
     /// The process lives and says nothing.
     Silent,
+    /// The process is gone, and its shards wait for another one.
+    Orphaned,
 }
 
 impl fmt::Display for Stand {
@@ -36,6 +38,7 @@ impl fmt::Display for Stand {
             Self::Draining => "draining",
             Self::Failed => "failed",
             Self::Silent => "silent",
+            Self::Orphaned => "orphaned",
         })
     }
 }

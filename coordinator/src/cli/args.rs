@@ -44,6 +44,8 @@ pub enum Command {
     Logs(Logs),
     /// End a running cluster: its requests finish first.
     Down(Down),
+    /// Answer the requests of a file into another file; started again, it goes on where it was.
+    RunBatch(RunBatch),
     /// Find what would go wrong with a topology file, or on this machine, before anything is loaded.
     Doctor(Doctor),
     /// Measure a server: latency, throughput, overhead.
@@ -123,6 +125,41 @@ pub struct Down {
     /// Do not wait for running requests.
     #[arg(long)]
     pub now: bool,
+}
+
+/// Flags of `cluster run-batch`. Files have the form of OpenAI's batches.
+#[derive(Args, Clone, Debug)]
+pub struct RunBatch {
+    /// Requests: a JSON object with `custom_id`, `method`, `url` and `body` in each line.
+    #[arg(short, long, value_name = "FILE")]
+    pub input_file: PathBuf,
+    /// Answers, in the order in which they come. What is there already is not asked again.
+    #[arg(short, long, value_name = "FILE")]
+    pub output_file: PathBuf,
+    /// The model of requests that name none.
+    #[arg(long, value_name = "NAME", value_parser = NonEmpty::new())]
+    pub model: Option<String>,
+    /// Most requests under way at the same time.
+    #[arg(long, default_value_t = 64, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_concurrency: u32,
+    /// Seconds without any answer after which the server is given up.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub retry_timeout: u32,
+    /// Key to present.
+    #[arg(
+        long,
+        env = "CLUSTER_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY"
+    )]
+    pub api_key: Option<String>,
+    /// Any OpenAI server (http://HOST:PORT) instead of a cluster of this user on this machine.
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// Which cluster.
+    #[command(flatten)]
+    pub which: Which,
 }
 
 /// Flags of `cluster doctor`.
@@ -411,6 +448,16 @@ pub struct Up {
     /// How often in a row, without a new token in between, the group of shards may be formed again after a fault.
     #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 10, value_name = "N", help_heading = SERVER)]
     pub max_recovery_attempts: u32,
+    /// Seconds that shards keep what they loaded when this process is killed, for a `cluster up` with the same
+    /// settings to go on with; 0: they end with it. Shards of other nodes always do.
+    #[arg(long, env = "CLUSTER_SHARD_GRACE_PERIOD", default_value_t = 60, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u32).range(..=86_400), help_heading = SERVER)]
+    pub shard_grace_period: u32,
+    /// Take over the shards of a process that was killed, or fail. Without it they are taken over where
+    /// nothing has changed, and ended where something has.
+    #[arg(long, help_heading = SERVER)]
+    #[serde(skip)] // what is to be done once is no setting
+    pub adopt: bool,
     /// What `cluster status`, `logs` and `down` call it [default: the port].
     #[arg(long, env = "CLUSTER_NAME", value_name = "NAME", value_parser = cluster_name, help_heading = SERVER)]
     pub name: Option<String>,

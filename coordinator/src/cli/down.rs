@@ -1,11 +1,12 @@
 //! `cluster down`: asks a cluster to end, waits for it, and says what became of it.
 //!
-//! Waits for the process, not for its word: a cluster is down when nobody holds its entry any more.
+//! Waits for the process, not for its word: a cluster is down when nobody holds its entry any more. Where the
+//! process was killed, what is left to end is shards that wait for another one.
 
 use super::args::Down;
 use super::{EXIT_FAULT, EXIT_INPUT, complain, find, say};
 use crate::admin::client::ask;
-use crate::admin::entry::Entry;
+use crate::admin::entry::{self, Entry};
 use crate::clock::{now, since};
 use anyhow::{Result, bail};
 use hyper::Method;
@@ -28,10 +29,23 @@ pub(super) fn run(flags: &Down) -> ExitCode {
         Ok(entry) => entry,
         Err(error) => return complain(&error, EXIT_INPUT),
     };
-    match end(entry, flags.now) {
+    let ended = if entry.is_live {
+        end(entry, flags.now)
+    } else {
+        end_orphans(&entry)
+    };
+    match ended {
         Ok(text) => say(&text),
         Err(error) => complain(&error, EXIT_FAULT),
     }
+}
+
+fn end_orphans(entry: &Entry) -> Result<String> {
+    let ended = entry::end_orphans(&entry.dir)?;
+    let (name, pid) = (&entry.state.name, entry.state.pid);
+    Ok(format!(
+        "cluster {name}: its process {pid} was gone; {ended} shards that waited for another one are ended\n"
+    ))
 }
 
 fn end(mut entry: Entry, at_once: bool) -> Result<String> {
@@ -57,7 +71,8 @@ fn end(mut entry: Entry, at_once: bool) -> Result<String> {
             entry.refresh();
             if entry.is_live {
                 bail!(
-                    "process {pid} does not answer: {error:#}; `kill -9 {pid}` ends it and its shards"
+                    "process {pid} does not answer: {error:#}; `kill -9 {pid}` ends it, and its shards after \
+                     --shard-grace-period"
                 );
             }
         }

@@ -15,12 +15,12 @@ pub(super) fn places(given: Option<&Path>) -> Vec<PathBuf> {
     entry::places(given, runtime.as_deref())
 }
 
-/// The one cluster that runs and is meant.
+/// The one cluster that runs, or whose shards wait for one that does, and is meant.
 ///
 /// # Errors
 /// A sentence: there is none, or they are several, with their names.
 pub(super) fn live(which: &Which) -> Result<Entry> {
-    one(which, |entry| entry.is_live)
+    one(which, is_there)
 }
 
 /// The one that runs and is meant, or else the last one that ended.
@@ -29,11 +29,15 @@ pub(super) fn live(which: &Which) -> Result<Entry> {
 /// As [`live`].
 pub(super) fn live_or_last(which: &Which) -> Result<Entry> {
     let found = matching(which);
-    let any_live = found.iter().any(|entry| entry.is_live);
+    let any_live = found.iter().any(is_there);
     match found.into_iter().next() {
         Some(last) if !any_live => Ok(last),
         _ => live(which),
     }
+}
+
+fn is_there(entry: &Entry) -> bool {
+    entry.is_live || entry.orphans > 0
 }
 
 fn matching(which: &Which) -> Vec<Entry> {

@@ -172,7 +172,7 @@ fn from_file(
         let flag = flags
             .get_arguments()
             .find(|flag| flag.get_long() == Some(&*name))
-            .filter(|_| !["config", "print-config", "help"].contains(&&*name))
+            .filter(|_| !["adopt", "config", "print-config", "help"].contains(&&*name))
             .ok_or_else(|| format!("`{key}` is not a setting; `cluster up --help` lists them"))?;
         let values = match value {
             Value::Array(items) if matches!(flag.get_action(), ArgAction::Append) => {

@@ -3,6 +3,7 @@
 //! Reading order: [`args`], [`layers`], [`prepare`], [`up`]. The only place that reads the
 //! environment and writes to standard output and error.
 
+mod adopt;
 pub mod args;
 mod doctor;
 mod down;
@@ -14,6 +15,7 @@ pub mod prepare;
 mod presence;
 mod progress;
 mod report;
+mod run_batch;
 mod signals;
 mod status;
 pub mod up;
@@ -88,6 +90,7 @@ pub fn run(command: &Command) -> ExitCode {
         Command::Status(status) => return status::run(status),
         Command::Logs(logs) => return logs::run(logs),
         Command::Down(down) => return down::run(down),
+        Command::RunBatch(batch) => return run_batch::run(batch),
         Command::Doctor(doctor) => return doctor::run(doctor),
         Command::Bench(_) | Command::Shard { .. } => {
             unreachable!("the binary runs these itself")

@@ -87,6 +87,14 @@ impl Prepared {
     /// # Errors
     /// A sentence that says what to change.
     pub fn new(up: &Up) -> Result<Self> {
+        Self::with_memory(up, None)
+    }
+
+    /// The same where `memory` was free before anything was loaded, if that is known better than by looking.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_memory(up: &Up, memory: Option<Memory>) -> Result<Self> {
         let keys = keys(up)?;
         let address = address(up, !keys.is_empty())?;
         let topology = nodes::read(up)?;
@@ -105,10 +113,11 @@ impl Prepared {
         let world_size = placement.world_size();
         let partitions = Partition::all(&model.shape, world_size)?;
         let gpus = gpus(up, topology.is_some(), &placement)?;
-        let memory = match (&topology, &gpus) {
-            (Some(topology), _) => nodes::memory(topology)?,
-            (None, Some(gpus)) => gpus.usable(),
-            (None, None) => Memory::Shared {
+        let memory = match (memory, &topology, &gpus) {
+            (Some(known), ..) => known,
+            (None, Some(topology), _) => nodes::memory(topology)?,
+            (None, None, Some(gpus)) => gpus.usable(),
+            (None, None, None) => Memory::Shared {
                 free_bytes: HostMemory::read()
                     .context("ask for free memory")?
                     .free_bytes,

@@ -86,6 +86,12 @@ impl Progress {
     pub(super) fn show(&mut self, event: &StartEvent) {
         match event {
             StartEvent::Launched { rank, pid } => self.say(*rank, &format!("process {pid}")),
+            StartEvent::Adopted { rank, pid } => {
+                self.say(
+                    *rank,
+                    &format!("process {pid} is taken over with its weights"),
+                );
+            }
             StartEvent::Admitted { rank, device } => {
                 if let Some(line) = self.ranks.get_mut(rank.index()) {
                     line.device.clone_from(device);

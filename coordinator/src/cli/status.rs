@@ -1,7 +1,7 @@
 //! `cluster status`: asks the process and shows what it says.
 //!
-//! A process that lives and does not answer is shown too, with what its entry says. Exit code 0 only
-//! where a request would be served now.
+//! A process that lives and does not answer is shown too, with what its entry says; so are shards that wait
+//! for another process. Exit code 0 only where a request would be served now.
 
 use super::args::Status as Flags;
 use super::{EXIT_FAULT, EXIT_INPUT, complain, find, say};
@@ -9,8 +9,12 @@ use crate::admin::client::ask;
 use crate::admin::entry::Entry;
 use crate::admin::status::{Queue, RankStatus, Stand, Status};
 use crate::clock::unix_seconds;
+use crate::fleet::Legacy;
 use hyper::Method;
+use std::collections::BTreeMap;
+use std::fs;
 use std::process::ExitCode;
+use topology::launch::notice;
 
 /// Runs the command.
 pub(super) fn run(flags: &Flags) -> ExitCode {
@@ -18,8 +22,12 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
         Ok(entry) => entry,
         Err(error) => return complain(&error, EXIT_INPUT),
     };
-    let status = ask(&entry.socket(), Method::GET, "/status");
-    let status = status.unwrap_or_else(|error| silent(&entry, &format!("{error:#}")));
+    let status = if entry.is_live {
+        let status = ask(&entry.socket(), Method::GET, "/status");
+        status.unwrap_or_else(|error| silent(&entry, &format!("{error:#}")))
+    } else {
+        orphaned(&entry)
+    };
     let text = if flags.json {
         // The type holds nothing that JSON cannot say.
         let json = serde_json::to_string_pretty(&status).expect("numbers and texts");
@@ -37,13 +45,55 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
 
 /// What can be said of a process that does not answer.
 fn silent(entry: &Entry, why: &str) -> Status {
+    let pid = entry.state.pid;
+    let why = format!(
+        "process {pid} does not answer: {why}; where that goes on, `kill -9 {pid}` ends it, and its shards \
+         after --shard-grace-period"
+    );
+    from_entry(entry, Stand::Silent, why, |_| true)
+}
+
+/// What can be said of a cluster whose process was killed.
+fn orphaned(entry: &Entry) -> Status {
+    let waiting = waiting(entry);
+    let all = entry.state.ranks.len();
+    let left = waiting.values().flatten().min();
+    let left = left.map_or_else(String::new, |seconds| {
+        format!(" for {seconds} more seconds")
+    });
+    let why = format!(
+        "its process {} is gone; {} of {all} shards hold their weights{left}: `cluster up` with the same \
+         settings takes them over, `cluster down` ends them",
+        entry.state.pid,
+        waiting.len()
+    );
+    from_entry(entry, Stand::Orphaned, why, |rank| {
+        waiting.contains_key(&rank)
+    })
+}
+
+/// The ranks whose shards wait, and for how many more seconds, where they have said so.
+fn waiting(entry: &Entry) -> BTreeMap<u32, Option<u64>> {
+    let Some(legacy) = Legacy::read(&entry.dir) else {
+        return BTreeMap::new();
+    };
+    let left = |rank: u32| {
+        let log = &entry.state.ranks.get(rank as usize)?.log;
+        let until = fs::read_to_string(notice(log)).ok()?;
+        Some(until.parse::<u64>().ok()?.saturating_sub(unix_seconds()))
+    };
+    let alive = legacy.alive().map(|(rank, _)| (rank.0, left(rank.0)));
+    alive.collect()
+}
+
+fn from_entry(entry: &Entry, stand: Stand, why: String, lives: impl Fn(u32) -> bool) -> Status {
     let state = entry.state.clone();
     let rank = |(rank, entry): (u32, crate::admin::entry::RankEntry)| RankStatus {
         rank,
         host: entry.host,
-        pid: entry.pid,
+        pid: entry.pid.filter(|_| lives(rank)),
         device: String::new(),
-        state: Stand::Silent,
+        state: stand,
         reason: None,
         replacements: 0,
         used_bytes: 0,
@@ -52,17 +102,14 @@ fn silent(entry: &Entry, why: &str) -> Status {
         log: entry.log,
     };
     Status {
-        reason: Some(format!(
-            "process {} does not answer: {why}; where that goes on, `kill -9 {}` ends it and its shards",
-            state.pid, state.pid
-        )),
+        reason: Some(why),
         name: state.name,
         pid: state.pid,
         address: state.address,
         model: state.model,
         topology: state.topology,
         version: state.version,
-        state: Stand::Silent,
+        state: stand,
         uptime_seconds: unix_seconds().saturating_sub(state.started) as f64,
         epoch: 0,
         recoveries: 0,

@@ -4,6 +4,7 @@
 //! at the same time: shards start while the tokenizer is read. Invariant: however it ends, shard
 //! processes are gone when the exit code is returned.
 
+use super::adopt::{self, Heirs};
 use super::args::Up;
 use super::nodes;
 use super::prepare::Prepared;
@@ -17,7 +18,7 @@ use crate::admin::server::{self as admin, Asked, Desk};
 use crate::clock::{now, since};
 use crate::engine::handle::{EngineHandle, Readiness, Submission};
 use crate::engine::{Connections, DrainDeadline, Engine};
-use crate::fleet::{Cause, Fault, Fleet, Limits, LocalHost, Program, RankSite, Ready, Setup};
+use crate::fleet::{Cause, Fault, Fleet, Keeper, Limits, Program, RankSite, Ready, Setup};
 use crate::http::auth::ApiKeys;
 use crate::http::limits::ServerLimits;
 use crate::http::{ServedModel, ServerConfig, router, server};
@@ -59,8 +60,8 @@ impl From<Fault> for Failure {
 /// Starts a cluster and serves it until it is told to end.
 pub fn run(up: &Up) -> ExitCode {
     let begun = now();
-    let prepared = match Prepared::new(up) {
-        Ok(prepared) => prepared,
+    let (prepared, heirs) = match adopt::prepare(up) {
+        Ok(found) => found,
         Err(error) => return complain(&error, EXIT_INPUT),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -72,7 +73,7 @@ pub fn run(up: &Up) -> ExitCode {
     };
     let ended = runtime.block_on(async {
         let (alive, mut all_gone) = mpsc::channel(1);
-        let ended = serve(up, prepared, (begun, alive)).await;
+        let ended = serve(up, (prepared, heirs), (begun, alive)).await;
         // Whatever was given up above is being killed; nothing is ever sent here.
         let _ = timeout(TEARDOWN_LIMIT, all_gone.recv()).await;
         ended
@@ -89,7 +90,7 @@ pub fn run(up: &Up) -> ExitCode {
 
 async fn serve(
     up: &Up,
-    prepared: Prepared,
+    (prepared, heirs): (Prepared, Option<Heirs>),
     (begun, alive): (Instant, mpsc::Sender<()>),
 ) -> Result<(), Failure> {
     for warning in &prepared.placement.warnings {
@@ -108,6 +109,7 @@ async fn serve(
     tokio::spawn(upkeep(metrics.clone()));
     let (readiness, state) = watch::channel(Readiness::Loading);
     let claim = presence::claim(up, &prepared, reachable(address)).map_err(Failure::Input)?;
+    let keeper = adopt::keeper((up, &prepared), &claim, heirs.as_ref()).map_err(Failure::Input)?;
     let socket = claim.socket();
     let board = Arc::new(Board::new(claim, state.clone(), metrics.clone()));
     let (asked, wishes) = watch::channel(Asked::Nothing);
@@ -128,9 +130,9 @@ async fn serve(
     };
     let ended = attend(
         up,
-        &prepared,
+        (&prepared, heirs),
         (begun, alive),
-        (site, board.clone()),
+        (site, board.clone(), keeper),
         signals,
     )
     .await;
@@ -156,9 +158,9 @@ fn how(ended: &Result<(), Failure>, unfinished: u64) -> String {
 /// Starts shards and serves, until a signal or a fault.
 async fn attend(
     up: &Up,
-    prepared: &Prepared,
+    (prepared, heirs): (&Prepared, Option<Heirs>),
     (begun, alive): (Instant, mpsc::Sender<()>),
-    (site, board): (Site, Arc<Board>),
+    (site, board, keeper): (Site, Arc<Board>, Option<Keeper>),
     mut signals: Signals,
 ) -> Result<(), Failure> {
     let Site {
@@ -180,7 +182,7 @@ async fn attend(
     let starting = async {
         tokio::try_join!(
             open(up, prepared, front),
-            start(up, prepared, (alive, board.clone()))
+            start(up, (prepared, heirs), (alive, board.clone(), keeper))
         )
     };
     let (door, (fleet, ready)) = tokio::select! {
@@ -193,7 +195,8 @@ async fn attend(
         num_blocks: ready.num_blocks,
         ..prepared.scheduler.clone()
     };
-    let scheduler = Scheduler::new(scheduler).map_err(|e| Failure::Input(e.into()))?;
+    let mut scheduler = Scheduler::new(scheduler).map_err(|e| Failure::Input(e.into()))?;
+    scheduler.reset(ready.epoch);
     let report = Report {
         address: reachable(address),
         model_name: &prepared.model.names[0],
@@ -358,17 +361,18 @@ async fn open(up: &Up, prepared: &Prepared, site: Front) -> Result<Door, Failure
 
 async fn start(
     up: &Up,
-    prepared: &Prepared,
-    watchers: (mpsc::Sender<()>, Arc<Board>),
+    (prepared, heirs): (&Prepared, Option<Heirs>),
+    watchers: (mpsc::Sender<()>, Arc<Board>, Option<Keeper>),
 ) -> Result<(Fleet, Ready), Failure> {
     let program = program(up, prepared, watchers).await;
-    let host = LocalHost::new(program.map_err(Failure::Input)?)?;
+    let program = program.map_err(Failure::Input)?;
     let setup = Setup {
         load: prepared.load.clone(),
         limits: Limits {
             startup: Duration::from_secs(up.startup_timeout.into()),
             step: Duration::from_secs(up.step_timeout.into()),
         },
+        generation: 0,
     };
     let mut progress = Progress::new(prepared.placement.world_size(), Notes(up.log_format));
     let choose = |loaded: &[_]| {
@@ -376,7 +380,8 @@ async fn start(
             .choose_blocks(up, loaded)
             .map_err(|e| e.to_string())
     };
-    let started = Fleet::start(host, setup, choose, |event| progress.show(&event)).await;
+    let show = |event| progress.show(&event);
+    let started = adopt::start(program, setup, heirs.as_ref(), choose, show).await;
     progress.finish();
     Ok(started?)
 }
@@ -385,7 +390,7 @@ async fn start(
 async fn program(
     up: &Up,
     prepared: &Prepared,
-    (alive, witness): (mpsc::Sender<()>, Arc<Board>),
+    (alive, witness, keeper): (mpsc::Sender<()>, Arc<Board>, Option<Keeper>),
 ) -> Result<Program> {
     let path = std::env::current_exe().context("cannot find this program's own file")?;
     let (sites, address) = match &prepared.topology {
@@ -410,6 +415,7 @@ async fn program(
         address,
         alive,
         witness,
+        keeper,
     })
 }
 
@@ -436,6 +442,8 @@ fn record_start(metrics: &Metrics, prepared: &Prepared, ready: &Ready, total: Du
         }
     }
     metrics.engine.ranks_ready.set(ready.ranks.len() as f64);
+    metrics.engine.epoch.set(f64::from(ready.epoch.0));
+    metrics.live.begin(ready.epoch);
 }
 
 async fn bind(up: &Up, address: SocketAddr) -> Result<TcpListener> {

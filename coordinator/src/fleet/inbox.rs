@@ -222,6 +222,7 @@ fn epoch_of(message: &FromShard) -> Option<Epoch> {
         // The end of an epoch is awaited by the next one.
         FromShard::Aborted { epoch } => Some(epoch.next()),
         FromShard::Hello(_)
+        | FromShard::Held(_)
         | FromShard::Progress { .. }
         | FromShard::Loaded(_)
         | FromShard::Allocated { .. }

@@ -5,38 +5,31 @@
 //! What they hear goes to the fleet's inbox. Invariant: a process ends with the value that stands for
 //! it, at the latest when that is dropped.
 
+use super::child::{Body, Child, first_exit};
 use super::fault::{Cause, Fault, Phase};
 use super::host::{Host, Launched, Shard};
 use super::inbox::{Heard, Outlet, Source};
+use super::legacy::Keeper;
 use super::start::StartEvent;
 use super::witness::Witness;
 use crate::clock::{now, since};
-use futures_util::future::{join_all, select_all};
+use futures_util::future::join_all;
 use std::ffi::OsString;
 use std::net::IpAddr;
-use std::process::ExitStatus;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
 use topology::ids::Rank;
 use topology::launch::local::{self, Process};
 use topology::launch::ssh::Remote;
 use topology::launch::{Launch, LaunchError};
-use topology::link::{Admitted, Frame, LinkError, LinkReceiver, LinkSender, Listener};
+use topology::link::{Admitted, Certificate, Frame, LinkError, LinkReceiver, LinkSender, Listener};
 use topology::placement::Device;
 use topology::wire::{FromShard, Hello, ToShard};
 
 /// Longest time from the last process's start to the last shard's `Hello`.
 const ADMIT_LIMIT: Duration = Duration::from_secs(20);
-
-/// How long the system may take to end a process that was killed.
-const KILL_LIMIT: Duration = Duration::from_secs(5);
-
-/// How long the last lines of a process that is gone are waited for.
-const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
 
 /// What to start.
 #[derive(Debug)]
@@ -56,6 +49,8 @@ pub struct Program {
     pub alive: mpsc::Sender<()>,
     /// Who is told of processes and their output.
     pub witness: Arc<dyn Witness>,
+    /// Keeps what a successor needs; without one, shards end with this process.
+    pub keeper: Option<Keeper>,
 }
 
 /// Where a rank is.
@@ -83,21 +78,8 @@ impl RankSite {
 /// Starts shards on their sites.
 #[derive(Debug)]
 pub struct LocalHost {
-    program: Program,
-    listener: Listener,
-}
-
-/// A process that was started and whose exit will be heard of.
-#[derive(Debug)]
-struct Child {
-    source: Source,
-    pid: u32,
-    /// How long it may take to end; sent once. Dropping it is as good as zero.
-    end: oneshot::Sender<Duration>,
-    /// How it ended, once it has.
-    exited: watch::Receiver<Option<String>>,
-    /// Whether it had to be killed.
-    watcher: JoinHandle<bool>,
+    pub(super) program: Program,
+    pub(super) listener: Listener,
 }
 
 /// A shard process that was admitted.
@@ -121,7 +103,28 @@ impl LocalHost {
             let why = format!("cannot listen on {address} for shards: {e}");
             Fault::group(Cause::Launch(why))
         })?;
-        Ok(Self { program, listener })
+        Ok(Self::over(program, listener))
+    }
+
+    /// With a socket that is there.
+    pub(super) fn over(program: Program, listener: Listener) -> Self {
+        if let Some(keeper) = &program.keeper {
+            keeper.write(&listener);
+        }
+        Self { program, listener }
+    }
+
+    /// On file from the moment a shard has something to keep.
+    fn keep(&mut self, children: &mut [Child], admitted: &[Admitted]) {
+        let Some(keeper) = &mut self.program.keeper else {
+            return;
+        };
+        for (child, Admitted { hello, .. }) in children.iter_mut().zip(admitted) {
+            if let Some(certificate) = child.certificate.take() {
+                keeper.admitted(hello.rank, certificate, hello.pid);
+            }
+        }
+        keeper.write(&self.listener);
     }
 
     /// Starts all processes at once and tells each what to do.
@@ -139,6 +142,7 @@ impl LocalHost {
                     Some(remote) => remote.start(&self.program.log_level).await?,
                 };
                 self.listener.expect(rank, started.certificate.clone());
+                let certificate = started.certificate.clone();
                 let launch = Launch {
                     coordinator,
                     certificate: self.listener.certificate().clone(),
@@ -146,17 +150,23 @@ impl LocalHost {
                     device: site.device.clone(),
                     cpu_isa: self.program.cpu_isa.clone(),
                     interface: site.interface,
+                    hold: self
+                        .program
+                        .keeper
+                        .as_ref()
+                        .and_then(|keep| keep.hold(rank)),
                 };
-                started.launch(&launch).await
+                Ok((certificate, started.launch(&launch).await?))
             };
             let process = process.await;
             process.map_err(|e: LaunchError| Fault::of(rank, launched(&e)))
         });
         // Those that did start are killed when they are dropped with the others' fault.
         let processes: Result<Vec<_>, Fault> = join_all(launches).await.into_iter().collect();
-        let child = |(source, process): (&Source, Process)| {
-            let after = (self.program.alive.clone(), self.program.witness.clone());
-            Child::watch(*source, process, outlet.clone(), after)
+        let child = |(source, (certificate, process)): (&Source, (Certificate, Process))| {
+            let body = Body::Started(Box::new(process));
+            let watched = Child::watch(*source, body, outlet.clone(), self.program.watchers());
+            watched.with(certificate)
         };
         Ok(sources.iter().zip(processes?).map(child).collect())
     }
@@ -212,6 +222,7 @@ impl Host for LocalHost {
                 return Err(fault);
             }
         };
+        self.keep(&mut children, &admitted);
         let join = |(child, admitted): (Child, Admitted)| {
             let hello = admitted.hello.clone();
             let remote = self.program.sites[hello.rank.index()].remote.clone();
@@ -230,19 +241,6 @@ impl Host for LocalHost {
     }
 }
 
-/// Waits until one of `children` has ended. Cancel-safe.
-async fn first_exit(children: &mut [Child]) -> Fault {
-    let exits = children.iter_mut().map(|child| {
-        let rank = child.source.rank;
-        Box::pin(async move {
-            let exited = child.exited.wait_for(Option::is_some).await;
-            let how = exited.map_or_else(|e| e.to_string(), |how| how.clone().unwrap_or_default());
-            Fault::of(rank, Cause::Exited(how))
-        })
-    });
-    select_all(exits).await.0
-}
-
 /// Names the rank that is missing, or that came and could not be used.
 fn not_admitted(error: LinkError, missing: Rank) -> Fault {
     match error {
@@ -255,48 +253,16 @@ fn not_admitted(error: LinkError, missing: Rank) -> Fault {
     }
 }
 
-impl Child {
-    /// Watches `process`; its log lines and its exit are reported under `source`. `alive` is held until
-    /// the process is gone and its last lines are kept.
-    fn watch(
-        source: Source,
-        mut process: Process,
-        outlet: Outlet,
-        (alive, witness): (mpsc::Sender<()>, Arc<dyn Witness>),
-    ) -> Self {
-        let log = Log::forward(source.rank, process.lines.take(), witness.clone());
-        let pid = process.pid().unwrap_or_default();
-        let (end, ending) = oneshot::channel();
-        let (exit, exited) = watch::channel(None);
-        let watcher = tokio::spawn(async move {
-            let reports = (source, outlet, exit);
-            let (killed, how) = watch((process, &log), reports, ending).await;
-            log.finish().await;
-            witness.ended(source, &how);
-            drop(alive);
-            killed
-        });
-        Self {
-            source,
-            pid,
-            end,
-            exited,
-            watcher,
-        }
-    }
-
-    /// Gives the process `limit` to end by itself, kills it then, and waits for that. Whether it was
-    /// killed.
-    async fn end(self, limit: Duration) -> bool {
-        // An error means that the process ended by itself.
-        let _ = self.end.send(limit);
-        self.watcher.await.unwrap_or(true)
+impl Program {
+    /// Who is told when a process has ended.
+    pub(super) fn watchers(&self) -> (mpsc::Sender<()>, Arc<dyn Witness>) {
+        (self.alive.clone(), self.witness.clone())
     }
 }
 
 impl LocalShard {
     /// Joins a process with the link it opened. What it says is reported under its source.
-    fn new(
+    pub(super) fn new(
         child: Child,
         admitted: Admitted,
         (outlet, remote): (Outlet, Option<Arc<Remote>>),
@@ -349,115 +315,5 @@ async fn read(source: Source, mut receiver: LinkReceiver<FromShard>, outlet: Out
         if outlet.send((source, heard)).await.is_err() || over {
             return;
         }
-    }
-}
-
-/// Whether it had to be killed, and how it ended.
-async fn watch(
-    (mut process, log): (Process, &Log),
-    (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
-    mut ending: oneshot::Receiver<Duration>,
-) -> (bool, String) {
-    let rank = source.rank;
-    let limit = tokio::select! {
-        status = process.wait() => {
-            let how = said(status);
-            exit.send_replace(Some(how.clone()));
-            let heard = Heard::Gone(Cause::Exited(how.clone()));
-            tokio::select! {
-                _ = outlet.send((source, heard)) => {}
-                _ = &mut ending => {}
-            }
-            return (false, how);
-        }
-        limit = &mut ending => limit.unwrap_or_else(|_| {
-            // The fleet was dropped on demand. That its link ends is no news from the shard.
-            log.hush();
-            Duration::ZERO
-        }),
-    };
-    // It was told to stop; its pipe stays open, or it would take its parent for dead.
-    if let Ok(status) = timeout(limit, process.wait()).await {
-        return (false, said(status));
-    }
-    if !limit.is_zero() {
-        tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
-    }
-    process.kill();
-    let Ok(status) = timeout(KILL_LIMIT, process.wait()).await else {
-        tracing::error!(%rank, "the system does not end the shard's process");
-        return (true, "it was killed and has not ended".to_owned());
-    };
-    (true, said(status))
-}
-
-fn said(status: Result<ExitStatus, LaunchError>) -> String {
-    status.map_or_else(|error| error.to_string(), |status| status.to_string())
-}
-
-/// A process's output on its way to whoever keeps it and to this process's own log.
-#[derive(Debug)]
-struct Log {
-    task: Option<JoinHandle<()>>,
-    hushed: Arc<AtomicBool>,
-}
-
-impl Log {
-    fn forward(
-        rank: Rank,
-        lines: Option<mpsc::Receiver<String>>,
-        witness: Arc<dyn Witness>,
-    ) -> Self {
-        let hushed = Arc::new(AtomicBool::new(false));
-        let silent = hushed.clone();
-        // A thread of its own: whoever keeps lines writes files.
-        let forward = |mut lines: mpsc::Receiver<String>| {
-            tokio::task::spawn_blocking(move || {
-                while let Some(line) = lines.blocking_recv() {
-                    witness.line(rank, &line);
-                    if !silent.load(Ordering::Relaxed) {
-                        log_line(rank, &line);
-                    }
-                }
-            })
-        };
-        Self {
-            task: lines.map(forward),
-            hushed,
-        }
-    }
-
-    /// From now on lines are kept, but are no news of this process.
-    fn hush(&self) {
-        self.hushed.store(true, Ordering::Relaxed);
-    }
-
-    /// Waits until the process's last lines are kept.
-    async fn finish(self) {
-        if let Some(task) = self.task {
-            // A grandchild may hold the pipe open; its lines are still kept as they come.
-            let _ = timeout(LAST_LINES_LIMIT, task).await;
-        }
-    }
-}
-
-/// Shards write lines such as `2026-01-01T00:00:00Z  INFO shard::session: text`; here they keep
-/// level and text.
-fn log_line(rank: Rank, line: &str) {
-    let rank = rank.0;
-    let mut words = line.split_ascii_whitespace();
-    let level = words.by_ref().nth(1).unwrap_or_default();
-    let target = words.next().filter(|word| word.ends_with(':'));
-    let text = line
-        .split_once(target.unwrap_or(level))
-        .map_or(line, |(_, text)| text.trim_start());
-    match level {
-        "ERROR" => tracing::error!(target: "shard", rank, "{text}"),
-        "WARN" => tracing::warn!(target: "shard", rank, "{text}"),
-        "INFO" => tracing::info!(target: "shard", rank, "{text}"),
-        "DEBUG" => tracing::debug!(target: "shard", rank, "{text}"),
-        "TRACE" => tracing::trace!(target: "shard", rank, "{text}"),
-        // Not a log line: a panic, or a library that prints.
-        _ => tracing::warn!(target: "shard", rank, "{line}"),
     }
 }

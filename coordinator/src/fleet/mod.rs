@@ -7,9 +7,12 @@
 //! and all that sample chose the same tokens; anything else is a [`Fault`], and no shard process
 //! outlives the fleet.
 
+mod adopt;
+mod child;
 mod fault;
 mod host;
 mod inbox;
+mod legacy;
 mod local;
 mod pace;
 mod recover;
@@ -24,6 +27,7 @@ mod witness;
 pub use fault::{Cause, Fault, Phase};
 pub use host::{Host, Launched, Shard, Took};
 pub use inbox::{Heard, Outlet, Source};
+pub use legacy::{Holder, Keeper, Legacy, ProgramFile, Terms};
 pub use local::{LocalHost, LocalShard, Program, RankSite};
 pub use start::{Limits, RankReport, Ready, Setup, StartEvent};
 pub use witness::Witness;

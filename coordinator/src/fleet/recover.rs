@@ -15,7 +15,7 @@ use futures_util::future::join_all;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 use topology::ids::{Epoch, Rank};
-use topology::wire::{FromShard, ToShard};
+use topology::wire::{FromShard, Hello, Loaded, ToShard};
 
 /// How long a survivor may take to leave its collective. It kills itself after 2 s; this covers one that
 /// cannot even do that, because it is frozen or cut off.
@@ -25,6 +25,11 @@ const LEAVE_LIMIT: Duration = Duration::from_millis(2500);
 #[derive(Debug)]
 pub(super) struct Member<S> {
     pub(super) shard: S,
+    /// What it said of itself.
+    pub(super) hello: Hello,
+    /// What it took, once it has said so.
+    pub(super) loaded: Option<Loaded>,
+    pub(super) kv_bytes: u64,
     stage: Stage,
 }
 
@@ -42,10 +47,24 @@ enum Stage {
 }
 
 impl<S> Member<S> {
+    /// One that has nothing yet; whoever brings up all of them counts for it.
+    pub(super) fn new(shard: S, hello: Hello) -> Self {
+        Self {
+            shard,
+            hello,
+            loaded: None,
+            kv_bytes: 0,
+            stage: Stage::Standing,
+        }
+    }
+
     /// One that is ready to join.
-    pub(super) fn standing(shard: S) -> Self {
-        let stage = Stage::Standing;
-        Self { shard, stage }
+    pub(super) fn standing(shard: S, hello: Hello, loaded: Loaded, kv_bytes: u64) -> Self {
+        Self {
+            loaded: Some(loaded),
+            kv_bytes,
+            ..Self::new(shard, hello)
+        }
     }
 }
 
@@ -152,14 +171,17 @@ impl<H: Host> Fleet<H> {
         let launched = launching.await?;
         let orders = self.orders();
         let until = Instant::now() + self.setup.limits.startup;
-        for (rank, (_, mut shard)) in ranks.iter().zip(launched.shards) {
+        for (rank, (hello, mut shard)) in ranks.iter().zip(launched.shards) {
             for order in &orders {
                 if let Err(cause) = shard.send(&frame(order)?).await {
                     self.inbox.give_up_on(*rank, cause);
                 }
             }
             let stage = Stage::Loading(until);
-            self.members[rank.index()] = Some(Member { shard, stage });
+            self.members[rank.index()] = Some(Member {
+                stage,
+                ..Member::new(shard, hello)
+            });
         }
         Ok(())
     }
@@ -172,7 +194,8 @@ impl<H: Host> Fleet<H> {
         };
         let phase = match (member.stage, &message) {
             (Stage::Loading(_), FromShard::Progress { .. }) => return,
-            (Stage::Loading(_), FromShard::Loaded(_)) => {
+            (Stage::Loading(_), FromShard::Loaded(loaded)) => {
+                member.loaded = Some(loaded.clone());
                 let allocate = frame(&ToShard::Allocate { num_blocks });
                 let sent = match &allocate {
                     Ok(allocate) => member.shard.send(allocate).await,
@@ -184,7 +207,8 @@ impl<H: Host> Fleet<H> {
                 }
                 return;
             }
-            (Stage::Allocating(_), FromShard::Allocated { .. }) => {
+            (Stage::Allocating(_), FromShard::Allocated { kv_bytes }) => {
+                member.kv_bytes = *kv_bytes;
                 member.stage = Stage::Standing;
                 return;
             }

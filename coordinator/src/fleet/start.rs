@@ -15,7 +15,7 @@ use super::{Fleet, frame};
 use crate::clock::{now, since};
 use std::time::{Duration, Instant};
 use topology::ids::{Epoch, Rank};
-use topology::wire::{FromShard, Hello, Load, Loaded, ToShard};
+use topology::wire::{FromShard, Load, Loaded, ToShard};
 
 /// Longest time to take memory for KV blocks; large pools are zeroed page by page.
 pub(super) const ALLOCATE_LIMIT: Duration = Duration::from_secs(120);
@@ -31,6 +31,8 @@ pub struct Setup {
     pub load: Load,
     /// Deadlines.
     pub limits: Limits,
+    /// Counts the coordinators of these shards, from 0.
+    pub generation: u32,
 }
 
 /// Deadlines that the operator sets.
@@ -47,6 +49,13 @@ pub struct Limits {
 pub enum StartEvent {
     /// A process exists.
     Launched {
+        /// Which.
+        rank: Rank,
+        /// Its process id.
+        pid: u32,
+    },
+    /// A process that lost its coordinator was taken over, with its weights.
+    Adopted {
         /// Which.
         rank: Rank,
         /// Its process id.
@@ -97,6 +106,8 @@ pub struct RankReport {
 /// What came of the start.
 #[derive(Clone, Debug)]
 pub struct Ready {
+    /// The first epoch.
+    pub epoch: Epoch,
     /// KV blocks on every rank.
     pub num_blocks: u32,
     /// One per rank, in order.
@@ -107,13 +118,19 @@ pub struct Ready {
 
 /// Measures phases.
 #[derive(Debug)]
-struct Stopwatch {
+pub(super) struct Stopwatch {
     begun: Instant,
-    phases: Vec<Took>,
+    pub(super) phases: Vec<Took>,
 }
 
 impl Stopwatch {
-    fn done(&mut self, phase: Phase) {
+    /// From now on, after what was measured elsewhere.
+    pub(super) fn new(phases: Vec<Took>) -> Self {
+        let begun = now();
+        Self { begun, phases }
+    }
+
+    pub(super) fn done(&mut self, phase: Phase) {
         self.phases.push((phase, since(self.begun)));
         self.begun = now();
     }
@@ -132,7 +149,20 @@ impl<H: Host> Fleet<H> {
         mut tell: impl FnMut(StartEvent) + Send,
     ) -> Result<(Self, Ready), Fault> {
         let world_size = setup.load.tensor_parallel_size;
-        let mut fleet = Self {
+        let mut fleet = Self::empty(host, setup);
+        match fleet.bring_up(world_size, choose_blocks, &mut tell).await {
+            Ok(ready) => Ok((fleet, ready)),
+            Err(fault) => {
+                fleet.end(Duration::ZERO).await;
+                Err(fault)
+            }
+        }
+    }
+
+    /// Without any shard yet.
+    pub(super) fn empty(host: H, setup: Setup) -> Self {
+        let world_size = setup.load.tensor_parallel_size;
+        Self {
             host,
             members: Vec::new(),
             inbox: Inbox::new(world_size as usize),
@@ -141,13 +171,6 @@ impl<H: Host> Fleet<H> {
             pace: Pace::default(),
             steps: Steps::default(),
             setup,
-        };
-        match fleet.bring_up(world_size, choose_blocks, &mut tell).await {
-            Ok(ready) => Ok((fleet, ready)),
-            Err(fault) => {
-                fleet.end(Duration::ZERO).await;
-                Err(fault)
-            }
         }
     }
 
@@ -161,27 +184,33 @@ impl<H: Host> Fleet<H> {
         let sources: Vec<_> = ranks.map(|rank| self.inbox.source(rank)).collect();
         let launching = self.host.launch(&sources, self.inbox.outlet(), tell);
         let Launched { shards, phases } = launching.await?;
-        let (hellos, members): (Vec<_>, Vec<_>) = shards
-            .into_iter()
-            .map(|(hello, shard)| (hello, Some(Member::standing(shard))))
-            .unzip();
-        self.members = members;
-        let mut watch = Stopwatch {
-            begun: now(),
-            phases,
-        };
+        let members = shards.into_iter();
+        let members = members.map(|(hello, shard)| Some(Member::new(shard, hello)));
+        self.members = members.collect();
+        let mut watch = Stopwatch::new(phases);
         let loaded = self.load(&mut watch, tell).await?;
         let no_room = |why| Fault::group(Cause::NoRoom(why));
         self.num_blocks = choose_blocks(&loaded).map_err(no_room)?;
         let kv_bytes = self.allocate().await?;
+        let took = loaded.into_iter().zip(kv_bytes);
+        for (member, (loaded, kv_bytes)) in self.members.iter_mut().flatten().zip(took) {
+            member.loaded = Some(loaded);
+            member.kv_bytes = kv_bytes;
+        }
         watch.done(Phase::Allocate);
         self.join().await?;
         watch.done(Phase::Join);
-        Ok(Ready {
+        Ok(self.ready(watch.phases))
+    }
+
+    pub(super) fn ready(&self, phases: Vec<Took>) -> Ready {
+        let members = self.members.iter().flatten();
+        Ready {
+            epoch: self.epoch,
             num_blocks: self.num_blocks,
-            ranks: reports(&hellos, &loaded, &kv_bytes),
-            phases: watch.phases,
-        })
+            ranks: members.filter_map(report).collect(),
+            phases,
+        }
     }
 
     /// Has all ranks read their weights.
@@ -218,7 +247,12 @@ impl<H: Host> Fleet<H> {
     pub(super) fn orders(&self) -> [ToShard; 2] {
         let load = self.setup.load.clone();
         let world_size = load.tensor_parallel_size;
-        [ToShard::Welcome { world_size }, ToShard::Load(load)]
+        let welcome = ToShard::Welcome {
+            world_size,
+            generation: self.setup.generation,
+            pid: std::process::id(),
+        };
+        [welcome, ToShard::Load(load)]
     }
 
     /// Has all ranks take memory for the KV blocks; the bytes each took.
@@ -262,16 +296,16 @@ impl<H: Host> Fleet<H> {
     }
 }
 
-fn reports(hellos: &[Hello], loaded: &[Loaded], kv_bytes: &[u64]) -> Vec<RankReport> {
-    let ranks = hellos.iter().zip(loaded).zip(kv_bytes);
-    let report = |((hello, loaded), kv_bytes): ((&Hello, &Loaded), &u64)| RankReport {
+/// `None` for one that has not loaded.
+fn report<S>(member: &Member<S>) -> Option<RankReport> {
+    let (hello, loaded) = (&member.hello, member.loaded.as_ref()?);
+    Some(RankReport {
         rank: hello.rank,
         pid: hello.pid,
         device: hello.device.clone(),
         weight_bytes: loaded.weight_bytes,
         workspace_bytes: loaded.workspace_bytes,
-        kv_bytes: *kv_bytes,
+        kv_bytes: member.kv_bytes,
         free_bytes: loaded.free_bytes,
-    };
-    ranks.map(report).collect()
+    })
 }

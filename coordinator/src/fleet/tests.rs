@@ -21,6 +21,7 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
         address: std::net::Ipv4Addr::LOCALHOST.into(),
         alive,
         witness: Arc::new(()),
+        keeper: None,
     });
     let setup = Setup {
         load: Load {
@@ -40,6 +41,7 @@ fn setup(program: &str, alive: mpsc::Sender<()>) -> (LocalHost, Setup) {
             startup: Duration::from_secs(5),
             step: Duration::from_secs(5),
         },
+        generation: 0,
     };
     (host.unwrap(), setup)
 }

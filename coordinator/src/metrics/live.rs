@@ -42,9 +42,14 @@ impl Live {
         }
     }
 
+    /// The group was formed.
+    pub fn begin(&self, epoch: Epoch) {
+        self.epoch.store(epoch.0.into(), Ordering::Relaxed);
+    }
+
     /// The group was formed again.
     pub fn recovered(&self, epoch: Epoch) {
-        self.epoch.store(epoch.0.into(), Ordering::Relaxed);
+        self.begin(epoch);
         self.recoveries.fetch_add(1, Ordering::Relaxed);
     }
 

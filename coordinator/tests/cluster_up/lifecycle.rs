@@ -78,9 +78,9 @@ fn a_shard_that_hangs_is_noticed_by_the_steps_deadline() {
 #[test]
 fn shards_do_not_outlive_a_killed_coordinator() {
     let _turn = turn();
-    let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
+    let cluster = Cluster::start(&["-tp", "2", "--shard-grace-period", "0"]);
     let shards = cluster.shards.clone();
-    drop(cluster); // kills it
+    cluster.kill();
     until("no shard is left behind", || {
         !shards.iter().any(|pid| is_running(*pid))
     });

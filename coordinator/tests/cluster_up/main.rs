@@ -3,6 +3,8 @@
 //! Each test starts its own cluster on a free port. They take turns, because a machine with two
 //! cores has room for one cluster at a time; what runs out of time fails.
 
+mod adopt;
+mod batch;
 mod client;
 mod doctor;
 mod hostile;

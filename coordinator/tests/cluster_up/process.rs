@@ -131,6 +131,12 @@ impl Cluster {
         (status.expect("it has ended"), stderr)
     }
 
+    /// Kills the coordinator alone.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("it is our child");
+        self.child.wait().expect("it is our child");
+    }
+
     /// Ends it in order.
     pub(crate) fn stop(self) {
         self.signal(rustix::process::Signal::TERM);
@@ -145,9 +151,13 @@ impl Drop for Cluster {
         if thread::panicking() {
             println!("it said: {}", self.stderr.lock().expect("not poisoned"));
         }
-        // For tests that fail half-way; the shards end with their parent's pipe.
+        // For tests that fail half-way. Shards would wait for another coordinator.
+        let shards = self.children();
         let _ = self.child.kill();
         let _ = self.child.wait();
+        for shard in shards {
+            topology::launch::process::ProcessId::of(shard).inspect(|shard| shard.kill());
+        }
     }
 }
 

@@ -19,7 +19,8 @@ const COMPLETIONS: &str = "/v1/completions";
 /// Streams of one round: half greedy, half sampled with a seed of their own.
 const STREAMS: usize = 64;
 
-fn body(index: usize, tokens: u32) -> Value {
+/// A stream of `tokens` tokens; every second one is sampled.
+pub(crate) fn body(index: usize, tokens: u32) -> Value {
     let names = ["Tom", "Lily", "Ben", "Anna", "Max", "Mia", "Sam", "Zoe"];
     let things = ["ball", "dog", "cat", "boat", "tree", "bird", "hat", "cake"];
     let (name, thing) = (names[index % 8], things[index / 8 % 8]);

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::{BlockId, Epoch, Rank, Step};
-use topology::launch::Launch;
 use topology::launch::local::{self, Process};
-use topology::link::{LinkReceiver, LinkSender, Listener};
+use topology::launch::{Hold, Launch};
+use topology::link::{Certificate, LinkReceiver, LinkSender, Listener};
 use topology::placement::Device;
 use topology::wire::{
     FromShard, Load, ModelLocation, PlanRow, Ran, RowOutput, Sampling, ScoredToken, StepPlan,
@@ -50,11 +50,20 @@ pub(crate) struct Shard {
     pub(crate) process: Process,
     pub(crate) sender: LinkSender<ToShard>,
     pub(crate) receiver: LinkReceiver<FromShard>,
+    pub(crate) certificate: Certificate,
 }
 
 impl Shard {
     pub(crate) async fn start(listener: &mut Listener, rank: u32) -> Self {
-        let mut process = Self::spawn(listener, rank, device()).await;
+        Self::start_with(listener, rank, None).await
+    }
+
+    pub(crate) async fn start_with(
+        listener: &mut Listener,
+        rank: u32,
+        hold: Option<&Hold>,
+    ) -> Self {
+        let (certificate, mut process) = Self::launch(listener, rank, (device(), hold)).await;
         let mut lines = process.lines.take().expect("nobody took them");
         tokio::spawn(async move {
             while let Some(line) = lines.recv().await {
@@ -68,23 +77,37 @@ impl Shard {
         assert!(is_cpu != is_gpu() && admitted.hello.free_bytes > 0);
         let (mut sender, receiver) = (admitted.sender, admitted.receiver);
         sender
-            .send(&ToShard::Welcome { world_size: 2 })
+            .send(&ToShard::Welcome {
+                world_size: 2,
+                generation: 0,
+                pid: std::process::id(),
+            })
             .await
             .expect("the shard listens");
         Self {
             process,
             sender,
             receiver,
+            certificate,
         }
     }
 
     /// Only the process; it connects on its own.
     pub(crate) async fn spawn(listener: &Listener, rank: u32, device: Device) -> Process {
+        Self::launch(listener, rank, (device, None)).await.1
+    }
+
+    async fn launch(
+        listener: &Listener,
+        rank: u32,
+        (device, hold): (Device, Option<&Hold>),
+    ) -> (Certificate, Process) {
         let program = std::env::current_exe().expect("this program has a path");
         let started = local::start_for(&device, program.as_os_str(), ["shard"])
             .await
             .expect("it announces itself");
-        listener.expect(Rank(rank), started.certificate.clone());
+        let certificate = started.certificate.clone();
+        listener.expect(Rank(rank), certificate.clone());
         let launch = Launch {
             coordinator: listener.local_addr().expect("it listens"),
             certificate: listener.certificate().clone(),
@@ -92,8 +115,10 @@ impl Shard {
             device,
             cpu_isa: "auto".to_owned(),
             interface: None,
+            hold: hold.cloned(),
         };
-        started.launch(&launch).await.expect("it takes the line")
+        let process = started.launch(&launch).await.expect("it takes the line");
+        (certificate, process)
     }
 
     pub(crate) async fn say(&mut self, message: ToShard) {
@@ -182,20 +207,30 @@ pub(crate) struct Group {
 
 impl Group {
     pub(crate) async fn start(fixture: &str) -> Self {
+        Self::start_with(fixture, None).await
+    }
+
+    pub(crate) async fn start_with(fixture: &str, hold: Option<&Hold>) -> Self {
         let address = std::net::Ipv4Addr::LOCALHOST.into();
         let mut listener = Listener::bind(address).expect("a port on loopback");
         let mut ranks = [
-            Shard::start(&mut listener, 0).await,
-            Shard::start(&mut listener, 1).await,
+            Shard::start_with(&mut listener, 0, hold).await,
+            Shard::start_with(&mut listener, 1, hold).await,
         ];
         for rank in &mut ranks {
             rank.prepare(fixture).await;
         }
+        Self::of(listener, ranks, Epoch(0))
+    }
+
+    /// Of shards that have loaded and are in no epoch after `epoch`.
+    pub(crate) fn of(listener: Listener, ranks: [Shard; 2], epoch: Epoch) -> Self {
+        let next = Step(0);
         Self {
             listener,
             ranks,
-            epoch: Epoch(0),
-            next: Step(0),
+            epoch,
+            next,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::group::{Group, PATIENCE, Shard, is_gpu, load, say};
 use std::time::Duration;
+use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use topology::ids::Epoch;
 use topology::link::Listener;
@@ -31,11 +32,15 @@ fn comparable(answers: &[ScoredToken]) -> Vec<ScoredToken> {
 }
 
 pub(crate) fn run(check: impl Future<Output = ()>) {
+    runtime().block_on(check);
+}
+
+pub(crate) fn runtime() -> Runtime {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build();
-    runtime.expect("a runtime").block_on(check);
+    runtime.expect("a runtime")
 }
 
 /// Lines of a process's map that show its collectives' memory.

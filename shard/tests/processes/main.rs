@@ -9,6 +9,7 @@
 mod collectives;
 mod doubles;
 mod group;
+mod hold;
 mod life;
 #[path = "../engine/reference.rs"]
 mod reference;
@@ -19,7 +20,7 @@ mod testing;
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 
-const CHECKS: [(&str, fn()); 10] = [
+const CHECKS: [(&str, fn()); 12] = [
     (
         "sums_are_the_same_in_all_processes",
         collectives::sums_are_the_same_in_all_processes,
@@ -47,6 +48,14 @@ const CHECKS: [(&str, fn()); 10] = [
     (
         "stop_ends_with_0_and_a_lost_parent_with_1",
         life::stop_and_a_lost_parent,
+    ),
+    (
+        "another_coordinator_is_served_and_none_of_the_past",
+        hold::another_coordinator_is_served_and_none_of_the_past,
+    ),
+    (
+        "nobody_else_is_served_and_waiting_ends",
+        hold::nobody_else_is_served_and_waiting_ends,
     ),
     (
         "a_model_that_cannot_be_loaded_is_told_in_a_sentence",

@@ -12,6 +12,7 @@ use crate::model_shape::{Dtype, KvDtype, ModelShape};
 use crate::partition::{Partition, Split, TensorSpec, tensors};
 use crate::quantization::{Code, Grouping, device_bytes};
 use crate::wire::Loaded;
+use serde::{Deserialize, Serialize};
 
 mod gpu;
 mod report;
@@ -161,7 +162,7 @@ fn workspace(shape: &ModelShape, partition: &Partition, dtype: Dtype, sizes: &Si
 }
 
 /// Memory that may be used, in bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Memory {
     /// All ranks take from the memory of one host: CPU shards.
     Shared {
@@ -178,7 +179,7 @@ pub enum Memory {
 }
 
 /// One of several hosts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostShare {
     /// As the operator calls it.
     pub name: String,

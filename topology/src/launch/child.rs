@@ -1,17 +1,19 @@
 //! The shard's side of a launch.
 //!
 //! One thread reads standard input for as long as the process lives: the first line says what to do,
-//! the end of it that the parent is gone. Invariant: no shard outlives its parent by more than
-//! [`ORPHAN_LIMIT`], whatever its other threads are stuck in.
+//! the end of it that the parent is gone. Invariant: no shard outlives its parent, or the last
+//! [`Lease`] it was given after that, by more than [`ORPHAN_LIMIT`], whatever its other threads are stuck in.
 
 use super::{Announcement, LAUNCH_LIMIT, Launch, LaunchError, MAX_LINE_BYTES};
 use super::{from_line, to_line, within};
 use crate::link::Identity;
 use std::io::{self, BufRead, Read, Write};
 use std::process;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 /// How long after its parent a shard may live: time to drop what other processes might see.
 pub const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
@@ -21,14 +23,49 @@ const EXIT_ORPHANED: i32 = 4;
 
 /// The parent, as seen from here.
 #[derive(Debug)]
-pub struct Parent(oneshot::Receiver<()>);
+pub struct Parent {
+    gone: oneshot::Receiver<()>,
+    lease: Lease,
+}
 
 impl Parent {
     /// Returns when the parent has closed the pipe or is gone: the shard must exit then, and is ended
-    /// if it has not within [`ORPHAN_LIMIT`].
-    pub async fn gone(self) {
+    /// if it has not within [`ORPHAN_LIMIT`], unless its lease is renewed.
+    pub async fn gone(&mut self) {
         // Nothing is ever sent: the reader drops its end.
-        let _ = self.0.await;
+        let _ = (&mut self.gone).await;
+    }
+
+    /// What keeps the process alive without its parent.
+    pub fn lease(&self) -> Lease {
+        self.lease.clone()
+    }
+}
+
+/// Until when this process may live without its parent.
+#[derive(Clone, Debug)]
+pub struct Lease(Arc<Mutex<Instant>>);
+
+impl Lease {
+    /// It may for so long from now, and [`ORPHAN_LIMIT`] for its end. What was granted before stays.
+    pub fn renew(&self, time: Duration) {
+        let mut until = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *until = (*until).max(Instant::now() + time);
+    }
+
+    fn left(&self) -> Duration {
+        let until = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (*until + ORPHAN_LIMIT).saturating_duration_since(Instant::now())
+    }
+
+    /// Ends the process when the lease is over.
+    fn enforce(&self) -> ! {
+        loop {
+            match self.left() {
+                Duration::ZERO => process::exit(EXIT_ORPHANED),
+                left => thread::sleep(left),
+            }
+        }
     }
 }
 
@@ -49,7 +86,9 @@ pub async fn announce() -> Result<(Launch, Identity, Parent), LaunchError> {
     drop(stdout);
 
     let (first, said) = oneshot::channel();
-    let (alive, gone) = oneshot::channel();
+    let (alive, gone) = oneshot::channel::<()>();
+    let lease = Lease(Arc::new(Mutex::new(Instant::now())));
+    let over = lease.clone();
     // A thread and not a task: a read of standard input cannot be cancelled, and this one must
     // work on when the runtime does not.
     let reader = thread::Builder::new()
@@ -62,8 +101,8 @@ pub async fn announce() -> Result<(Launch, Identity, Parent), LaunchError> {
             let _ = first.send(read.map(|_| line));
             let _ = io::copy(&mut stdin, &mut io::sink());
             drop(alive);
-            thread::sleep(ORPHAN_LIMIT);
-            process::exit(EXIT_ORPHANED);
+            over.renew(Duration::ZERO);
+            over.enforce()
         });
     reader.map_err(io)?;
     let launch = within(
@@ -76,5 +115,20 @@ pub async fn announce() -> Result<(Launch, Identity, Parent), LaunchError> {
             from_line::<Launch>(&line.map_err(io)?, "the parent")
         },
     );
-    Ok((launch.await?, identity, Parent(gone)))
+    Ok((launch.await?, identity, Parent { gone, lease }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_never_shortened() {
+        let lease = Lease(Arc::new(Mutex::new(Instant::now())));
+        assert!(lease.left() <= ORPHAN_LIMIT);
+        lease.renew(Duration::from_secs(60));
+        lease.renew(Duration::ZERO);
+        let left = lease.left();
+        assert!(left > Duration::from_secs(60) && left <= Duration::from_secs(60) + ORPHAN_LIMIT);
+    }
 }

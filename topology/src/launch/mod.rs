@@ -6,11 +6,12 @@
 //!         ◀── stdout: {"certificate": …} ─── public half
 //!         ─── stdin:  {"coordinator": …} ──▶ where to connect, whose key to believe, which device
 //!         ◀── stdout, stderr: log lines ────
-//!   stdin closed ──────────────────────────▶ the parent is gone: exits
+//!   stdin closed ──────────────────────────▶ the parent is gone: exits, or keeps what it has for a
+//!                                            successor as long as its `hold` says
 //! ```
 //!
-//! Nothing secret is ever in arguments, environment or a file: private keys stay in the process
-//! that made them, and what crosses the pipes is public. The same lines work through `ssh`, where
+//! Nothing secret is ever in arguments or environment: a shard's private key stays in the process
+//! that made it, and what crosses the pipes is public. The same lines work through `ssh`, where
 //! other output may come before the announcement.
 //!
 //! Invariant: each line of the handshake comes within [`LAUNCH_LIMIT`] or the launch has failed.
@@ -20,6 +21,7 @@ mod environment;
 pub mod errand;
 pub mod local;
 pub mod probe;
+pub mod process;
 pub mod ssh;
 
 use crate::ids::Rank;
@@ -27,6 +29,7 @@ use crate::link::Certificate;
 use crate::placement::Device;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long each line of the handshake may take.
@@ -57,6 +60,31 @@ pub struct Launch {
     pub cpu_isa: String,
     /// Its node's address on the network between the nodes; `None` where all ranks are on one host.
     pub interface: Option<IpAddr>,
+    /// What it does when it loses its coordinator; `None`: it ends.
+    pub hold: Option<Hold>,
+}
+
+/// How a shard waits for another coordinator, which takes over its weights. On the coordinator's host only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hold {
+    /// For how many seconds.
+    pub seconds: u32,
+    /// What the coordinator leaves to its successor. While this file is not there, nobody will come.
+    pub legacy: PathBuf,
+    /// File for its log lines once nobody reads them from its pipe.
+    pub log: PathBuf,
+}
+
+impl Hold {
+    /// Where the shard says until when it waits, in seconds since 1970; there while it does.
+    pub fn notice(&self) -> PathBuf {
+        notice(&self.log)
+    }
+}
+
+/// [`Hold::notice`] of the shard with this log file.
+pub fn notice(log: &std::path::Path) -> PathBuf {
+    log.with_extension("held")
 }
 
 /// Why a shard process could not be started, or was not told what to do.

@@ -8,6 +8,7 @@ use super::{
     IDLE_LIMIT, LinkError, LinkReceiver, LinkSender, Streams, endpoint, pair, setup, transport,
 };
 use crate::wire::{FromShard, Hello, Preamble, ToShard};
+use quinn::Connection;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,11 +19,19 @@ use tokio::time::timeout;
 pub struct Connected {
     /// Number of ranks, from the coordinator's `Welcome`.
     pub world_size: u32,
+    /// Which of its launch's coordinators it is.
+    pub generation: u32,
+    /// Its process id on its own machine.
+    pub pid: u32,
     /// Replies to it.
     pub sender: LinkSender<FromShard>,
     /// Commands from it, from the one after `Welcome` on.
     pub receiver: LinkReceiver<ToShard>,
 }
+
+/// The coordinator, proven by its key, which has not said yet whether it wants this process.
+#[derive(Debug)]
+pub struct Dialed(Connection);
 
 /// Connects, says `hello` and waits for `Welcome`, all within `limit`.
 ///
@@ -42,6 +51,34 @@ pub async fn connect(
         .unwrap_or(Err(LinkError::TimedOut(limit)))
 }
 
+/// Only connects. What goes wrong here says nothing about the coordinator, which may not be there or
+/// have another in its place; what goes wrong afterwards is its own word.
+///
+/// # Errors
+/// [`LinkError`] if nobody with the coordinator's key is reached within `limit`.
+pub async fn dial(
+    address: SocketAddr,
+    coordinator: &Certificate,
+    identity: &Identity,
+    limit: Duration,
+) -> Result<Dialed, LinkError> {
+    timeout(limit, reach(address, coordinator, identity))
+        .await
+        .unwrap_or(Err(LinkError::TimedOut(limit)))
+}
+
+impl Dialed {
+    /// Says `hello` and waits for `Welcome`.
+    ///
+    /// # Errors
+    /// As [`connect`].
+    pub async fn greet(self, hello: Hello, limit: Duration) -> Result<Connected, LinkError> {
+        timeout(limit, introduce(self.0, hello, Preamble::ours()))
+            .await
+            .unwrap_or(Err(LinkError::TimedOut(limit)))
+    }
+}
+
 /// With the preamble as an argument, so that tests can say a wrong one.
 pub(super) async fn greet(
     address: SocketAddr,
@@ -50,6 +87,15 @@ pub(super) async fn greet(
     hello: Hello,
     preamble: Preamble,
 ) -> Result<Connected, LinkError> {
+    let Dialed(connection) = reach(address, coordinator, identity).await?;
+    introduce(connection, hello, preamble).await
+}
+
+async fn reach(
+    address: SocketAddr,
+    coordinator: &Certificate,
+    identity: &Identity,
+) -> Result<Dialed, LinkError> {
     let crypto = tls::client(identity, coordinator)?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(transport(address.ip(), IDLE_LIMIT, None));
@@ -59,9 +105,16 @@ pub(super) async fn greet(
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     // The endpoint lives on behind the connection.
-    let endpoint = endpoint(ip, None)?;
+    let endpoint = endpoint(SocketAddr::new(ip, 0), None)?;
     let connecting = endpoint.connect_with(config, address, NAME);
-    let connection = connecting.map_err(|e| setup(&e))?.await?;
+    Ok(Dialed(connecting.map_err(|e| setup(&e))?.await?))
+}
+
+async fn introduce(
+    connection: Connection,
+    hello: Hello,
+    preamble: Preamble,
+) -> Result<Connected, LinkError> {
     let mut streams = Streams {
         main: connection.open_bi().await?,
         urgent: connection.open_bi().await?,
@@ -78,8 +131,14 @@ pub(super) async fn greet(
     let (mut sender, mut receiver) = pair::<FromShard, ToShard>(connection, streams);
     sender.send(&FromShard::Hello(hello)).await?;
     match receiver.recv().await? {
-        ToShard::Welcome { world_size } => Ok(Connected {
+        ToShard::Welcome {
             world_size,
+            generation,
+            pid,
+        } => Ok(Connected {
+            world_size,
+            generation,
+            pid,
             sender,
             receiver,
         }),

@@ -46,7 +46,7 @@ pub struct Admitted {
 #[derive(Debug)]
 pub struct Listener {
     endpoint: Endpoint,
-    certificate: Certificate,
+    identity: Identity,
     expected: Expected,
     admitted: mpsc::Receiver<Result<Admitted, LinkError>>,
     examiner: AbortHandle,
@@ -63,20 +63,44 @@ impl Listener {
     }
 
     pub(super) fn bind_with(ip: IpAddr, idle: Duration) -> Result<Self, LinkError> {
-        let identity = Identity::generate()?;
+        let address = SocketAddr::new(ip, 0);
+        Self::open(address, Identity::generate()?, Expected::default(), idle)
+    }
+
+    /// Listens where another listener was whose key this is, for the shards that it had admitted.
+    ///
+    /// # Errors
+    /// [`LinkError::Setup`] if the address cannot be bound, as while the other one has it.
+    pub fn bind_again(
+        address: SocketAddr,
+        identity: Identity,
+        shards: impl IntoIterator<Item = (Rank, Certificate)>,
+    ) -> Result<Self, LinkError> {
         let expected = Expected::default();
+        for (rank, certificate) in shards {
+            expected.insert(rank, certificate);
+        }
+        Self::open(address, identity, expected, IDLE_LIMIT)
+    }
+
+    fn open(
+        address: SocketAddr,
+        identity: Identity,
+        expected: Expected,
+        idle: Duration,
+    ) -> Result<Self, LinkError> {
         let crypto = tls::server(&identity, expected.clone())?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-        config.transport_config(transport(ip, idle, Some(KEEP_ALIVE)));
+        config.transport_config(transport(address.ip(), idle, Some(KEEP_ALIVE)));
         // A shard's address does not change while it lives.
         config.migration(false);
-        let endpoint = endpoint(ip, Some(config))?;
+        let endpoint = endpoint(address, Some(config))?;
         let (found, admitted) = mpsc::channel(ADMITTED_CAPACITY);
         let examine = examine_all(endpoint.clone(), expected.clone(), found);
         let examiner = tokio::spawn(examine).abort_handle();
         Ok(Self {
             endpoint,
-            certificate: identity.certificate().clone(),
+            identity,
             expected,
             admitted,
             examiner,
@@ -93,7 +117,12 @@ impl Listener {
 
     /// What shards must pin.
     pub fn certificate(&self) -> &Certificate {
-        &self.certificate
+        self.identity.certificate()
+    }
+
+    /// Its key, for a successor.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// Admits the process with this certificate as this rank, once. Replaces what was expected of

@@ -18,10 +18,10 @@ mod tests;
 #[cfg(test)]
 mod weather;
 
-pub use connect::{Connected, connect};
+pub use connect::{Connected, Dialed, connect, dial};
 pub use frame::Frame;
 pub use listener::{Admitted, Listener};
-pub use tls::{Certificate, Identity};
+pub use tls::{Certificate, Identity, SavedIdentity};
 
 use crate::ids::Rank;
 use crate::wire::WireError;
@@ -32,7 +32,7 @@ use quinn::{Connection, ConnectionError, Endpoint, SendStream, TransportConfig, 
 use rustix::net::sockopt;
 use std::io;
 use std::marker::PhantomData;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -254,15 +254,18 @@ fn transport(ip: IpAddr, idle: Duration, keep_alive: Option<Duration>) -> Arc<Tr
     Arc::new(config)
 }
 
-/// A UDP socket on `ip`, any port, with its QUIC endpoint.
-fn endpoint(ip: IpAddr, server: Option<quinn::ServerConfig>) -> Result<Endpoint, LinkError> {
+/// A UDP socket on `address`, where port 0 is any, with its QUIC endpoint.
+fn endpoint(
+    address: SocketAddr,
+    server: Option<quinn::ServerConfig>,
+) -> Result<Endpoint, LinkError> {
     let mut config = quinn::EndpointConfig::default();
-    if ip.is_loopback() {
+    if address.ip().is_loopback() {
         config
             .max_udp_payload_size(LOOPBACK_MTU)
             .map_err(|e| setup(&e))?;
     }
-    let socket = std::net::UdpSocket::bind((ip, 0)).map_err(|e| setup(&e))?;
+    let socket = std::net::UdpSocket::bind(address).map_err(|e| setup(&e))?;
     // As far as the system allows; a smaller buffer works, but large plans lose packets.
     let _ = sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER_BYTES);
     let runtime = Arc::new(quinn::TokioRuntime);

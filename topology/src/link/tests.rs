@@ -84,7 +84,11 @@ impl Setup {
             let mut admitted = self.listener.accept(LIMIT).await.unwrap();
             admitted
                 .sender
-                .send(&ToShard::Welcome { world_size: 4 })
+                .send(&ToShard::Welcome {
+                    world_size: 4,
+                    generation: 0,
+                    pid: std::process::id(),
+                })
                 .await
                 .unwrap();
             admitted
@@ -248,7 +252,7 @@ async fn no_certificate_and_no_protocol_are_refused() {
     };
     for alpn in [ALPN, b"h3"] {
         let config = quinn::ClientConfig::new(Arc::new(tls(alpn)));
-        let endpoint = endpoint(LOOPBACK, None).unwrap();
+        let endpoint = endpoint((LOOPBACK, 0).into(), None).unwrap();
         let connecting = endpoint
             .connect_with(config, setup.address, tls::NAME)
             .unwrap();
@@ -385,7 +389,11 @@ fn a_silent_peer_is_noticed() {
         let mut admitted = setup.listener.accept(LIMIT).await.unwrap();
         admitted
             .sender
-            .send(&ToShard::Welcome { world_size: 1 })
+            .send(&ToShard::Welcome {
+                world_size: 1,
+                generation: 0,
+                pid: std::process::id(),
+            })
             .await
             .unwrap();
         admitted

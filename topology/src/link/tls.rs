@@ -5,7 +5,8 @@
 //! or another launch's certificate is refused in the handshake. TLS 1.3 with `ring`, given explicitly;
 //! sessions are never resumed, so every connection proves its key.
 //!
-//! Invariant: a private key never leaves the process that made it.
+//! Invariant: a private key never leaves the process that made it, but for the coordinator's, which
+//! [`SavedIdentity`] hands to its successor through a file of this user's alone.
 
 use super::{ALPN, LinkError, setup};
 use crate::ids::Rank;
@@ -76,6 +77,14 @@ impl Identity {
         })
     }
 
+    /// Everything, for whoever is to take this process's place.
+    pub fn save(&self) -> SavedIdentity {
+        SavedIdentity {
+            certificate: self.certificate.clone(),
+            key: BASE64.encode(self.key.secret_der()),
+        }
+    }
+
     /// The public part.
     pub fn certificate(&self) -> &Certificate {
         &self.certificate
@@ -83,6 +92,35 @@ impl Identity {
 
     fn chain(&self) -> Vec<CertificateDer<'static>> {
         vec![CertificateDer::from(self.certificate.0.clone())]
+    }
+}
+
+/// A key with its certificate, to be kept where nobody else can read it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedIdentity {
+    certificate: Certificate,
+    /// PKCS #8, in base64.
+    key: String,
+}
+
+impl SavedIdentity {
+    /// The identity it was made of.
+    ///
+    /// # Errors
+    /// [`LinkError::Setup`] if it is none.
+    pub fn load(&self) -> Result<Identity, LinkError> {
+        let key = BASE64.decode(&self.key).map_err(|e| setup(&e))?;
+        Ok(Identity {
+            certificate: self.certificate.clone(),
+            key: PrivateKeyDer::try_from(key).map_err(setup)?,
+        })
+    }
+}
+
+impl fmt::Debug for SavedIdentity {
+    /// Without the key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SavedIdentity").finish_non_exhaustive()
     }
 }
 

@@ -68,7 +68,11 @@ async fn lost_late_and_overtaking_datagrams_end_no_link() {
     let connecting = connect(address, &certificate, &setup.identities[0], hello(0), LIMIT);
     let admitting = async {
         let mut admitted = setup.listener.accept(LIMIT).await.unwrap();
-        let welcome = ToShard::Welcome { world_size: 4 };
+        let welcome = ToShard::Welcome {
+            world_size: 4,
+            generation: 0,
+            pid: 1,
+        };
         admitted.sender.send(&welcome).await.unwrap();
         admitted
     };

@@ -10,6 +10,8 @@
 //! shard ── Preamble ─▶ coordinator     fixed layout: magic, wire version, build; checked first
 //! shard ── Hello ────▶                 who am I, which device
 //!       ◀─ Welcome ───                 admitted
+//! shard ── Held ─────▶                 only from one that lost its coordinator and keeps its weights: what it has;
+//!                                      Load and Allocate are behind it then
 //!       ◀─ Load ──────                 model, partition, KV blocks per this rank's budget
 //! shard ── Progress* ▶ Loaded ─▶       bytes read so far; then what fits
 //!       ◀─ Allocate ──                 the number of KV blocks, the minimum over ranks
@@ -26,6 +28,7 @@ pub mod plan;
 
 use crate::ids::{Epoch, Rank, Step};
 use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
 
 pub use codec::{Preamble, WireError, build_text, decode, digest_of_tokens, encode};
 pub use plan::{
@@ -47,6 +50,10 @@ pub enum ToShard {
     Welcome {
         /// Number of ranks in the group.
         world_size: u32,
+        /// Counts the coordinators of this launch, from 0: a shard that lost one serves only a later one.
+        generation: u32,
+        /// The coordinator's process id, which means something on its own machine only.
+        pid: u32,
     },
     /// Read the weights of one partition.
     Load(Load),
@@ -121,6 +128,8 @@ pub enum FromShard {
         /// A sentence for the operator.
         reason: String,
     },
+    /// What a shard kept while it had no coordinator; its first message after being welcomed again.
+    Held(Box<Held>),
 }
 
 /// Largest communicator identity in bytes (NCCL's is 128).
@@ -142,7 +151,7 @@ pub struct Hello {
 }
 
 /// What to load and how it is cut.
-#[derive(Clone, Debug, PartialEq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub struct Load {
     /// Where the model is, as the shard's node sees it.
     pub model: ModelLocation,
@@ -170,7 +179,7 @@ pub struct Load {
 }
 
 /// Where a model's files are.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
 pub enum ModelLocation {
     /// The model inside the binary.
     BuiltIn,
@@ -193,6 +202,21 @@ pub struct Loaded {
     pub free_bytes: u64,
     /// Time spent, in microseconds.
     pub load_us: u64,
+}
+
+/// What a shard still has of a coordinator that is gone. It is in no epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Held {
+    /// As it was told.
+    pub load: Load,
+    /// As it answered.
+    pub loaded: Loaded,
+    /// Blocks in its pool, whose content means nothing any more.
+    pub num_blocks: u32,
+    /// Bytes they take on this rank.
+    pub kv_bytes: u64,
+    /// The last epoch it heard of; it takes part in later ones only.
+    pub epoch: Epoch,
 }
 
 /// What one rank did in one step.

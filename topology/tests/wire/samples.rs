@@ -6,8 +6,8 @@
 use crate::random::Random;
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::wire::{
-    FromShard, Hello, Load, Loaded, LogitBias, ModelLocation, PlanRow, Ran, RowOutput, Sampling,
-    ScoredToken, StepPlan, StepTimings, ToShard, TokenScore,
+    FromShard, Held, Hello, Load, Loaded, LogitBias, ModelLocation, PlanRow, Ran, RowOutput,
+    Sampling, ScoredToken, StepPlan, StepTimings, ToShard, TokenScore,
 };
 
 /// A message's name in the golden files.
@@ -31,6 +31,7 @@ pub(crate) fn command_kind(command: &ToShard) -> &'static str {
 pub(crate) fn reply_kind(reply: &FromShard) -> &'static str {
     match reply {
         FromShard::Hello(_) => "hello",
+        FromShard::Held(_) => "held",
         FromShard::Progress { .. } => "progress",
         FromShard::Loaded(_) => "loaded",
         FromShard::Allocated { .. } => "allocated",
@@ -42,24 +43,47 @@ pub(crate) fn reply_kind(reply: &FromShard) -> &'static str {
     }
 }
 
+fn load(model: ModelLocation) -> Load {
+    Load {
+        model,
+        tensor_parallel_size: 4,
+        dtype: "bfloat16".to_owned(),
+        quantization: "int8".to_owned(),
+        kv_cache_dtype: "fp8".to_owned(),
+        block_size: 16,
+        max_model_len: 131_072,
+        max_num_batched_tokens: 2048,
+        max_num_seqs: 256,
+        async_scheduling: true,
+        enforce_eager: true,
+    }
+}
+
+fn held() -> Held {
+    Held {
+        load: load(ModelLocation::BuiltIn),
+        loaded: Loaded {
+            weight_bytes: 1 << 30,
+            workspace_bytes: 252,
+            block_bytes: 1 << 15,
+            recording_bytes: 0,
+            free_bytes: 1 << 31,
+            load_us: 1_234,
+        },
+        num_blocks: 16_384,
+        kv_bytes: 1 << 29,
+        epoch: Epoch(7),
+    }
+}
+
 pub(crate) fn commands() -> Vec<ToShard> {
-    let load = |model| {
-        ToShard::Load(Load {
-            model,
-            tensor_parallel_size: 4,
-            dtype: "bfloat16".to_owned(),
-            quantization: "int8".to_owned(),
-            kv_cache_dtype: "fp8".to_owned(),
-            block_size: 16,
-            max_model_len: 131_072,
-            max_num_batched_tokens: 2048,
-            max_num_seqs: 256,
-            async_scheduling: true,
-            enforce_eager: true,
-        })
-    };
+    let load = |model| ToShard::Load(load(model));
     vec![
-        ToShard::Welcome { world_size: 4 },
+        ToShard::Welcome {
+            world_size: 4,
+            generation: 2,
+            pid: 4711,
+        },
         load(ModelLocation::BuiltIn),
         load(ModelLocation::Directory("/models/llama".to_owned())),
         ToShard::Allocate { num_blocks: 70_000 },
@@ -103,6 +127,7 @@ pub(crate) fn replies() -> Vec<FromShard> {
             load_us: 123_456,
         }),
         FromShard::Allocated { kv_bytes: 1 << 33 },
+        FromShard::Held(Box::new(held())),
         FromShard::CommMade {
             epoch: Epoch(1),
             comm_id: (0..128).collect(),

@@ -127,6 +127,7 @@ impl Case {
                 async_scheduling: config.async_scheduling,
                 enforce_eager: false,
             },
+            generation: 0,
             limits: Limits {
                 startup: Duration::from_secs(60),
                 step: Duration::from_secs(10),

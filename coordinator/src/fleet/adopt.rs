@@ -1,0 +1,196 @@
+//! A coordinator that takes over the shards of one that is gone.
+//!
+//! Waits where the old one did until shards come back, has each say what it kept, and goes on as after a fault
+//! whose survivors they are: what is missing is replaced, the group forms again in a new epoch. Whether
+//! they are wanted at all was decided before. Invariant: a shard that is not taken over does not live on.
+
+use super::Fleet;
+use super::child::{Adopted, Body, Child};
+use super::fault::{Cause, Fault, Phase};
+use super::inbox::Outlet;
+use super::legacy::Legacy;
+use super::local::{LocalHost, LocalShard, Program};
+use super::recover::Member;
+use super::start::{Ready, Setup, StartEvent, Stopwatch};
+use crate::clock::{now, since};
+use std::time::Duration;
+use tokio::time::timeout;
+use topology::ids::{Epoch, Rank};
+use topology::launch::process::Watched;
+use topology::link::{Admitted, Listener};
+use topology::wire::{FromShard, Held, Hello, Load, ToShard};
+
+/// How long shards that live may take to come: they look for a coordinator several times a second.
+const COME_LIMIT: Duration = Duration::from_secs(5);
+/// How long one that came may take to say what it has.
+const HELD_LIMIT: Duration = Duration::from_secs(2);
+/// How often the group may fail to form before that is a fault of the start.
+const ATTEMPTS: usize = 3;
+
+/// A shard that came back.
+struct Found {
+    hello: Hello,
+    held: Held,
+    shard: LocalShard,
+}
+
+impl LocalHost {
+    /// Listens where the coordinator of `legacy` did, with its key, for its shards.
+    ///
+    /// # Errors
+    /// [`Cause::Launch`] if that is not possible, as while another process has the port.
+    pub fn take_over(program: Program, legacy: &Legacy) -> Result<Self, Box<(Program, Fault)>> {
+        let shards = legacy.alive();
+        let shards = shards.map(|(rank, holder)| (rank, holder.certificate.clone()));
+        let identity = legacy.identity.load();
+        let listener =
+            identity.and_then(|identity| Listener::bind_again(legacy.address, identity, shards));
+        match listener {
+            Ok(listener) => Ok(Self::over(program, listener)),
+            Err(error) => {
+                let why = format!("cannot listen on {} again: {error}", legacy.address);
+                Err(Box::new((program, Fault::group(Cause::Launch(why)))))
+            }
+        }
+    }
+
+    /// Waits for the shards of `legacy` that live; by rank, those that have what `load` asks for.
+    async fn adopt(
+        &mut self,
+        legacy: &Legacy,
+        (load, welcome): (&Load, &ToShard),
+        (sources, outlet): (&[super::Source], &Outlet),
+    ) -> Vec<Option<Found>> {
+        let begun = now();
+        let mut found: Vec<Option<Found>> = sources.iter().map(|_| None).collect();
+        let missing = |found: &[Option<Found>]| {
+            let mut alive = legacy.alive();
+            alive.any(|(rank, _)| found.get(rank.index()).is_some_and(Option::is_none))
+        };
+        while missing(&found) && since(begun) < COME_LIMIT {
+            // Short, because a shard that was waited for may die.
+            let Ok(came) = self.listener.accept(Duration::from_millis(100)).await else {
+                continue;
+            };
+            let rank = came.hello.rank;
+            let Some(source) = sources.get(rank.index()) else {
+                continue;
+            };
+            match hear_what_is_held(came, (load, welcome)).await {
+                Ok((came, held)) => {
+                    let hello = came.hello.clone();
+                    let Ok(watched) = Watched::new(hello.pid) else {
+                        continue; // it is gone again
+                    };
+                    let child = Child::watch(
+                        *source,
+                        Body::Adopted(Adopted(watched)),
+                        outlet.clone(),
+                        self.program.watchers(),
+                    );
+                    self.program.witness.admitted(&hello);
+                    let shard = LocalShard::new(child, came, (outlet.clone(), None));
+                    found[rank.index()] = Some(Found { hello, held, shard });
+                }
+                Err(why) => tracing::warn!(%rank, "a shard is not taken over: {why}"),
+            }
+        }
+        for (rank, holder) in legacy.alive() {
+            if found.get(rank.index()).is_none_or(Option::is_none) {
+                holder.process.kill();
+            }
+        }
+        found
+    }
+}
+
+/// Welcomes a shard and has it say what it kept.
+async fn hear_what_is_held(
+    mut came: Admitted,
+    (load, welcome): (&Load, &ToShard),
+) -> Result<(Admitted, Held), String> {
+    let sent = came.sender.send(welcome).await;
+    sent.map_err(|e| e.to_string())?;
+    let heard = timeout(HELD_LIMIT, came.receiver.recv()).await;
+    match heard.map_err(|_| "it said nothing".to_owned())? {
+        Ok(FromShard::Held(held)) if held.load == *load => Ok((came, *held)),
+        Ok(FromShard::Held(_)) => Err("it has loaded something else".to_owned()),
+        Ok(other) => Err(format!("it said {other:?}")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+impl Fleet<LocalHost> {
+    /// Takes over the shards of `legacy` that come, and starts those that are missing. `Err(host)` gives
+    /// everything back if none came.
+    ///
+    /// # Errors
+    /// The [`Fault`] that kept the group from forming.
+    pub async fn adopt(
+        host: LocalHost,
+        setup: Setup,
+        legacy: &Legacy,
+        mut tell: impl FnMut(StartEvent) + Send,
+    ) -> Result<Result<(Self, Ready), (LocalHost, Setup)>, Fault> {
+        let mut fleet = Self::empty(host, setup);
+        let mut watch = Stopwatch::new(Vec::new());
+        let found = fleet.find(legacy, &mut tell).await;
+        let first = found.iter().flatten().next();
+        let Some(num_blocks) = first.map(|found| found.held.num_blocks) else {
+            return Ok(Err((fleet.host, fleet.setup)));
+        };
+        let over = found.iter().flatten().map(|found| found.held.epoch).max();
+        fleet.num_blocks = num_blocks;
+        fleet.epoch = over.unwrap_or_default();
+        fleet.members = found
+            .into_iter()
+            .map(|found| {
+                // With another pool it cannot take part, and is replaced.
+                let found = found.filter(|found| found.held.num_blocks == num_blocks)?;
+                let Held {
+                    loaded, kv_bytes, ..
+                } = found.held;
+                Some(Member::standing(found.shard, found.hello, loaded, kv_bytes))
+            })
+            .collect();
+        watch.done(Phase::Admit);
+        if let Err(fault) = fleet.form_anew().await {
+            fleet.end(Duration::ZERO).await;
+            return Err(fault);
+        }
+        watch.done(Phase::Join);
+        let ready = fleet.ready(watch.phases);
+        Ok(Ok((fleet, ready)))
+    }
+
+    async fn find(
+        &mut self,
+        legacy: &Legacy,
+        tell: &mut (impl FnMut(StartEvent) + Send),
+    ) -> Vec<Option<Found>> {
+        let ranks = (0..self.setup.load.tensor_parallel_size).map(Rank);
+        let sources: Vec<_> = ranks.map(|rank| self.inbox.source(rank)).collect();
+        let [welcome, _] = self.orders();
+        let outlet = self.inbox.outlet();
+        let wanted = (&self.setup.load, &welcome);
+        let found = self.host.adopt(legacy, wanted, (&sources, outlet)).await;
+        for Found { hello, .. } in found.iter().flatten() {
+            let (rank, pid) = (hello.rank, hello.pid);
+            tell(StartEvent::Adopted { rank, pid });
+        }
+        found
+    }
+
+    /// As after a fault, which is the old coordinator's.
+    async fn form_anew(&mut self) -> Result<Epoch, Fault> {
+        let gone = "the coordinator before this one is gone".to_owned();
+        let mut fault = Fault::group(Cause::LinkLost(gone));
+        for _ in 0..ATTEMPTS {
+            match self.form_again(&fault).await {
+                Ok(epoch) => return Ok(epoch),
+                Err(next) => fault = next,
+            }
+        }
+        Err(fault)
+    }
+}

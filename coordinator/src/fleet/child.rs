@@ -1,0 +1,264 @@
+//! The processes behind shards: what they print, and how they end.
+//!
+//! Children of this process, or processes that were taken over from one that is gone. Knows nothing of what
+//! crosses the link. Invariant: a process ends with the value that stands for it, at the latest when that
+//! is dropped.
+
+use super::fault::{Cause, Fault};
+use super::inbox::{Heard, Outlet, Source};
+use super::witness::Witness;
+use futures_util::future::select_all;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use topology::ids::Rank;
+use topology::launch::local::Process;
+use topology::launch::process::Watched;
+use topology::link::Certificate;
+
+/// How long the system may take to end a process that was killed.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long the last lines of a process that is gone are waited for.
+const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
+
+/// A process whose end is heard of.
+#[derive(Debug)]
+pub(super) enum Body {
+    /// A child of this process.
+    Started(Box<Process>),
+    /// A process of this machine whose parent is gone.
+    Adopted(Adopted),
+}
+
+/// Killed when dropped, as a child is.
+#[derive(Debug)]
+pub(super) struct Adopted(pub(super) Watched);
+
+impl Drop for Adopted {
+    fn drop(&mut self) {
+        self.0.kill();
+    }
+}
+
+/// A process that is there and whose exit will be heard of.
+#[derive(Debug)]
+pub(super) struct Child {
+    pub(super) source: Source,
+    pub(super) pid: u32,
+    /// Its identity, while nobody was admitted with it.
+    pub(super) certificate: Option<Certificate>,
+    /// How long it may take to end; sent once. Dropping it is as good as zero.
+    end: oneshot::Sender<Duration>,
+    /// How it ended, once it has.
+    pub(super) exited: watch::Receiver<Option<String>>,
+    /// Whether it had to be killed.
+    watcher: JoinHandle<bool>,
+}
+
+impl Child {
+    /// Watches `process`; its log lines and its exit are reported under `source`. `alive` is held until
+    /// the process is gone and its last lines are kept.
+    pub(super) fn watch(
+        source: Source,
+        mut body: Body,
+        outlet: Outlet,
+        (alive, witness): (mpsc::Sender<()>, Arc<dyn Witness>),
+    ) -> Self {
+        let log = Log::forward(source.rank, body.lines(), witness.clone());
+        let pid = body.pid();
+        let (end, ending) = oneshot::channel();
+        let (exit, exited) = watch::channel(None);
+        let watcher = tokio::spawn(async move {
+            let reports = (source, outlet, exit);
+            let (killed, how) = watch((body, &log), reports, ending).await;
+            log.finish().await;
+            witness.ended(source, &how);
+            drop(alive);
+            killed
+        });
+        Self {
+            source,
+            pid,
+            certificate: None,
+            end,
+            exited,
+            watcher,
+        }
+    }
+
+    /// A child that announced itself with this identity.
+    pub(super) fn with(mut self, certificate: Certificate) -> Self {
+        self.certificate = Some(certificate);
+        self
+    }
+
+    /// Gives the process `limit` to end by itself, kills it then, and waits for that. Whether it was
+    /// killed.
+    pub(super) async fn end(self, limit: Duration) -> bool {
+        // An error means that the process ended by itself.
+        let _ = self.end.send(limit);
+        self.watcher.await.unwrap_or(true)
+    }
+}
+
+impl Body {
+    /// What it prints, where that comes here. Taken once.
+    fn lines(&mut self) -> Option<mpsc::Receiver<String>> {
+        match self {
+            Self::Started(process) => process.lines.take(),
+            // It writes its file by itself.
+            Self::Adopted(_) => None,
+        }
+    }
+
+    /// 0 where nobody needs it.
+    fn pid(&self) -> u32 {
+        match self {
+            Self::Started(process) => process.pid().unwrap_or_default(),
+            Self::Adopted(_) => 0,
+        }
+    }
+
+    /// How it ended, when it has. Cancel-safe.
+    async fn wait(&mut self) -> String {
+        match self {
+            Self::Started(process) => {
+                let status = process.wait().await;
+                status.map_or_else(|error| error.to_string(), |status| status.to_string())
+            }
+            Self::Adopted(process) => {
+                process.0.ended().await;
+                "how, only the coordinator that had started it could tell".to_owned()
+            }
+        }
+    }
+
+    fn kill(&mut self) {
+        match self {
+            Self::Started(process) => process.kill(),
+            Self::Adopted(process) => process.0.kill(),
+        }
+    }
+}
+
+/// Waits until one of `children` has ended. Cancel-safe.
+pub(super) async fn first_exit(children: &mut [Child]) -> Fault {
+    let exits = children.iter_mut().map(|child| {
+        let rank = child.source.rank;
+        Box::pin(async move {
+            let exited = child.exited.wait_for(Option::is_some).await;
+            let how = exited.map_or_else(|e| e.to_string(), |how| how.clone().unwrap_or_default());
+            Fault::of(rank, Cause::Exited(how))
+        })
+    });
+    select_all(exits).await.0
+}
+
+/// Whether it had to be killed, and how it ended.
+async fn watch(
+    (mut process, log): (Body, &Log),
+    (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
+    mut ending: oneshot::Receiver<Duration>,
+) -> (bool, String) {
+    let rank = source.rank;
+    let limit = tokio::select! {
+        how = process.wait() => {
+            exit.send_replace(Some(how.clone()));
+            let heard = Heard::Gone(Cause::Exited(how.clone()));
+            tokio::select! {
+                _ = outlet.send((source, heard)) => {}
+                _ = &mut ending => {}
+            }
+            return (false, how);
+        }
+        limit = &mut ending => limit.unwrap_or_else(|_| {
+            // The fleet was dropped on demand. That its link ends is no news from the shard.
+            log.hush();
+            Duration::ZERO
+        }),
+    };
+    // It was told to stop; its pipe stays open, or it would take its parent for dead.
+    if let Ok(how) = timeout(limit, process.wait()).await {
+        return (false, how);
+    }
+    if !limit.is_zero() {
+        tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
+    }
+    process.kill();
+    let Ok(how) = timeout(KILL_LIMIT, process.wait()).await else {
+        tracing::error!(%rank, "the system does not end the shard's process");
+        return (true, "it was killed and has not ended".to_owned());
+    };
+    (true, how)
+}
+
+/// A process's output on its way to whoever keeps it and to this process's own log.
+#[derive(Debug)]
+struct Log {
+    task: Option<JoinHandle<()>>,
+    hushed: Arc<AtomicBool>,
+}
+
+impl Log {
+    fn forward(
+        rank: Rank,
+        lines: Option<mpsc::Receiver<String>>,
+        witness: Arc<dyn Witness>,
+    ) -> Self {
+        let hushed = Arc::new(AtomicBool::new(false));
+        let silent = hushed.clone();
+        // A thread of its own: whoever keeps lines writes files.
+        let forward = |mut lines: mpsc::Receiver<String>| {
+            tokio::task::spawn_blocking(move || {
+                while let Some(line) = lines.blocking_recv() {
+                    witness.line(rank, &line);
+                    if !silent.load(Ordering::Relaxed) {
+                        log_line(rank, &line);
+                    }
+                }
+            })
+        };
+        Self {
+            task: lines.map(forward),
+            hushed,
+        }
+    }
+
+    /// From now on lines are kept, but are no news of this process.
+    fn hush(&self) {
+        self.hushed.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the process's last lines are kept.
+    async fn finish(self) {
+        if let Some(task) = self.task {
+            // A grandchild may hold the pipe open; its lines are still kept as they come.
+            let _ = timeout(LAST_LINES_LIMIT, task).await;
+        }
+    }
+}
+
+/// Shards write lines such as `2026-01-01T00:00:00Z  INFO shard::session: text`; here they keep
+/// level and text.
+fn log_line(rank: Rank, line: &str) {
+    let rank = rank.0;
+    let mut words = line.split_ascii_whitespace();
+    let level = words.by_ref().nth(1).unwrap_or_default();
+    let target = words.next().filter(|word| word.ends_with(':'));
+    let text = line
+        .split_once(target.unwrap_or(level))
+        .map_or(line, |(_, text)| text.trim_start());
+    match level {
+        "ERROR" => tracing::error!(target: "shard", rank, "{text}"),
+        "WARN" => tracing::warn!(target: "shard", rank, "{text}"),
+        "INFO" => tracing::info!(target: "shard", rank, "{text}"),
+        "DEBUG" => tracing::debug!(target: "shard", rank, "{text}"),
+        "TRACE" => tracing::trace!(target: "shard", rank, "{text}"),
+        // Not a log line: a panic, or a library that prints.
+        _ => tracing::warn!(target: "shard", rank, "{line}"),
+    }
+}

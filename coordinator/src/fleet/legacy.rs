@@ -1,0 +1,339 @@
+//! What a coordinator leaves to its successor, in a file of the run directory.
+//!
+//! Written when shards come, so that it is there whenever the process is killed; removed when the cluster
+//! ends in order. With it a coordinator that is started on the same machine finds the shards, proves itself to
+//! them by the same key, and tells whether it wants them. Decides nothing.
+//!
+//! Invariants: the file is never half written and nobody else's to read; its generation grows with every
+//! coordinator before that one speaks to a shard.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use topology::fit::Memory;
+use topology::ids::Rank;
+use topology::launch::Hold;
+use topology::launch::process::ProcessId;
+use topology::link::{Certificate, Listener, SavedIdentity};
+use topology::placement::Device;
+use topology::wire::Load;
+
+/// The file's name in a cluster's directory.
+const FILE: &str = "legacy.json";
+
+/// Everything that must be the same before and after, or shards cannot be taken over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// The program's version.
+    pub version: String,
+    /// The program's file.
+    pub program: ProgramFile,
+    /// Digest of the model's files.
+    pub model: String,
+    /// What every rank loads.
+    pub load: Load,
+    /// `--num-gpu-blocks-override` and `--kv-cache-memory-bytes`.
+    pub kv_cache: (Option<u32>, Option<u64>),
+    /// What ranks compute on, in order.
+    pub devices: Vec<Device>,
+}
+
+/// A file, told from others without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramFile {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+}
+
+impl ProgramFile {
+    /// The program of this process.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn own() -> Result<Self> {
+        // Also where the file has been replaced since.
+        let about = fs::metadata("/proc/self/exe").context("ask about this program's file")?;
+        Ok(Self {
+            device: about.dev(),
+            inode: about.ino(),
+            bytes: about.len(),
+            modified: (about.mtime(), about.mtime_nsec()),
+        })
+    }
+}
+
+impl Terms {
+    /// Why shards that were started under these terms are of no use under `now`, in a sentence's second half.
+    pub fn disagreement(&self, now: &Self) -> Option<String> {
+        if self.version != now.version || self.program != now.program {
+            return Some(format!(
+                "the program is another one (it was {}, this is {})",
+                self.version, now.version
+            ));
+        }
+        if self.devices != now.devices {
+            let list = |devices: &[Device]| {
+                let names = devices.iter().map(ToString::to_string);
+                names.collect::<Vec<_>>().join("; ")
+            };
+            let (was, is) = (list(&self.devices), list(&now.devices));
+            return Some(format!("ranks were on {was}, and are to be on {is}"));
+        }
+        if let Some(setting) = difference(&self.load, &now.load) {
+            return Some(setting);
+        }
+        if self.model != now.model {
+            return Some("the model's files have changed since they were loaded".to_owned());
+        }
+        let asked = "--num-gpu-blocks-override or --kv-cache-memory-bytes is another".to_owned();
+        (self.kv_cache != now.kv_cache).then_some(asked)
+    }
+}
+
+/// The first setting that is not the same.
+fn difference(was: &Load, is: &Load) -> Option<String> {
+    let fields = |load| match serde_json::to_value(load) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    let (was, is) = (fields(was), fields(is));
+    let name = was.keys().find(|name| was.get(*name) != is.get(*name))?;
+    let shown = |fields: &serde_json::Map<_, _>| fields.get(name).map(ToString::to_string);
+    let flag = name.replace('_', "-");
+    let (was, is) = (shown(&was)?, shown(&is)?);
+    Some(format!("{flag} was {was}, and is {is}"))
+}
+
+/// What is left to a successor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Legacy {
+    /// Counts the coordinators of these shards, from 0.
+    pub generation: u32,
+    /// Under which the shards were started.
+    pub terms: Terms,
+    /// Memory before they were: what they hold is missing from it now.
+    pub memory: Memory,
+    /// How long shards wait.
+    pub hold_seconds: u32,
+    /// Where shards look for a coordinator.
+    pub address: SocketAddr,
+    /// Whom they believe there.
+    pub identity: SavedIdentity,
+    /// By rank; `None` before its first process came.
+    pub ranks: Vec<Option<Holder>>,
+}
+
+/// A shard that was admitted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Its identity.
+    pub certificate: Certificate,
+    /// Its process on this machine.
+    pub process: ProcessId,
+}
+
+impl Legacy {
+    /// What lies in a cluster's directory; `None` if there is none, or another version's.
+    pub fn read(dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(dir.join(FILE)).ok()?).ok()
+    }
+
+    /// Removes it: shards that wait end.
+    pub fn remove(dir: &Path) {
+        match fs::remove_file(dir.join(FILE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("cannot remove {}: {error}", dir.join(FILE).display());
+            }
+            _ => {}
+        }
+    }
+
+    /// The shards that run, with their ranks.
+    pub fn alive(&self) -> impl Iterator<Item = (Rank, &Holder)> {
+        let ranks = (0..).map(Rank).zip(&self.ranks);
+        let known = ranks.filter_map(|(rank, holder)| Some((rank, holder.as_ref()?)));
+        known.filter(|(_, holder)| holder.process.is_running())
+    }
+
+    fn write(&self, dir: &Path) -> Result<()> {
+        let (new, file) = (dir.join("legacy.new"), dir.join(FILE));
+        let text = serde_json::to_vec_pretty(self).context("write down the legacy")?;
+        let mut options = OpenOptions::new();
+        let options = options.create(true).write(true).truncate(true).mode(0o600);
+        // A key is in it: it is nobody else's from its first byte on.
+        let written = options
+            .open(&new)
+            .and_then(|mut out| out.write_all(&text))
+            .and_then(|()| fs::rename(&new, &file));
+        written.with_context(|| format!("cannot write {}", file.display()))
+    }
+}
+
+/// Keeps the file up to date.
+#[derive(Debug)]
+pub struct Keeper {
+    /// The cluster's directory.
+    pub dir: PathBuf,
+    /// Files of shards' log lines, by rank.
+    pub logs: Vec<PathBuf>,
+    /// See [`Legacy::terms`].
+    pub terms: Terms,
+    /// See [`Legacy::memory`].
+    pub memory: Memory,
+    /// See [`Legacy::hold_seconds`]; more than 0.
+    pub hold_seconds: u32,
+    /// See [`Legacy::generation`].
+    pub generation: u32,
+    /// See [`Legacy::ranks`].
+    pub ranks: Vec<Option<Holder>>,
+}
+
+impl Keeper {
+    /// What a shard of `rank` is told.
+    pub(super) fn hold(&self, rank: Rank) -> Option<Hold> {
+        Some(Hold {
+            seconds: self.hold_seconds,
+            legacy: self.dir.join(FILE),
+            log: self.logs.get(rank.index())?.clone(),
+        })
+    }
+
+    /// Takes in that a shard came.
+    pub(super) fn admitted(&mut self, rank: Rank, certificate: Certificate, pid: u32) {
+        let process = ProcessId::of(pid);
+        if let Some(place) = self.ranks.get_mut(rank.index()) {
+            *place = process.map(|process| Holder {
+                certificate,
+                process,
+            });
+        }
+    }
+
+    /// Writes the file. Where that fails the cluster serves on, and cannot be taken over.
+    pub(super) fn write(&self, listener: &Listener) {
+        let written = listener
+            .local_addr()
+            .map_err(Into::into)
+            .and_then(|address| {
+                let legacy = Legacy {
+                    generation: self.generation,
+                    terms: self.terms.clone(),
+                    memory: self.memory.clone(),
+                    hold_seconds: self.hold_seconds,
+                    address,
+                    identity: listener.identity().save(),
+                    ranks: self.ranks.clone(),
+                };
+                legacy.write(&self.dir)
+            });
+        if let Err(error) = written {
+            tracing::warn!("if this process dies, its shards cannot be taken over: {error:#}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use topology::wire::ModelLocation;
+
+    type Change = fn(&mut Terms);
+
+    fn terms() -> Terms {
+        Terms {
+            version: "1 (build a)".into(),
+            program: ProgramFile::own().unwrap(),
+            model: "0123".into(),
+            load: Load {
+                model: ModelLocation::BuiltIn,
+                tensor_parallel_size: 2,
+                dtype: "auto".into(),
+                quantization: "auto".into(),
+                kv_cache_dtype: "auto".into(),
+                block_size: 16,
+                max_model_len: 64,
+                max_num_batched_tokens: 64,
+                max_num_seqs: 4,
+                async_scheduling: true,
+                enforce_eager: false,
+            },
+            kv_cache: (None, None),
+            devices: vec![Device::Cpu {
+                threads: 1,
+                cores: vec![0],
+            }],
+        }
+    }
+
+    #[test]
+    fn every_term_counts_and_is_named() {
+        let old = terms();
+        assert_eq!(old.disagreement(&terms()), None);
+        let changes: [(Change, &str); 8] = [
+            (|t| t.version = "2".into(), "this is 2"),
+            (|t| t.program.inode += 1, "program is another one"),
+            (|t| t.model.push('4'), "model's files have changed"),
+            (
+                |t| t.load.max_model_len = 32,
+                "max-model-len was 64, and is 32",
+            ),
+            (
+                |t| t.load.dtype = "float16".into(),
+                "dtype was \"auto\", and is \"float16\"",
+            ),
+            (
+                |t| t.load.model = ModelLocation::Directory("/x".into()),
+                "model was \"BuiltIn\"",
+            ),
+            (|t| t.kv_cache.0 = Some(7), "--num-gpu-blocks-override"),
+            (
+                |t| t.devices[0] = Device::Gpu { index: 3, ranks: 1 },
+                "ranks were on cpu",
+            ),
+        ];
+        for (change, said) in changes {
+            let mut new = terms();
+            change(&mut new);
+            let why = old.disagreement(&new).unwrap();
+            assert!(why.to_lowercase().contains(&said.to_lowercase()), "{why}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_left_is_this_users_alone_and_opens_the_same_door() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = Listener::bind(std::net::Ipv4Addr::LOCALHOST.into()).unwrap();
+        let mut keeper = Keeper {
+            dir: dir.path().to_owned(),
+            logs: vec![dir.path().join("rank-0.log")],
+            terms: terms(),
+            memory: Memory::Shared { free_bytes: 5 },
+            hold_seconds: 60,
+            generation: 3,
+            ranks: vec![None; 2],
+        };
+        assert!(keeper.hold(Rank(0)).is_some() && keeper.hold(Rank(1)).is_none());
+        keeper.admitted(Rank(1), listener.certificate().clone(), std::process::id());
+        keeper.write(&listener);
+        let mode = fs::metadata(dir.path().join(FILE)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let legacy = Legacy::read(dir.path()).unwrap();
+        assert_eq!((legacy.generation, &legacy.ranks[0]), (3, &None));
+        let alive: Vec<_> = legacy.alive().map(|(rank, _)| rank).collect();
+        assert_eq!(alive, [Rank(1)]);
+        let address = listener.local_addr().unwrap();
+        assert_eq!(legacy.address, address);
+        let again = || Listener::bind_again(address, legacy.identity.load().unwrap(), []);
+        assert!(again().is_err(), "the first one has the port");
+        assert_eq!(legacy.identity, listener.identity().save());
+        Legacy::remove(dir.path());
+        Legacy::remove(dir.path());
+        assert_eq!(Legacy::read(dir.path()), None);
+    }
+}
