@@ -175,7 +175,6 @@ pub fn to_e4m3(value: f32) -> u8 {
 }
 
 #[cfg(test)]
-#[expect(clippy::float_cmp, reason = "these values are exact")]
 mod tests {
     use super::*;
 

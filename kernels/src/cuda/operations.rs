@@ -114,12 +114,6 @@ impl Backend for CudaBackend {
     }
 
     fn kv_cache(&self, layout: KvLayout) -> Result<CudaKvCache, DeviceError> {
-        if layout.element == Element::Fp8 {
-            return Err(DeviceError::Failed {
-                device: self.name(),
-                reason: "it stores KV blocks in 16 or 32 bits; fp8 is for the CPU".into(),
-            });
-        }
         let what = format!("{} KV blocks", layout.blocks);
         let bytes = self.bytes(&what, &[layout.block_bytes(), layout.blocks])?;
         let memory = self.device.allocate(&what, bytes)?;

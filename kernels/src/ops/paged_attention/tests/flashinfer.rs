@@ -2,7 +2,6 @@
 //! into chunks. 8-bit caches are compared with the kernel for every shape. Runs on a device only: nothing of it is
 //! emulated.
 
-use super::super::cuda::attend as every_shape;
 use super::super::flashinfer::{FlashInfer, attend as launch, takes};
 use super::{Attend, Scene};
 use crate::backend::{Attention, Element, Heads};
@@ -76,12 +75,7 @@ fn tiles_and_chunks_give_the_same() {
             let scene = scene(rng, element, cache, head_dim);
             println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
             assert!(takes(element, &scene.layout, &scene.attention));
-            // The CPU path takes no 8-bit cache; the kernel for every shape is compared with the formula elsewhere.
-            let expected = match cache {
-                Element::Fp8 => scene.whole((cuda, every_shape)),
-                _ => scene.whole((&cpu, attend)),
-            };
-
+            let expected = scene.whole((&cpu, attend));
             let on = (cuda, TAKEN);
             let mut ends = vec![Vec::new(); expected.len()];
             let mut cache = scene.dirty_cache(cuda);
