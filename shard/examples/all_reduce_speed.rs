@@ -142,7 +142,7 @@ fn on_all(ranks: u32, of: impl Fn(u32) -> Result<Vec<f64>> + Sync) -> Result<Vec
         let of = &of;
         let threads = (0..ranks).map(|rank| scope.spawn(move || of(rank)));
         let threads: Vec<_> = threads.collect();
-        let joined = threads.into_iter().map(|thread| thread.join());
+        let joined = threads.into_iter().map(std::thread::ScopedJoinHandle::join);
         joined
             .map(|times| times.unwrap_or_else(|_| bail!("a rank panicked")))
             .collect::<Result<Vec<_>>>()
