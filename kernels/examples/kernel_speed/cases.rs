@@ -202,7 +202,7 @@ pub(crate) fn by_element(bench: &Bench<'_>) -> Result<(), DeviceError> {
         let shape = format!("[{rows}, {HIDDEN}]");
         let work = cached(2.0 * F32 * elements, 4.0 * elements);
         bench.measure("rms_norm", &shape, work, || {
-            cpu.rms_norm(&x, &norm, NORM, &mut out)
+            cpu.rms_norm(&x, &norm, NORM, &mut out);
         });
         let work = cached(4.0 * F32 * elements, 5.0 * elements);
         bench.measure("add_rms_norm", &shape, work, || {
@@ -256,7 +256,7 @@ pub(crate) fn positions(bench: &Bench<'_>) -> Result<(), DeviceError> {
             is_bf16: false,
         };
         bench.measure("embed", &shape, work, || {
-            cpu.embed(&device, &table, 0, 1.0, &mut x)
+            cpu.embed(&device, &table, 0, 1.0, &mut x);
         });
         let mut qkv = tensor(bench, rows, HEADS.qkv_width())?;
         let width = (HEADS.local_heads + HEADS.local_kv_heads) * HEADS.head_dim;
