@@ -7,7 +7,7 @@ use super::args::Status as Flags;
 use super::{EXIT_FAULT, EXIT_INPUT, complain, find, say};
 use crate::admin::client::ask;
 use crate::admin::entry::Entry;
-use crate::admin::status::{Queue, RankStatus, Stand, Status};
+use crate::admin::status::{ModelStatus, Queue, RankStatus, Stand, Status};
 use crate::clock::unix_seconds;
 use hyper::Method;
 use std::process::ExitCode;
@@ -38,8 +38,11 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
 /// What can be said of a process that does not answer.
 fn silent(entry: &Entry, why: &str) -> Status {
     let state = entry.state.clone();
-    let rank = |(rank, entry): (u32, crate::admin::entry::RankEntry)| RankStatus {
-        rank,
+    let names = state.models.clone();
+    let rank = |(shard, entry): (u32, crate::admin::entry::RankEntry)| RankStatus {
+        shard,
+        model: names.get(entry.model).cloned().unwrap_or_default(),
+        rank: entry.rank,
         host: entry.host,
         pid: entry.pid,
         device: String::new(),
@@ -51,6 +54,14 @@ fn silent(entry: &Entry, why: &str) -> Status {
         last_step_seconds: None,
         log: entry.log,
     };
+    let model = |name| ModelStatus {
+        name,
+        state: Stand::Silent,
+        reason: None,
+        epoch: 0,
+        recoveries: 0,
+        queue: Queue::default(),
+    };
     Status {
         reason: Some(format!(
             "process {} does not answer: {why}; where that goes on, `kill -9 {}` ends it and its shards",
@@ -59,14 +70,11 @@ fn silent(entry: &Entry, why: &str) -> Status {
         name: state.name,
         pid: state.pid,
         address: state.address,
-        model: state.model,
         topology: state.topology,
         version: state.version,
         state: Stand::Silent,
         uptime_seconds: unix_seconds().saturating_sub(state.started) as f64,
-        epoch: 0,
-        recoveries: 0,
         ranks: (0..).zip(state.ranks).map(rank).collect(),
-        queue: Queue::default(),
+        models: state.models.into_iter().map(model).collect(),
     }
 }

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use topology::ids::Rank;
+use topology::launch::environment;
 use topology::launch::local::{self, Process};
 use topology::launch::ssh::Remote;
 use topology::launch::{Launch, LaunchError};
@@ -65,6 +66,8 @@ pub struct RankSite {
     pub remote: Option<Arc<Remote>>,
     /// Its node's address for the other ranks; `None` where all ranks are on one host.
     pub interface: Option<IpAddr>,
+    /// The network interface that NCCL takes there; `None` leaves it to NCCL.
+    pub nccl_interface: Option<String>,
 }
 
 impl RankSite {
@@ -74,6 +77,7 @@ impl RankSite {
             device,
             remote: None,
             interface: None,
+            nccl_interface: None,
         }
     }
 }
@@ -132,9 +136,10 @@ impl LocalHost {
             let rank = source.rank;
             let site = &self.program.sites[rank.index()];
             let process = async {
+                let environment = environment::of(&site.device, site.nccl_interface.as_deref());
                 let started = match &site.remote {
-                    None => local::start_for(&site.device, &self.program.path, arguments).await?,
-                    Some(remote) => remote.start(&self.program.log_level).await?,
+                    None => local::start_for(&environment, &self.program.path, arguments).await?,
+                    Some(remote) => remote.start(&self.program.log_level, &environment).await?,
                 };
                 self.listener.expect(rank, started.certificate.clone());
                 let launch = Launch {
@@ -407,13 +412,15 @@ impl Log {
     ) -> Self {
         let hushed = Arc::new(AtomicBool::new(false));
         let silent = hushed.clone();
+        // Of whoever starts it: which model it is a rank of.
+        let span = tracing::Span::current();
         // A thread of its own: whoever keeps lines writes files.
         let forward = |mut lines: mpsc::Receiver<String>| {
             tokio::task::spawn_blocking(move || {
                 while let Some(line) = lines.blocking_recv() {
                     witness.line(rank, &line);
                     if !silent.load(Ordering::Relaxed) {
-                        log_line(rank, &line);
+                        span.in_scope(|| log_line(rank, &line));
                     }
                 }
             })

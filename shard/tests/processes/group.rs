@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::{BlockId, Epoch, Rank, Step};
-use topology::launch::Launch;
 use topology::launch::local::{self, Process};
+use topology::launch::{Launch, environment};
 use topology::link::{LinkReceiver, LinkSender, Listener};
 use topology::placement::Device;
 use topology::wire::{
@@ -81,9 +81,13 @@ impl Shard {
     /// Only the process; it connects on its own.
     pub(crate) async fn spawn(listener: &Listener, rank: u32, device: Device) -> Process {
         let program = std::env::current_exe().expect("this program has a path");
-        let started = local::start_for(&device, program.as_os_str(), ["shard"])
-            .await
-            .expect("it announces itself");
+        let started = local::start_for(
+            &environment::of(&device, None),
+            program.as_os_str(),
+            ["shard"],
+        )
+        .await
+        .expect("it announces itself");
         listener.expect(Rank(rank), started.certificate.clone());
         let launch = Launch {
             coordinator: listener.local_addr().expect("it listens"),
