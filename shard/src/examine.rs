@@ -12,6 +12,7 @@ use std::io::{self, BufRead, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 use topology::examine::host::{Devices, HostReport};
@@ -30,6 +31,9 @@ const SMALL_ELEMENTS: usize = 256;
 const LARGE_ROUNDS: usize = 4;
 const LARGE_ELEMENTS: usize = 1 << 20;
 
+/// How often it is said how far the reading of large files has come.
+const SAY_EVERY: Duration = Duration::from_millis(500);
+
 /// Datagrams sent to the coordinator, and how long each is waited for.
 const DATAGRAMS: u32 = 5;
 const DATAGRAM_LIMIT: Duration = Duration::from_millis(300);
@@ -39,11 +43,7 @@ pub fn examine() -> ExitCode {
     for line in io::stdin().lock().lines() {
         let answered = line.and_then(|line| {
             let question = serde_json::from_str(&line)?;
-            let mut text = serde_json::to_vec(&answer(question))?;
-            text.push(b'\n');
-            let mut out = io::stdout().lock();
-            out.write_all(&text)?;
-            out.flush()
+            say(&answer(question))
         });
         if let Err(error) = answered {
             tracing::error!("cannot answer: {error}");
@@ -53,11 +53,34 @@ pub fn examine() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+fn say(answer: &Answer) -> io::Result<()> {
+    let mut text = serde_json::to_vec(answer)?;
+    text.push(b'\n');
+    let mut out = io::stdout().lock();
+    out.write_all(&text)?;
+    out.flush()
+}
+
+/// The files of a model. Whoever asked hears of it while large ones are read.
+fn model(directory: &str, deep: bool) -> Answer {
+    let said = Mutex::new(clock::now());
+    let tell = |done, total| {
+        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = clock::now();
+        if now.duration_since(*said) >= SAY_EVERY {
+            *said = now;
+            // Where nobody listens any more, the answer fails too.
+            let _ = say(&Answer::Reading { done, total });
+        }
+    };
+    Answer::Model(ModelDigest::read(directory, deep, &tell))
+}
+
 fn answer(question: Question) -> Answer {
     match question {
         Question::Clock => Answer::Clock(clock::unix_micros()),
         Question::Host { address } => Answer::Host(Box::new(HostReport::read(devices(), address))),
-        Question::Model { directory, deep } => Answer::Model(ModelDigest::read(&directory, deep)),
+        Question::Model { directory, deep } => model(&directory, deep),
         Question::Reach { coordinator, nonce } => {
             Answer::Reach(reach(coordinator, nonce).map_err(|error| error.to_string()))
         }

@@ -51,7 +51,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// What is wrong with asking this build for a GPU.
 #[cfg(not(feature = "cuda"))]
-const CPU_ONLY: &str = "this build computes on the CPU only; leave out --gpus";
+const CPU_ONLY: &str = "this build computes on the CPU only; give it cores (--cpus, or `cpus` of its node) or build it with \
+                        --features cuda";
 
 /// Exit status when the device did not leave a collective after an abort.
 pub const EXIT_STUCK: u8 = 3;

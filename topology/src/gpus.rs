@@ -31,15 +31,14 @@ pub struct GpuHost {
 }
 
 impl GpuHost {
-    /// The memory in bytes of each rank's GPU, in rank order; 0 for ranks without one.
+    /// The memory in bytes of each of this host's GPUs that ranks compute on, in their order; 0 for ranks
+    /// without one. `is_alone`: there is no other rank anywhere.
     ///
     /// # Errors
     /// A sentence that says what to change: a GPU that is not there, or no NCCL where ranks must exchange
     /// activations.
-    pub fn memory_of(&self, devices: &[Device]) -> Result<Vec<u64>, String> {
-        if devices.len() > 1
-            && let Err(missing) = &self.nccl
-        {
+    pub fn memory_of(&self, devices: &[Device], is_alone: bool) -> Result<Vec<u64>, String> {
+        if !is_alone && let Err(missing) = &self.nccl {
             return Err(missing.clone());
         }
         let total = |device: &Device| match device {
@@ -63,7 +62,7 @@ impl GpuHost {
             Some(visible) => format!(" among those of CUDA_VISIBLE_DEVICES={visible}"),
             None => String::new(),
         };
-        format!("--gpus names GPU {index}, but {have}{among}; name one that is there")
+        format!("GPU {index} is not there: {have}{among}; name one that is")
     }
 }
 
@@ -91,19 +90,19 @@ mod tests {
     fn each_rank_gets_the_memory_of_its_gpu() {
         let mut host = host(3);
         assert_eq!(
-            host.memory_of(&[gpu(2)]),
+            host.memory_of(&[gpu(2)], true),
             Ok(vec![102]),
             "alone, without NCCL"
         );
-        let refused = host.memory_of(&[gpu(2), gpu(0)]).unwrap_err();
+        let refused = host.memory_of(&[gpu(2)], false).unwrap_err();
         assert!(refused.contains("libnccl"), "{refused}");
         host.nccl = Ok("/lib/libnccl.so.2".to_owned());
-        assert_eq!(host.memory_of(&[gpu(2), gpu(0)]), Ok(vec![102, 100]));
+        assert_eq!(host.memory_of(&[gpu(2), gpu(0)], false), Ok(vec![102, 100]));
     }
 
     #[test]
     fn a_gpu_that_is_not_there_is_refused_with_those_that_are() {
-        let refused = host(2).memory_of(&[gpu(2)]).unwrap_err();
+        let refused = host(2).memory_of(&[gpu(2)], true).unwrap_err();
         assert!(
             refused.contains("GPU 2") && refused.contains("GPUs 0 to 1"),
             "{refused}"
@@ -111,7 +110,7 @@ mod tests {
         assert!(!refused.contains("CUDA_VISIBLE_DEVICES"), "{refused}");
         let mut hidden = host(0);
         hidden.visible = Some(String::new());
-        let refused = hidden.memory_of(&[gpu(0)]).unwrap_err();
+        let refused = hidden.memory_of(&[gpu(0)], true).unwrap_err();
         assert!(
             refused.contains("none") && refused.contains("CUDA_VISIBLE_DEVICES="),
             "{refused}"

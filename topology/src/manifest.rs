@@ -16,7 +16,7 @@ use std::io::{self, Read};
 use std::num::NonZero;
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 /// The manifest's name.
@@ -32,13 +32,18 @@ const READERS: usize = 8;
 const WEIGHTS: &str = ".safetensors";
 
 /// What was found to be as the manifest says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
-    /// Files.
-    pub files: usize,
+    /// SHA-256 of the manifest itself.
+    pub manifest: String,
+    /// SHA-256 by name of all files that it lists, in hexadecimal.
+    pub digests: BTreeMap<String, String>,
     /// Their bytes together.
     pub bytes: u64,
 }
+
+/// Hears how many bytes of how many were read. Called often, from several threads.
+pub type Tell<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
 /// Why a model is not what its manifest says. Each is a sentence.
 #[derive(Debug, thiserror::Error)]
@@ -77,28 +82,33 @@ pub enum ManifestError {
 ///
 /// # Errors
 /// [`ManifestError`] for the first file, by name, that is missing or another one.
-pub fn verify(files: &ModelFiles) -> Result<Option<Verified>, ManifestError> {
+pub fn verify(files: &ModelFiles, tell: Tell<'_>) -> Result<Option<Verified>, ManifestError> {
     let text = match files.read_json(MANIFEST_FILE) {
         Ok(text) => text,
         Err(ModelFileError::Missing { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let listed: Vec<(String, String)> = parse(&text)?.into_iter().collect();
+    let digests = parse(&text)?;
+    let listed: Vec<(&String, &String)> = digests.iter().collect();
     let names = files.names()?;
     for name in names.into_iter().filter(|name| name.ends_with(WEIGHTS)) {
-        if listed
-            .binary_search_by(|(known, _)| known.cmp(&name))
-            .is_err()
-        {
+        if !digests.contains_key(&name) {
             return Err(ManifestError::Unlisted(name));
         }
     }
+    // A file that is missing is found out when its turn comes.
+    let sizes = listed.iter().filter_map(|(name, _)| files.len(name).ok());
+    let (total, done) = (sizes.sum::<u64>(), AtomicU64::new(0));
+    let read_on = |bytes: u64| {
+        let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        tell(done, total);
+    };
     let (next, first_wrong) = (AtomicUsize::new(0), Mutex::new(None));
     let bytes = thread::scope(|scope| {
         let read = || {
             let mut bytes = 0;
             while let Some((index, entry)) = take(&listed, &next) {
-                match check(files, entry) {
+                match check(files, *entry, &read_on) {
                     Ok(length) => bytes += length,
                     Err(error) => {
                         // Later files need not be read; earlier ones are being read already.
@@ -120,7 +130,8 @@ pub fn verify(files: &ModelFiles) -> Result<Option<Verified>, ManifestError> {
     match first_wrong.into_inner().expect("a reader does not panic") {
         Some((_, error)) => Err(error),
         None => Ok(Some(Verified {
-            files: listed.len(),
+            manifest: hex(&Sha256::digest(&text)),
+            digests,
             bytes,
         })),
     }
@@ -174,14 +185,20 @@ fn parse(text: &[u8]) -> Result<BTreeMap<String, String>, ManifestError> {
 }
 
 /// Compares one file; its size in bytes.
-fn check(files: &ModelFiles, (name, expected): &(String, String)) -> Result<u64, ManifestError> {
+fn check(
+    files: &ModelFiles,
+    (name, expected): (&String, &String),
+    read_on: &dyn Fn(u64),
+) -> Result<u64, ManifestError> {
     let length = files.len(name)?;
     let mut hash = Sha256::new();
     match files.path(name) {
-        Some(path) => hash_file(&path, &mut hash).map_err(|source| ModelFileError::Io {
-            file: name.clone(),
-            source,
-        })?,
+        Some(path) => {
+            hash_file(&path, &mut hash, read_on).map_err(|source| ModelFileError::Io {
+                file: name.clone(),
+                source,
+            })?
+        }
         None => hash.update(files.read(name)?),
     }
     let found = hex(&hash.finalize());
@@ -195,20 +212,25 @@ fn check(files: &ModelFiles, (name, expected): &(String, String)) -> Result<u64,
     })
 }
 
-fn hash_file(path: &Path, hash: &mut Sha256) -> io::Result<()> {
+/// Feeds a file to `hash`, in pieces of which each is told.
+pub(crate) fn hash_file(path: &Path, hash: &mut Sha256, read_on: &dyn Fn(u64)) -> io::Result<()> {
     let mut file = File::open(path)?;
     let mut piece = vec![0; PIECE];
     loop {
         match file.read(&mut piece) {
             Ok(0) => return Ok(()),
-            Ok(count) => hash.update(&piece[..count]),
+            Ok(count) => {
+                hash.update(&piece[..count]);
+                read_on(count as u64);
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
 }
 
-fn hex(digest: &[u8]) -> String {
+/// In hexadecimal.
+pub(crate) fn hex(digest: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let digits = digest.iter().flat_map(|byte| [byte >> 4, byte & 15]);
     digits
@@ -242,14 +264,17 @@ mod tests {
             ("model.safetensors", b"abc"),
             ("config.json", b""),
         ];
-        verify(&directory(&files).1).unwrap_err().to_string()
+        verify(&directory(&files).1, &|_, _| {})
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
     fn a_model_without_a_manifest_is_not_checked() {
         let (_keep, files) = directory(&[("model.safetensors", b"abc")]);
-        assert_eq!(verify(&files).unwrap(), None);
-        assert_eq!(verify(&ModelFiles::BuiltIn(&[])).unwrap(), None);
+        assert_eq!(verify(&files, &|_, _| {}).unwrap(), None);
+        let none = ModelFiles::BuiltIn(&[]);
+        assert_eq!(verify(&none, &|_, _| {}).unwrap(), None);
     }
 
     #[test]
@@ -272,8 +297,16 @@ mod tests {
             assert_eq!(text.lines().count(), 22, "{command}");
             text.replace_range(..64, &text[..64].to_ascii_uppercase());
             fs::write(keep.path().join(MANIFEST_FILE), text).unwrap();
-            let found = verify(&files).unwrap().unwrap();
-            assert_eq!(found, Verified { files: 22, bytes }, "{command}");
+            let (heard, seen) = (Mutex::new((0, 0)), AtomicUsize::new(0));
+            let tell = |done: u64, total: u64| {
+                let mut heard = heard.lock().unwrap();
+                *heard = (heard.0.max(done), total);
+                seen.fetch_add(1, Ordering::Relaxed);
+            };
+            let found = verify(&files, &tell).unwrap().unwrap();
+            assert_eq!((found.digests.len(), found.bytes), (22, bytes), "{command}");
+            assert_eq!(heard.into_inner().unwrap(), (bytes, bytes), "all is told");
+            assert!(seen.into_inner() > 22, "large files are told in pieces");
             fs::remove_file(keep.path().join(MANIFEST_FILE)).unwrap();
         }
     }
@@ -311,10 +344,8 @@ mod tests {
             ("model.safetensors", b"abc"),
         ];
         let (_keep, files) = directory(&files);
-        assert_eq!(
-            verify(&files).unwrap(),
-            Some(Verified { files: 1, bytes: 3 })
-        );
+        let found = verify(&files, &|_, _| {}).unwrap().unwrap();
+        assert_eq!((found.digests.len(), found.bytes), (1, 3));
     }
 
     #[test]

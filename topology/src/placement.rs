@@ -1,6 +1,8 @@
 //! Which device each rank of a host computes on.
 //!
-//! From what the operator wrote and what the host has, one [`Device`] for each rank. Pure: the host
+//! From what the operator wrote and what the host has, one [`Device`] for each rank of each model: devices
+//! are dealt out in the order they were named, the first model's ranks first, as many to each model. Models
+//! that are to have different numbers of ranks need a topology file. Pure: the host
 //! is an argument. Whether a GPU exists and this build can use it is known to the shard only.
 //!
 //! Invariant: ranks are placed in the order devices were named; every rank has at least one thread.
@@ -61,13 +63,45 @@ impl fmt::Display for Device {
     }
 }
 
-/// A device for each rank.
+/// A device for each rank of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// In rank order; never empty.
     pub devices: Vec<Device>,
+}
+
+/// A placement for each model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placements {
+    /// In the operator's order.
+    pub models: Vec<Placement>,
     /// Sentences for the operator about what will be slow but works.
     pub warnings: Vec<String>,
+}
+
+/// Ranks of all models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ranks {
+    /// Models, at least 1.
+    pub models: u32,
+    /// Ranks of each.
+    pub each: u32,
+}
+
+impl Ranks {
+    fn total(self) -> u32 {
+        self.models.saturating_mul(self.each)
+    }
+}
+
+impl fmt::Display for Ranks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { models, each } = self;
+        match models {
+            1 => write!(f, "{each} ranks"),
+            _ => write!(f, "{models} models of {each} ranks ({})", self.total()),
+        }
+    }
 }
 
 impl Placement {
@@ -93,28 +127,45 @@ pub enum PlacementError {
     WorldSize(u32),
     /// The number of GPUs is not the number of ranks.
     #[error(
-        "--gpus names {gpus} GPUs but --tensor-parallel-size is {ranks}; each rank takes one GPU, \
-         so leave --tensor-parallel-size out or name {ranks}"
+        "--gpus names {gpus} GPUs but --tensor-parallel-size makes {ranks}; each rank takes one GPU, \
+         so leave --tensor-parallel-size out or name {}", .ranks.total()
     )]
     GpuCount {
         /// GPUs named.
         gpus: usize,
         /// Ranks asked for.
-        ranks: u32,
+        ranks: Ranks,
+    },
+    /// GPUs that cannot be shared out.
+    #[error(
+        "--gpus names {gpus} GPUs for {models} models, and each takes as many; name a multiple of \
+         {models}, or say in a --topology file which model takes which"
+    )]
+    GpusPerModel {
+        /// GPUs named.
+        gpus: usize,
+        /// Models.
+        models: u32,
     },
     /// More GPUs than there can be ranks.
-    #[error("--gpus names {0} GPUs; at most {MAX_WORLD_SIZE} can work together")]
+    #[error("--gpus names {0} GPUs for one model; at most {MAX_WORLD_SIZE} can work together")]
     TooManyGpus(usize),
+    /// A GPU that two models would share.
+    #[error(
+        "--gpus names GPU {0} for two models, which do not know what memory the other takes; name it for \
+         one of them"
+    )]
+    GpuOfTwoModels(u32),
     /// Fewer named cores than ranks.
     #[error(
-        "--cpus names {cores} cores for {ranks} ranks; name at least one for each, or lower \
+        "--cpus names {cores} cores for {ranks}; name at least one for each rank, or lower \
          --tensor-parallel-size"
     )]
     TooFewCores {
         /// Cores named.
         cores: usize,
         /// Ranks asked for.
-        ranks: u32,
+        ranks: Ranks,
     },
     /// A named core is not there.
     #[error("core {core} of --cpus is not available to this process; there are {available}")]
@@ -126,41 +177,75 @@ pub enum PlacementError {
     },
 }
 
-/// Gives every rank its device.
+/// Gives every rank of `models` models its device.
 ///
 /// GPUs: one rank on each, or as many as it is named times. CPU: the cores are divided among the ranks, the first ranks taking what
-/// does not divide; without `--tensor-parallel-size` there are two ranks, or one on a single core.
+/// does not divide. Without `--tensor-parallel-size` GPUs are divided among the models, and each has two ranks on
+/// CPUs, or one where there are not as many cores.
 ///
 /// # Errors
 /// [`PlacementError`] if the request contradicts itself or names cores that are not there.
-pub fn place(request: &DeviceRequest, host: &HostCores) -> Result<Placement, PlacementError> {
-    let ranks = request.tensor_parallel_size;
-    if let Some(ranks) = ranks.filter(|ranks| !(1..=MAX_WORLD_SIZE).contains(ranks)) {
+pub fn place(
+    request: &DeviceRequest,
+    models: u32,
+    host: &HostCores,
+) -> Result<Placements, PlacementError> {
+    let asked = request.tensor_parallel_size;
+    if let Some(ranks) = asked.filter(|ranks| !(1..=MAX_WORLD_SIZE).contains(ranks)) {
         return Err(PlacementError::WorldSize(ranks));
     }
-    match (&request.gpus, &request.cpus) {
-        (Some(_), Some(_)) => Err(PlacementError::BothKinds),
-        (Some(GpuSpec(gpus)), None) => place_gpus(gpus, ranks),
-        (None, Some(CpuSpec::Cores(cores))) => place_cores(cores, ranks, host),
-        (None, Some(CpuSpec::Count(count))) => Ok(place_threads(*count, ranks, host)),
-        (None, None) => Ok(place_threads(host.parallelism, ranks, host)),
-    }
+    let on_cores = |count: u32| Ranks {
+        models,
+        each: asked.unwrap_or((count / models).clamp(1, DEFAULT_CPU_RANKS)),
+    };
+    let (devices, warnings) = match (&request.gpus, &request.cpus) {
+        (Some(_), Some(_)) => return Err(PlacementError::BothKinds),
+        (Some(GpuSpec(gpus)), None) => place_gpus(gpus, models, asked)?,
+        (None, Some(CpuSpec::Cores(cores))) => {
+            let count = u32::try_from(cores.len()).unwrap_or(u32::MAX);
+            (place_cores(cores, on_cores(count), host)?, Vec::new())
+        }
+        (None, Some(CpuSpec::Count(count))) => place_threads(*count, on_cores(*count), host),
+        (None, None) => place_threads(host.parallelism, on_cores(host.parallelism), host),
+    };
+    let each = devices.len() / models as usize;
+    let models = devices.chunks(each).map(|devices| Placement {
+        devices: devices.to_vec(),
+    });
+    Ok(Placements {
+        models: models.collect(),
+        warnings,
+    })
 }
 
-fn place_gpus(gpus: &[u32], ranks: Option<u32>) -> Result<Placement, PlacementError> {
-    if let Some(ranks) = ranks.filter(|ranks| *ranks as usize != gpus.len()) {
-        let gpus = gpus.len();
-        return Err(PlacementError::GpuCount { gpus, ranks });
+type Placed = (Vec<Device>, Vec<String>);
+
+fn place_gpus(gpus: &[u32], models: u32, asked: Option<u32>) -> Result<Placed, PlacementError> {
+    let count = gpus.len();
+    if let Some(each) = asked {
+        let ranks = Ranks { models, each };
+        if ranks.total() as usize != count {
+            return Err(PlacementError::GpuCount { gpus: count, ranks });
+        }
     }
-    if gpus.len() > MAX_WORLD_SIZE as usize {
-        return Err(PlacementError::TooManyGpus(gpus.len()));
+    if !count.is_multiple_of(models as usize) {
+        let gpus = count;
+        return Err(PlacementError::GpusPerModel { gpus, models });
+    }
+    let each = count / models as usize;
+    if each > MAX_WORLD_SIZE as usize {
+        return Err(PlacementError::TooManyGpus(each));
     }
     let mut warnings = Vec::new();
     let mut devices = Vec::new();
     for (at, index) in gpus.iter().enumerate() {
+        let first = gpus[..at].iter().position(|other| other == index);
+        if first.is_some_and(|first| first / each != at / each) {
+            return Err(PlacementError::GpuOfTwoModels(*index));
+        }
         let ranks = gpus.iter().filter(|other| *other == index).count();
         let ranks = u32::try_from(ranks).unwrap_or(MAX_WORLD_SIZE);
-        if ranks > 1 && !gpus[..at].contains(index) {
+        if ranks > 1 && first.is_none() {
             warnings.push(format!(
                 "--gpus names GPU {index} {ranks} times: its ranks share it, which is meant for tests"
             ));
@@ -168,14 +253,14 @@ fn place_gpus(gpus: &[u32], ranks: Option<u32>) -> Result<Placement, PlacementEr
         let index = *index;
         devices.push(Device::Gpu { index, ranks });
     }
-    Ok(Placement { devices, warnings })
+    Ok((devices, warnings))
 }
 
 fn place_cores(
     cores: &[u32],
-    ranks: Option<u32>,
+    ranks: Ranks,
     host: &HostCores,
-) -> Result<Placement, PlacementError> {
+) -> Result<Vec<Device>, PlacementError> {
     if let Some(core) = cores.iter().find(|core| !host.allowed.contains(core)) {
         return Err(PlacementError::NoSuchCore {
             core: *core,
@@ -183,13 +268,12 @@ fn place_cores(
         });
     }
     let count = u32::try_from(cores.len()).unwrap_or(u32::MAX);
-    let ranks = ranks.unwrap_or(DEFAULT_CPU_RANKS.min(count));
-    if count < ranks {
+    if count < ranks.total() {
         let cores = cores.len();
         return Err(PlacementError::TooFewCores { cores, ranks });
     }
     let mut rest = cores;
-    let devices = shares(count, ranks).map(|threads| {
+    let devices = shares(count, ranks.total()).map(|threads| {
         let (own, others) = rest.split_at(threads as usize);
         rest = others;
         Device::Cpu {
@@ -197,24 +281,20 @@ fn place_cores(
             cores: own.to_vec(),
         }
     });
-    Ok(Placement {
-        devices: devices.collect(),
-        warnings: Vec::new(),
-    })
+    Ok(devices.collect())
 }
 
-fn place_threads(count: u32, ranks: Option<u32>, host: &HostCores) -> Placement {
+fn place_threads(count: u32, ranks: Ranks, host: &HostCores) -> Placed {
     let mut warnings = Vec::new();
-    let ranks = ranks.unwrap_or(DEFAULT_CPU_RANKS.min(count));
     let available = host.parallelism;
     if count > available {
         warnings.push(format!(
             "--cpus {count} is more than the {available} cores of this machine: ranks will wait for \
              each other"
         ));
-    } else if ranks > available {
+    } else if ranks.total() > available {
         warnings.push(format!(
-            "{ranks} ranks share {available} cores: ranks will wait for each other"
+            "{ranks} share {available} cores: ranks will wait for each other"
         ));
     }
     // Not pinned: two clusters on one host would otherwise crowd the same cores.
@@ -222,10 +302,7 @@ fn place_threads(count: u32, ranks: Option<u32>, host: &HostCores) -> Placement 
         threads: threads.max(1),
         cores: Vec::new(),
     };
-    Placement {
-        devices: shares(count, ranks).map(cpu).collect(),
-        warnings,
-    }
+    (shares(count, ranks.total()).map(cpu).collect(), warnings)
 }
 
 /// `count` in `ranks` parts that differ by at most one, the larger ones first.
@@ -272,6 +349,12 @@ mod tests {
         }
     }
 
+    /// The placement of the only model, and how many warnings there are.
+    fn one(request: &DeviceRequest, host: &HostCores) -> (Placement, Vec<String>) {
+        let mut placed = place(request, 1, host).unwrap();
+        (placed.models.remove(0), placed.warnings)
+    }
+
     fn threads(placement: &Placement) -> Vec<u32> {
         let threads = |device: &Device| match device {
             Device::Cpu { threads, .. } => *threads,
@@ -283,8 +366,8 @@ mod tests {
     #[test]
     fn cores_are_divided_among_ranks() {
         let threads = |cpus, ranks, cores| {
-            let placement = place(&request(cpus, ranks), &host(cores)).unwrap();
-            (threads(&placement), placement.warnings.len())
+            let (placement, warnings) = one(&request(cpus, ranks), &host(cores));
+            (threads(&placement), warnings.len())
         };
         assert_eq!(threads(None, None, 8), (vec![4, 4], 0));
         assert_eq!(threads(None, None, 1), (vec![1], 0));
@@ -302,20 +385,20 @@ mod tests {
 
     #[test]
     fn named_cores_are_pinned_in_order() {
-        let placement = place(&request(Some("3,0-1"), None), &host(4)).unwrap();
+        let (placement, _) = one(&request(Some("3,0-1"), None), &host(4));
         let shown: Vec<_> = placement
             .ranks()
             .map(|(rank, device)| format!("{rank}: {device}"))
             .collect();
         assert_eq!(shown, ["0: CPU cores 3,0", "1: CPU core 1"]);
-        let refused = place(&request(Some("1-4"), None), &host(4))
+        let refused = place(&request(Some("1-4"), None), 1, &host(4))
             .unwrap_err()
             .to_string();
         assert!(
             refused.contains("core 4") && refused.contains("0-3"),
             "{refused}"
         );
-        let refused = place(&request(Some("0,1"), Some(3)), &host(4))
+        let refused = place(&request(Some("0,1"), Some(3)), 1, &host(4))
             .unwrap_err()
             .to_string();
         assert!(refused.contains("2 cores for 3 ranks"), "{refused}");
@@ -328,29 +411,29 @@ mod tests {
             gpus: Some("2,0".parse().unwrap()),
             ..DeviceRequest::default()
         };
-        let placement = place(&request, &host(2)).unwrap();
+        let (placement, warnings) = one(&request, &host(2));
         assert_eq!(
             placement.devices,
             [2, 0].map(|index| Device::Gpu { index, ranks: 1 })
         );
-        assert_eq!(placement.warnings, [""; 0]);
+        assert_eq!(warnings, [""; 0]);
         request.tensor_parallel_size = Some(4);
         assert!(
-            place(&request, &host(2))
+            place(&request, 1, &host(2))
                 .unwrap_err()
                 .to_string()
                 .contains("2 GPUs")
         );
         request.tensor_parallel_size = None;
         request.cpus = Some(CpuSpec::Count(1));
-        assert_eq!(place(&request, &host(2)), Err(PlacementError::BothKinds));
+        assert_eq!(place(&request, 1, &host(2)), Err(PlacementError::BothKinds));
         for ranks in [0, MAX_WORLD_SIZE + 1] {
             let request = DeviceRequest {
                 tensor_parallel_size: Some(ranks),
                 ..DeviceRequest::default()
             };
             assert_eq!(
-                place(&request, &host(2)),
+                place(&request, 1, &host(2)),
                 Err(PlacementError::WorldSize(ranks))
             );
         }
@@ -362,24 +445,67 @@ mod tests {
             gpus: Some("1,0,1".parse().unwrap()),
             ..DeviceRequest::default()
         };
-        let placement = place(&request, &host(2)).unwrap();
+        let (placement, warnings) = one(&request, &host(2));
         let ranks = [(1, 2), (0, 1), (1, 2)];
         assert_eq!(
             placement.devices,
             ranks.map(|(index, ranks)| Device::Gpu { index, ranks })
         );
-        assert_eq!(placement.warnings.len(), 1, "once for each GPU");
-        assert!(
-            placement.warnings[0].contains("GPU 1 2 times"),
-            "{:?}",
-            placement.warnings
-        );
+        assert_eq!(warnings.len(), 1, "once for each GPU");
+        assert!(warnings[0].contains("GPU 1 2 times"), "{warnings:?}");
         let request = DeviceRequest {
             gpus: Some("0-1024".parse().unwrap()),
             ..DeviceRequest::default()
         };
-        let refused = place(&request, &host(2)).unwrap_err();
+        let refused = place(&request, 1, &host(2)).unwrap_err();
         assert_eq!(refused, PlacementError::TooManyGpus(1025));
+    }
+
+    #[test]
+    fn devices_are_dealt_out_to_models_in_order_or_refused_with_the_arithmetic() {
+        let gpus = |list: &str, ranks, models| {
+            let request = DeviceRequest {
+                gpus: Some(list.parse().unwrap()),
+                cpus: None,
+                tensor_parallel_size: ranks,
+            };
+            let placed = place(&request, models, &host(2)).map_err(|e| e.to_string())?;
+            let numbers = |placement: &Placement| -> Vec<String> {
+                placement.devices.iter().map(ToString::to_string).collect()
+            };
+            Ok::<_, String>(placed.models.iter().map(numbers).collect::<Vec<_>>())
+        };
+        let pairs = [["GPU 3", "GPU 2"], ["GPU 1", "GPU 0"]];
+        assert_eq!(gpus("3,2,1,0", None, 2).unwrap(), pairs);
+        assert_eq!(gpus("3,2,1,0", Some(2), 2).unwrap(), pairs);
+        assert_eq!(gpus("0-63,64-127", None, 2).unwrap()[1].len(), 64);
+        for (list, ranks, models, said) in [
+            ("0-2", None, 2, "3 GPUs for 2 models"),
+            ("0", None, 2, "name a multiple of 2"),
+            ("0-2", Some(2), 2, "2 models of 2 ranks (4); each rank"),
+            ("0-2", Some(2), 2, "or name 4"),
+            ("0,0", None, 2, "GPU 0 for two models"),
+            ("0-2051", None, 2, "1026 GPUs for one model"),
+        ] {
+            let refused = gpus(list, ranks, models).unwrap_err();
+            assert!(refused.contains(said), "{list}: {refused}");
+        }
+        let cores = |cpus, ranks| place(&request(Some(cpus), ranks), 2, &host(8));
+        let dealt = cores("0-4", Some(2)).unwrap();
+        let shown =
+            |placement: &Placement| format!("{} {}", placement.devices[0], placement.devices[1]);
+        let shown: Vec<_> = dealt.models.iter().map(shown).collect();
+        assert_eq!(shown, ["CPU cores 0,1 CPU core 2", "CPU core 3 CPU core 4"]);
+        let refused = cores("0-2", Some(2)).unwrap_err().to_string();
+        assert!(
+            refused.contains("3 cores for 2 models of 2 ranks (4)"),
+            "{refused}"
+        );
+        // Unless asked for, two models do not crowd two cores with four ranks.
+        let dealt = place(&request(None, None), 2, &host(2)).unwrap();
+        assert!(dealt.models.iter().all(|it| it.world_size() == 1) && dealt.warnings.is_empty());
+        let crowded = place(&request(None, Some(2)), 2, &host(2)).unwrap();
+        assert!(crowded.warnings[0].contains("2 models of 2 ranks (4) share 2 cores"));
     }
 
     #[test]
@@ -394,11 +520,13 @@ mod tests {
                 cpus: Some(cpus),
                 tensor_parallel_size: Some(ranks),
             };
-            let placement = place(&request, &host(*random.pick(&[1, 2, 64]))).unwrap();
-            let threads = threads(&placement);
-            assert_eq!(placement.world_size(), ranks);
+            let models = *random.pick(&[1, 2, 3]);
+            let placed = place(&request, models, &host(*random.pick(&[1, 2, 64]))).unwrap();
+            assert_eq!(placed.models.len(), models as usize);
+            assert!(placed.models.iter().all(|it| it.world_size() == ranks));
+            let threads: Vec<u32> = placed.models.iter().flat_map(threads).collect();
             assert!(threads.iter().all(|threads| *threads >= 1));
-            assert_eq!(threads.iter().sum::<u32>(), count.max(ranks));
+            assert_eq!(threads.iter().sum::<u32>(), count.max(models * ranks));
         }
     }
 }

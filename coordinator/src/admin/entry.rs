@@ -44,8 +44,8 @@ pub struct State {
     pub pid: u32,
     /// Where its API is.
     pub address: SocketAddr,
-    /// What the API calls the model.
-    pub model: String,
+    /// What the API calls the models.
+    pub models: Vec<String>,
     /// The topology file, if there is one.
     pub topology: Option<PathBuf>,
     /// This program's version.
@@ -54,7 +54,7 @@ pub struct State {
     pub started: u64,
     /// Seconds that running requests get when it is told to end.
     pub shutdown_seconds: u32,
-    /// In rank order.
+    /// One for each shard: those of the first model in rank order, then those of the next.
     pub ranks: Vec<RankEntry>,
     /// How it ended, in a sentence; absent while it runs, and where it was killed.
     pub ended: Option<String>,
@@ -63,6 +63,10 @@ pub struct State {
 /// What an entry says of a rank.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankEntry {
+    /// Number of its model.
+    pub model: usize,
+    /// Its rank there.
+    pub rank: u32,
     /// Its node.
     pub host: String,
     /// Its process there; `None` while it is being replaced.
@@ -379,12 +383,17 @@ pub(crate) mod tests {
             name: name.into(),
             pid: std::process::id(),
             address: "127.0.0.1:8000".parse().unwrap(),
-            model: "demo".into(),
+            models: vec!["demo".into()],
             topology: None,
             version: "0".into(),
             started,
             shutdown_seconds: 30,
-            ranks: vec![RankEntry::default(); 2],
+            ranks: (0..2)
+                .map(|rank| RankEntry {
+                    rank,
+                    ..RankEntry::default()
+                })
+                .collect(),
             ended: None,
         }
     }

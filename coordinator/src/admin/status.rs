@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use topology::fit::Bytes;
 
-/// Where a cluster or a rank stands.
+/// Where a cluster, a model or a rank stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stand {
@@ -52,8 +52,6 @@ pub struct Status {
     pub pid: u32,
     /// Where its API is.
     pub address: SocketAddr,
-    /// What the API calls the model.
-    pub model: String,
     /// Its topology file, if there is one.
     pub topology: Option<PathBuf>,
     /// The program's version.
@@ -64,12 +62,25 @@ pub struct Status {
     pub reason: Option<String>,
     /// Since it was started.
     pub uptime_seconds: f64,
+    /// Its models, at least one.
+    pub models: Vec<ModelStatus>,
+    /// Shards of all models.
+    pub ranks: Vec<RankStatus>,
+}
+
+/// A model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelStatus {
+    /// What the API calls it.
+    pub name: String,
+    /// Where it stands.
+    pub state: Stand,
+    /// Why, where that needs saying.
+    pub reason: Option<String>,
     /// The communicator's life.
     pub epoch: u64,
     /// Faults that were survived.
     pub recoveries: u64,
-    /// In rank order.
-    pub ranks: Vec<RankStatus>,
     /// Requests and their memory.
     pub queue: Queue,
 }
@@ -77,7 +88,11 @@ pub struct Status {
 /// A rank.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RankStatus {
-    /// Which.
+    /// Its number among the shards of all models, by which `cluster logs` knows it.
+    pub shard: u32,
+    /// Its model.
+    pub model: String,
+    /// Its rank there.
     pub rank: u32,
     /// Its node.
     pub host: String,
@@ -129,32 +144,64 @@ impl fmt::Display for Status {
             write!(f, " ({reason})")?;
         }
         let uptime = readable(Duration::try_from_secs_f64(self.uptime_seconds).unwrap_or_default());
+        let names: Vec<_> = self.models.iter().map(|model| &*model.name).collect();
         writeln!(
             f,
-            "\n  {} at http://{}/v1, process {}, up {uptime}, epoch {}, {} recoveries",
-            self.model, self.address, self.pid, self.epoch, self.recoveries
+            "\n  {} at http://{}/v1, process {}, up {uptime}",
+            names.join(", "),
+            self.address,
+            self.pid,
         )?;
-        let Queue {
-            running, waiting, ..
-        } = self.queue;
-        writeln!(
-            f,
-            "  {running} running, {waiting} waiting, {:.1}% of {} KV tokens in use",
-            self.queue.kv_use() * 100.0,
-            self.queue.kv_tokens_total
-        )?;
+        let is_one = self.models.len() == 1;
+        for model in &self.models {
+            if !is_one {
+                write!(f, "  {}: {}, ", model.name, model.state)?;
+            }
+            writeln!(f, "{}{model}", if is_one { "  " } else { "" })?;
+        }
         let head = [
             "rank", "host", "process", "state", "step", "memory", "free", "device",
         ];
+        let head = head.map(str::to_owned);
         let rows = self.ranks.iter().map(RankStatus::row);
-        let rows: Vec<_> = [head.map(str::to_owned)].into_iter().chain(rows).collect();
-        write!(f, "\n{}", table(&rows))?;
+        if is_one {
+            let rows: Vec<_> = [head].into_iter().chain(rows).collect();
+            write!(f, "\n{}", table(&rows))?;
+        } else {
+            // `cluster logs` counts the shards of all models.
+            let of_model =
+                |it: &RankStatus| wider([it.shard.to_string(), it.model.clone()], it.row());
+            let head = wider(["shard", "model"].map(str::to_owned), head);
+            let rows = [head].into_iter().chain(self.ranks.iter().map(of_model));
+            write!(f, "\n{}", table(&rows.collect::<Vec<_>>()))?;
+        }
         for rank in &self.ranks {
             if let Some(reason) = &rank.reason {
-                writeln!(f, "  rank {}: {reason}", rank.rank)?;
+                let model = if is_one {
+                    String::new()
+                } else {
+                    format!("{} ", rank.model)
+                };
+                writeln!(f, "  {model}rank {}: {reason}", rank.rank)?;
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for ModelStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Queue {
+            running, waiting, ..
+        } = self.queue;
+        write!(
+            f,
+            "epoch {}, {} recoveries, {running} running, {waiting} waiting, {:.1}% of {} KV tokens in use",
+            self.epoch,
+            self.recoveries,
+            self.queue.kv_use() * 100.0,
+            self.queue.kv_tokens_total
+        )
     }
 }
 
@@ -174,6 +221,12 @@ impl RankStatus {
             self.device.clone(),
         ]
     }
+}
+
+/// A row with two columns more, at its beginning.
+fn wider([shard, model]: [String; 2], rest: [String; 8]) -> [String; 10] {
+    let [a, b, c, d, e, f, g, h] = rest;
+    [shard, model, a, b, c, d, e, f, g, h]
 }
 
 /// Columns as wide as their widest cell; the last one is as long as it is.

@@ -38,7 +38,12 @@ pub(super) fn prepare(up: &Up) -> Result<(Prepared, Option<Heirs>)> {
         return Ok((Prepared::new(up)?, None));
     };
     let prepared = Prepared::with_memory(up, Some(legacy.memory.clone()))?;
-    let Some(why) = legacy.terms.disagreement(&terms(up, &prepared)?) else {
+    let disagreement = if prepared.models.len() > 1 {
+        Some("several models are to be served".to_owned())
+    } else {
+        legacy.terms.disagreement(&terms(up, &prepared)?)
+    };
+    let Some(why) = disagreement else {
         let only = up.adopt;
         return Ok((prepared, Some(Heirs { dir, legacy, only })));
     };
@@ -88,6 +93,7 @@ fn give_up(dir: &Path, why: &str) -> Result<()> {
 
 /// What must not have changed.
 fn terms(up: &Up, prepared: &Prepared) -> Result<Terms> {
+    let prepared = prepared.first();
     Ok(Terms {
         version: super::long_version().to_owned(),
         program: ProgramFile::own()?,
@@ -104,7 +110,7 @@ fn model(location: &ModelLocation) -> Result<String> {
     let ModelLocation::Directory(dir) = location else {
         return Ok("built-in".to_owned());
     };
-    let digest = ModelDigest::read(dir, false).map_err(anyhow::Error::msg)?;
+    let digest = ModelDigest::read(dir, false, &|_, _| ()).map_err(anyhow::Error::msg)?;
     let mut text = digest.summary();
     for file in digest.files.keys() {
         let path = Path::new(dir).join(file);
@@ -116,16 +122,25 @@ fn model(location: &ModelLocation) -> Result<String> {
     Ok(text)
 }
 
-/// What keeps shards for a successor, if they may wait for one; `claim` is this process's.
+/// What a cluster takes from the one before it, and leaves to the one after.
+#[derive(Debug, Default)]
+pub(super) struct Succession {
+    /// Shards to take over.
+    pub(super) heirs: Option<Heirs>,
+    /// What keeps shards for a successor, if they may wait for one.
+    pub(super) keeper: Option<Keeper>,
+}
+
+/// Takes `heirs`, if nobody else has, and keeps shards of one model on this machine; `claim` is this process's.
 ///
 /// # Errors
 /// If the shards that were found are another process's now, or the model cannot be read any more.
-pub(super) fn keeper(
+pub(super) fn succession(
     (up, prepared): (&Up, &Prepared),
     claim: &Claim,
-    heirs: Option<&Heirs>,
-) -> Result<Option<Keeper>> {
-    if let Some(heirs) = heirs {
+    heirs: Option<Heirs>,
+) -> Result<Succession> {
+    if let Some(heirs) = &heirs {
         ensure!(
             Legacy::read(&heirs.dir).as_ref() == Some(&heirs.legacy),
             "the shards that waited were taken over by another process just now"
@@ -135,26 +150,34 @@ pub(super) fn keeper(
     }
     // Through `ssh` a shard ends with its connection.
     let is_remote = prepared.topology.as_ref().is_some_and(|topology| {
-        let mut nodes = topology.hosts().into_iter();
-        nodes.any(|(node, _)| node.ssh.is_some())
+        let mut nodes = topology.nodes.iter();
+        nodes.any(|node| node.ssh.is_some())
     });
-    if up.shard_grace_period == 0 || is_remote {
-        return Ok(None);
+    if up.shard_grace_period == 0 || is_remote || prepared.models.len() > 1 {
+        return Ok(Succession {
+            heirs,
+            keeper: None,
+        });
     }
     let ranks = claim.state().ranks.iter();
-    let legacy = heirs.map(|heirs| &heirs.legacy);
-    Ok(Some(Keeper {
+    let legacy = heirs.as_ref().map(|heirs| &heirs.legacy);
+    let model = prepared.first();
+    let keeper = Keeper {
         dir: claim.dir().to_owned(),
         logs: ranks.map(|rank| rank.log.clone()).collect(),
         terms: terms(up, prepared)?,
-        memory: prepared.memory.clone(),
+        memory: model.memory.clone(),
         hold_seconds: up.shard_grace_period,
         generation: legacy.map_or(0, |legacy| legacy.generation + 1),
         ranks: legacy.map_or_else(
-            || vec![None; prepared.placement.devices.len()],
+            || vec![None; model.placement.devices.len()],
             |legacy| legacy.ranks.clone(),
         ),
-    }))
+    };
+    Ok(Succession {
+        keeper: Some(keeper),
+        heirs,
+    })
 }
 
 /// Starts shards, or takes over those that wait.

@@ -168,10 +168,12 @@ pub struct Doctor {
     /// TOML file of the nodes; without it, this machine is looked at.
     #[arg(long, env = "CLUSTER_TOPOLOGY", value_name = "FILE")]
     pub topology: Option<PathBuf>,
-    /// Directory of the model, where the file names none.
-    #[arg(long, env = "CLUSTER_MODEL", value_name = "DIR", value_parser = NonEmpty::new())]
-    pub model: Option<String>,
-    /// Read the weights whole and compare them by SHA-256; takes as long as reading them does.
+    /// Directory of the model, where the file names none; several times for several.
+    #[arg(long, env = "CLUSTER_MODEL", value_delimiter = ',', value_name = "[NAME=]DIR",
+          value_parser = NonEmpty::new())]
+    pub model: Vec<String>,
+    /// Read the weights whole and compare them by SHA-256, with each other and with SHA256SUMS where there is one;
+    /// takes as long as reading them does.
     #[arg(long)]
     pub deep: bool,
     /// Print it as JSON.
@@ -295,11 +297,12 @@ pub struct Up {
     #[arg(value_name = "MODEL", value_parser = NonEmpty::new())]
     #[serde(skip)]
     pub model_positional: Option<String>,
-    /// Directory of the model, or NAME=DIR. If it has a SHA256SUMS, as `sha256sum * > SHA256SUMS` writes it, every file
-    /// listed there is checked first.
-    #[arg(long, env = "CLUSTER_MODEL", value_name = "[NAME=]DIR", value_parser = NonEmpty::new(),
-          help_heading = MODEL)]
-    pub model: Option<String>,
+    /// Directory of the model, or NAME=DIR. Given several times, each is served under its name, on a part of the
+    /// devices: they are dealt out in order, --tensor-parallel-size to each. If it has a SHA256SUMS, as `sha256sum * >
+    /// SHA256SUMS` writes it, every file listed there is checked first.
+    #[arg(long, env = "CLUSTER_MODEL", value_delimiter = ',', value_name = "[NAME=]DIR",
+          value_parser = NonEmpty::new(), help_heading = MODEL)]
+    pub model: Vec<String>,
     /// Names under which the API knows the model; the first one is shown.
     #[arg(long, env = "CLUSTER_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',',
           value_name = "NAME", value_parser = NonEmpty::new(), help_heading = MODEL)]
@@ -325,8 +328,8 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_SEED", help_heading = MODEL)]
     pub seed: Option<u64>,
 
-    /// TOML file of the nodes, their devices and the model's; instead of --gpus, --cpus and
-    /// --tensor-parallel-size.
+    /// TOML file of the nodes, their devices and the models'; instead of --gpus, --cpus and
+    /// --tensor-parallel-size. What it says of a model goes before these flags, which are for all models.
     #[arg(long, env = "CLUSTER_TOPOLOGY", value_name = "FILE", help_heading = DEVICES)]
     pub topology: Option<PathBuf>,
     /// GPUs to use, one rank on each: 0,1,2,3. A GPU that is named twice is shared, for tests.
@@ -340,7 +343,7 @@ pub struct Up {
     /// Instruction set that CPU shards compute with; one that a CPU lacks is refused.
     #[arg(long, env = "CLUSTER_CPU_ISA", default_value = "auto", help_heading = DEVICES)]
     pub cpu_isa: CpuIsaArg,
-    /// Shards the model is split over (short: -tp).
+    /// Shards each model is split over (short: -tp).
     #[arg(long, env = "CLUSTER_TENSOR_PARALLEL_SIZE", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=64), help_heading = DEVICES)]
     pub tensor_parallel_size: Option<u32>,
@@ -487,8 +490,11 @@ const SCHEDULING: &str = "Scheduling";
 const SERVER: &str = "Server";
 
 impl Up {
-    /// The model as given, by flag or by place.
-    pub fn model(&self) -> Option<&str> {
-        self.model_positional.as_deref().or(self.model.as_deref())
+    /// The models as given, by flag or by place; none: the built-in one.
+    pub fn models(&self) -> Vec<&str> {
+        match &self.model_positional {
+            Some(model) => vec![model],
+            None => self.model.iter().map(String::as_str).collect(),
+        }
     }
 }

@@ -77,7 +77,7 @@ fn one(which: &Which, wanted: impl Fn(&Entry) -> bool) -> Result<Entry> {
                         Err(_) => format!("--name {}", state.name),
                     },
                     format!("--port {}", state.address.port()),
-                    state.model.clone(),
+                    state.models.join(", "),
                     format!("process {}", state.pid),
                 ]
             };

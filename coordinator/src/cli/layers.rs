@@ -4,14 +4,15 @@
 //! nor the environment gave the flag; it is then read exactly as if it had been typed, by the same
 //! parser with the same limits. Invariant: an unknown or unusable key is an error, never ignored.
 
-use super::args::{Cli, Command};
+use super::args::{Cli, Command, Up};
 use clap::builder::Resettable;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
-use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches};
+use clap::{ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use toml::Value;
+use topology::spec::cluster::Setting;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -220,12 +221,34 @@ fn sentence(error: &clap::Error) -> String {
     line.trim_start_matches("error: ").to_owned()
 }
 
+/// The flags with other values for some, read as if they had been typed.
+///
+/// # Errors
+/// The setting that cannot be read, and why.
+pub fn with_settings<'a>(up: &Up, settings: &'a [Setting]) -> Result<Up, (&'a Setting, String)> {
+    let mut up = up.clone();
+    for setting in settings {
+        let flag = setting.key.replace('_', "-");
+        let argv = ["up".to_owned(), format!("--{flag}={}", setting.value)];
+        // Without defaults and environment: what is not typed stays.
+        let command = Up::augment_args_for_update(clap::Command::new("up"));
+        let mut command = command.mut_args(|flag| {
+            let flag = flag.env(Resettable::Reset);
+            flag.default_value(Resettable::Reset)
+        });
+        let matches = command.try_get_matches_from_mut(argv);
+        let updated = matches.and_then(|matches| up.update_from_arg_matches(&matches));
+        updated.map_err(|error| (setting, sentence(&error)))?;
+    }
+    Ok(up)
+}
+
 /// The settings as a file that `--config` reads.
 pub fn print(command: &Command) -> String {
     match command {
         Command::Up(up) | Command::Plan(up) => {
             let mut up = (**up).clone();
-            up.model = up.model().map(str::to_owned);
+            up.model = up.models().into_iter().map(str::to_owned).collect();
             // The type holds nothing that TOML cannot say.
             let mut text = toml::to_string(&up).expect("flags are scalars and lists of texts");
             if !up.api_key.is_empty() {
@@ -240,7 +263,6 @@ pub fn print(command: &Command) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::args::Up;
     use std::io::Write;
 
     fn up(args: &[&str]) -> Result<Up, String> {
@@ -270,13 +292,18 @@ mod tests {
             (7000, 32, 1024)
         );
         assert!(!got.enable_prefix_caching);
-        assert_eq!(got.model(), Some("m=/x"));
+        assert_eq!(got.models(), ["m=/x"]);
         assert_eq!(got.api_key, ["a", "b"]);
         assert_eq!(got.max_model_len.to_string(), "32000");
         let got = up(&["/y", "--config", path]).unwrap();
-        assert_eq!(got.model(), Some("/y"));
+        assert_eq!(got.models(), ["/y"]);
         let got = up(&["--model", "/y", "--config", path, "--enable-prefix-caching"]).unwrap();
-        assert_eq!((got.model(), got.enable_prefix_caching), (Some("/y"), true));
+        assert_eq!(
+            (got.models(), got.enable_prefix_caching),
+            (vec!["/y"], true)
+        );
+        let got = up(&["--model", "a=/x", "--model", "b=/y", "--config", path]).unwrap();
+        assert_eq!(got.models(), ["a=/x", "b=/y"]);
     }
 
     /// `--cpus` typed must not fail for a `gpus` that stands in a file somewhere.
@@ -355,6 +382,46 @@ mod tests {
         assert_eq!(printed, again);
         assert!(printed.contains("tensor-parallel-size = 2"), "{printed}");
         assert!(printed.contains("max-model-len = 32000"), "{printed}");
+    }
+
+    #[test]
+    fn a_models_own_settings_change_nothing_else_and_have_the_flags_limits() {
+        let typed = [
+            "--port",
+            "7000",
+            "--dtype",
+            "bfloat16",
+            "--no-async-scheduling",
+        ];
+        let all = up(&typed).unwrap();
+        let setting = |key, value: &str| Setting {
+            key,
+            value: value.into(),
+            line: 7,
+        };
+        let own = [
+            setting("max_model_len", "32k"),
+            setting("gpu_memory_utilization", "0.5"),
+            setting("enforce_eager", "true"),
+        ];
+        let got = with_settings(&all, &own).unwrap();
+        let mut expected = all.clone();
+        expected.max_model_len = "32000"
+            .parse::<u32>()
+            .map(crate::cli::values::AutoTokens::Tokens)
+            .unwrap();
+        expected.gpu_memory_utilization = 0.5;
+        expected.enforce_eager = true;
+        assert_eq!(format!("{got:?}"), format!("{expected:?}"));
+        for (key, value, said) in [
+            ("dtype", "int3", "possible values"),
+            ("max_model_len", "0", "at least 1"),
+            ("gpu_memory_utilization", "1.5", "above 0 and up to 1"),
+        ] {
+            let wrong = [setting(key, value)];
+            let (at, why) = with_settings(&all, &wrong).unwrap_err();
+            assert!(at.line == 7 && why.contains(said), "{key}: {why}");
+        }
     }
 
     #[test]

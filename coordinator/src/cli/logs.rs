@@ -5,7 +5,7 @@
 
 use super::args::Logs;
 use super::{EXIT_INPUT, complain, find};
-use crate::admin::entry::Entry;
+use crate::admin::entry::{Entry, RankEntry};
 use crate::admin::shard_log::older;
 use anyhow::{Context, Result, ensure};
 use std::fs::{self, File};
@@ -41,7 +41,13 @@ fn show(flags: &Logs, mut entry: Entry) -> Result<()> {
         }
         None => 0..count,
     };
-    let names_shown = ranks.len() > 1;
+    let names: Vec<String> = entry
+        .state
+        .ranks
+        .iter()
+        .map(|it| name(&entry, it))
+        .collect();
+    let names = (ranks.len() > 1).then_some(names);
     let mut tails: Vec<Tail> = ranks
         .map(|rank| Tail::new(rank, entry.state.ranks[rank].log.clone()))
         .collect();
@@ -58,7 +64,7 @@ fn show(flags: &Logs, mut entry: Entry) -> Result<()> {
             lines.push((tail.rank, new));
         }
         first = false;
-        if print(merge(lines), names_shown).is_err() || !goes_on {
+        if print(merge(lines), names.as_deref()).is_err() || !goes_on {
             return Ok(()); // a reader that had enough is no mistake
         }
         thread::sleep(LOOK_EVERY);
@@ -66,11 +72,22 @@ fn show(flags: &Logs, mut entry: Entry) -> Result<()> {
     }
 }
 
-fn print(lines: Vec<(usize, String)>, names_shown: bool) -> io::Result<()> {
+/// What tells a shard's lines from others': its model where there are several.
+fn name(entry: &Entry, shard: &RankEntry) -> String {
+    match entry.state.models.as_slice() {
+        [_] => String::new(),
+        several => several
+            .get(shard.model)
+            .map_or_else(String::new, |model| format!(" {model}")),
+    }
+}
+
+/// `names` follow the shards' numbers, where those are shown.
+fn print(lines: Vec<(usize, String)>, names: Option<&[String]>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for (rank, line) in lines {
-        if names_shown {
-            write!(out, "[{rank}] ")?;
+        if let Some(name) = names.and_then(|names| names.get(rank)) {
+            write!(out, "[{rank}{name}] ")?;
         }
         writeln!(out, "{line}")?;
     }

@@ -24,12 +24,13 @@ pub mod values;
 use anyhow::Context;
 use args::{Cli, Command, LogFormat, Up};
 use layers::LayerError;
-use prepare::Prepared;
+use prepare::{Prepared, PreparedModel};
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::OnceLock;
+use topology::spec::cluster::Topology;
 use topology::wire::WIRE_VERSION;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
@@ -113,14 +114,25 @@ pub fn run(command: &Command) -> ExitCode {
 
 /// What `cluster plan` shows.
 fn plan(prepared: &Prepared) -> String {
+    let models = prepared.models.iter().enumerate();
+    let models = models.map(|(index, model)| plan_of(prepared.topology.as_ref(), index, model));
+    let mut text = models.collect::<Vec<_>>().join("\n");
+    for warning in &prepared.warnings {
+        let _ = writeln!(text, "warning: {warning}"); // strings do not fail
+    }
+    text
+}
+
+fn plan_of(topology: Option<&Topology>, index: usize, prepared: &PreparedModel) -> String {
     let shape = &prepared.model.shape;
     let quantised = shape.quantization.as_ref();
     let quantised = quantised.map_or_else(String::new, |stored| {
         format!(", linear layers by {}", stored.method.name())
     });
     let mut text = format!(
-        "{}: {}, {} layers, {} query and {} KV heads, {} stored{quantised}\n",
-        prepared.model.names[0],
+        "{}: {}, {} layers, {} query and {} KV heads, {} stored{quantised}
+",
+        prepared.model.name(),
         shape.architecture,
         shape.num_layers,
         shape.num_heads,
@@ -128,13 +140,9 @@ fn plan(prepared: &Prepared) -> String {
         shape.dtype.name(),
     );
     for (rank, device) in prepared.placement.ranks() {
-        let topology = prepared.topology.as_ref();
-        let place = topology.and_then(|topology| nodes::describe(topology, rank.index()));
+        let place = topology.and_then(|it| nodes::describe(it, index, rank.index()));
         let place = place.map_or_else(String::new, |place| format!("{place}, "));
         let _ = writeln!(text, "rank {rank}: {place}{device}"); // strings do not fail
-    }
-    for warning in &prepared.placement.warnings {
-        let _ = writeln!(text, "warning: {warning}");
     }
     text + &prepared.report.to_string() + "\n"
 }

@@ -1,22 +1,28 @@
 //! `--topology FILE`: from nodes in a file to devices, memory and places to start ranks.
 //!
-//! Reads the file and asks nodes for their memory; starts nothing. What is wrong in the file
+//! Reads the file and asks nodes for their memory and GPUs; starts no shard. What is wrong in the file
 //! or with the way to a node is one sentence. Invariant: ranks, sites and shares of memory are in the
-//! same order, that of the model's devices.
+//! same order, that of the models' devices.
 
 use super::args::Up;
+use super::layers;
 use crate::fleet::RankSite;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use futures_util::future::try_join_all;
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
-use topology::fit::{HostShare, Memory};
+use std::time::Duration;
+use topology::examine::{Answer, Question};
+use topology::gpus::GpuHost;
 use topology::host::HostMemory;
+use topology::launch::errand::Errand;
 use topology::launch::ssh::{self, Image, Remote};
-use topology::placement::{Device, Placement};
-use topology::spec::cluster::{Node, Topology};
+use topology::placement::{Device, Placement, Placements};
+use topology::spec::cluster::{ModelSpec, Node, Topology, TopologyError};
+
+/// Longest time for a node to say what GPUs it has; a driver takes seconds to wake up.
+const GPU_LIMIT: Duration = Duration::from_secs(30);
 
 /// Reads the topology file, if one was given.
 ///
@@ -39,44 +45,77 @@ pub fn read(up: &Up) -> Result<Option<Topology>> {
     }
     let text = std::fs::read_to_string(file)
         .with_context(|| format!("cannot read --topology {}", file.display()))?;
-    let topology = Topology::parse(file, &text)?;
-    ensure!(
-        topology.model.path.is_none() || up.model().is_none(),
-        "{} names a model (`path`), and --model does too; keep one of them",
-        file.display()
-    );
-    Ok(Some(topology))
+    Ok(Some(Topology::parse(file, &text)?))
 }
 
-/// The flags, with the model that the file names.
-pub fn with_model<'a>(up: &'a Up, topology: Option<&Topology>) -> Cow<'a, Up> {
-    let Some(model) = topology.map(|topology| &topology.model) else {
-        return Cow::Borrowed(up);
-    };
-    let mut up = up.clone();
-    match (&model.path, &model.name) {
-        (Some(path), Some(name)) => up.model = Some(format!("{name}={path}")),
-        (Some(path), None) => up.model = Some(path.clone()),
-        (None, Some(name)) if up.served_model_name.is_empty() && up.model().is_none() => {
-            up.served_model_name = vec![name.clone()];
-        }
-        (None, _) => {}
+/// The flags for each model of the file: what its table says goes before the command line, which is for all.
+///
+/// # Errors
+/// A sentence with file, line and key, or saying which of file and command line is to name the model.
+pub fn of_models(up: &Up, topology: &Topology) -> Result<Vec<Up>> {
+    let (file, given) = (up.topology.clone().unwrap_or_default(), up.models());
+    match (topology.models.as_slice(), given.len()) {
+        ([only], 1) => ensure!(
+            only.path.is_none(),
+            "{} names a model (`path`), and --model does too; keep one of them",
+            file.display()
+        ),
+        (_, 0) => {}
+        ([_], count) => bail!(
+            "there are {count} --model, and {} does not say which devices each takes; give it a [[model]] with \
+             `path` and `devices` for each",
+            file.display()
+        ),
+        (models, _) => bail!(
+            "{} says what its {} models are; leave out --model",
+            file.display(),
+            models.len()
+        ),
     }
-    Cow::Owned(up)
+    ensure!(
+        topology.models.len() == 1 || up.served_model_name.is_empty(),
+        "--served-model-name is for one model, and {} has {}; give each [[model]] a `name`",
+        file.display(),
+        topology.models.len()
+    );
+    let own = |model: &ModelSpec| {
+        let own = layers::with_settings(up, &model.settings);
+        let mut own = own.map_err(|(setting, reason)| TopologyError {
+            file: file.clone(),
+            line: setting.line,
+            reason: format!("`{}`: {reason}", setting.key),
+        })?;
+        own.model = match &model.path {
+            Some(path) => vec![path.clone()],
+            None => given.iter().map(|model| (*model).to_owned()).collect(),
+        };
+        own.model_positional = None;
+        if own.served_model_name.is_empty() {
+            own.served_model_name.clone_from(&model.names);
+        }
+        Ok(own)
+    };
+    topology.models.iter().map(own).collect()
 }
 
-/// A device for each rank.
-pub fn placement(topology: &Topology) -> Placement {
-    let devices = topology.model.ranks.iter();
-    Placement {
-        devices: devices.map(|(_, device)| device.clone()).collect(),
+/// A device for each rank of each model.
+pub fn placements(topology: &Topology) -> Placements {
+    let placement = |model: &ModelSpec| Placement {
+        devices: model
+            .ranks
+            .iter()
+            .map(|(_, device)| device.clone())
+            .collect(),
+    };
+    Placements {
+        models: topology.models.iter().map(placement).collect(),
         warnings: Vec::new(),
     }
 }
 
-/// What `plan` says of where a rank is.
-pub fn describe(topology: &Topology, rank: usize) -> Option<String> {
-    let (node, _) = topology.model.ranks.get(rank)?;
+/// What `plan` says of where a rank of a model is.
+pub fn describe(topology: &Topology, model: usize, rank: usize) -> Option<String> {
+    let (node, _) = topology.models.get(model)?.ranks.get(rank)?;
     let node = &topology.nodes[*node];
     let interface = node.interface.as_deref();
     let interface = interface.map_or_else(String::new, |name| format!(", NCCL over {name}"));
@@ -86,61 +125,115 @@ pub fn describe(topology: &Topology, rank: usize) -> Option<String> {
     })
 }
 
-/// Asks every node with ranks how much memory is free.
-///
-/// # Errors
-/// A sentence that names the node and says what to change.
-pub fn memory(topology: &Topology) -> Result<Memory> {
+/// The nodes on which models compute on such devices.
+fn nodes_with(topology: &Topology, wanted: impl Fn(&Device) -> bool) -> BTreeSet<usize> {
+    let ranks = topology.models.iter().flat_map(|model| &model.ranks);
+    let ranks = ranks.filter(|(_, device)| wanted(device));
+    ranks.map(|(node, _)| *node).collect()
+}
+
+/// Asks all of `nodes` at the same time; what each answered, by its number.
+fn ask_all<T>(
+    topology: &Topology,
+    nodes: &BTreeSet<usize>,
+    ask: impl AsyncFn(&Node) -> Result<T>,
+) -> Result<BTreeMap<usize, T>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let runtime = runtime.context("cannot start a thread")?;
-    let share = async |(node, ranks): (&Node, usize)| -> Result<HostShare> {
+    let asked = nodes.iter().map(async |index| {
+        let node = &topology.nodes[*index];
+        let answer = ask(node).await;
+        let answer = answer.with_context(|| format!("node {}", node.name))?;
+        Ok((*index, answer))
+    });
+    let answers = runtime.block_on(try_join_all(asked));
+    answers.map(|answers| answers.into_iter().collect())
+}
+
+/// Asks every node on whose cores ranks compute how much memory is free, in bytes.
+///
+/// # Errors
+/// A sentence that names the node and says what to change.
+pub fn free_memory(topology: &Topology) -> Result<BTreeMap<usize, u64>> {
+    let nodes = nodes_with(topology, |device| matches!(device, Device::Cpu { .. }));
+    ask_all(topology, &nodes, async |node| {
         let memory = match &node.ssh {
             None => HostMemory::read().context("ask for free memory")?,
             Some(target) => {
                 let said = ssh::meminfo(target).await?;
-                HostMemory::from_meminfo(&said)
-                    .with_context(|| format!("node {}: it is no Linux machine", node.name))?
+                HostMemory::from_meminfo(&said).context("it is no Linux machine")?
             }
         };
-        Ok(HostShare {
-            name: node.name.clone(),
-            free_bytes: memory.free_bytes,
-            ranks,
-        })
-    };
-    let shares = try_join_all(topology.hosts().into_iter().map(share));
-    runtime.block_on(shares).map(Memory::Hosts)
+        Ok(memory.free_bytes)
+    })
 }
 
-/// Where ranks are started. Reads `program` once if any of them is on another node.
+/// Asks every node on whose GPUs ranks compute what these are. The program that would run there answers, and
+/// is put there first.
+///
+/// # Errors
+/// A sentence that names the node and says what is missing there.
+pub fn gpus(topology: &Topology) -> Result<BTreeMap<usize, GpuHost>> {
+    let nodes = nodes_with(topology, |device| matches!(device, Device::Gpu { .. }));
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let is_remote = |node: &usize| topology.nodes[*node].ssh.is_some();
+    let image = nodes.iter().any(is_remote).then(|| Image::read(&program));
+    let image = image.transpose()?;
+    ask_all(topology, &nodes, async |node| {
+        let mut errand = match node.ssh.as_ref().zip(image.as_ref()) {
+            None => Errand::start(program.as_ref(), ["shard", "--examine"])?,
+            Some((target, image)) => {
+                let work_dir = node.work_dir.clone();
+                let remote = Remote::new(target.clone(), work_dir, image.clone());
+                remote.install().await?;
+                remote.examine()?
+            }
+        };
+        let address = node.address;
+        match errand.ask(&Question::Host { address }, GPU_LIMIT).await? {
+            Answer::Host(host) => host
+                .gpus
+                .map_err(|why| anyhow::anyhow!("its `gpus` cannot be used: {why}")),
+            other => bail!("it answers another question: {other:?}"),
+        }
+    })
+}
+
+/// Where the ranks of each model are started. Reads `program` once if any of them is on another node.
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn sites(topology: &Topology, program: &Path) -> Result<Vec<RankSite>> {
-    let is_one_host = topology.is_one_host();
-    let mut nodes = topology.hosts().into_iter().map(|(node, _)| node);
+pub fn sites(topology: &Topology, program: &Path) -> Result<Vec<Vec<RankSite>>> {
+    let mut nodes = nodes_with(topology, |_| true).into_iter();
     let image = nodes
-        .any(|node| node.ssh.is_some())
+        .any(|node| topology.nodes[node].ssh.is_some())
         .then(|| Image::read(program))
         .transpose()?;
+    // One for each node, whatever models it serves: the program is put there once.
     let mut remotes: BTreeMap<usize, Arc<Remote>> = BTreeMap::new();
-    let site = |(index, device): &(usize, Device)| {
-        let node = &topology.nodes[*index];
-        let remote = node.ssh.as_ref().zip(image.as_ref());
-        let remote = remote.map(|(target, image)| {
-            let (target, work_dir) = (target.clone(), node.work_dir.clone());
-            let new = || Arc::new(Remote::new(target, work_dir, image.clone()));
-            remotes.entry(*index).or_insert_with(new).clone()
-        });
-        RankSite {
-            device: device.clone(),
-            remote,
-            interface: (!is_one_host).then_some(node.address),
-        }
-    };
-    Ok(topology.model.ranks.iter().map(site).collect())
+    let mut sites = Vec::new();
+    for model in &topology.models {
+        let is_one_host = model.is_one_host();
+        let site = |(index, device): &(usize, Device)| {
+            let node = &topology.nodes[*index];
+            let remote = node.ssh.as_ref().zip(image.as_ref());
+            let remote = remote.map(|(target, image)| {
+                let (target, work_dir) = (target.clone(), node.work_dir.clone());
+                let new = || Arc::new(Remote::new(target, work_dir, image.clone()));
+                remotes.entry(*index).or_insert_with(new).clone()
+            });
+            RankSite {
+                device: device.clone(),
+                remote,
+                interface: (!is_one_host).then_some(node.address),
+                nccl_interface: node.interface.clone().filter(|_| !is_one_host),
+            }
+        };
+        sites.push(model.ranks.iter().map(site).collect());
+    }
+    Ok(sites)
 }
 
 #[cfg(test)]
@@ -153,7 +246,7 @@ mod tests {
     fn sites_are_in_rank_order_and_share_their_nodes() {
         let topology = Topology::parse(Path::new("cluster.toml"), TEXT).unwrap();
         let program = std::env::current_exe().unwrap();
-        let sites = sites(&topology, &program).unwrap();
+        let sites = sites(&topology, &program).unwrap().remove(0);
         let [a, b, c, d] = sites.as_slice() else {
             panic!("{sites:?}");
         };
@@ -166,17 +259,17 @@ mod tests {
         // On one host nothing listens on a network.
         let one = TEXT.replace("[\"here\", \"there\"]", "[\"there\"]");
         let one = Topology::parse(Path::new("cluster.toml"), &one).unwrap();
-        let sites = super::sites(&one, &program).unwrap();
+        let sites = super::sites(&one, &program).unwrap().remove(0);
         assert!(
             sites
                 .iter()
                 .all(|site| site.interface.is_none() && site.remote.is_some())
         );
         assert!(
-            describe(&topology, 2)
+            describe(&topology, 0, 2)
                 .unwrap()
                 .contains("ssh cluster@10.77.0.2, NCCL over eth0")
         );
-        assert_eq!(describe(&topology, 4), None);
+        assert_eq!(describe(&topology, 0, 4), None);
     }
 }

@@ -10,7 +10,7 @@ use crate::clock::unix_seconds;
 use anyhow::{Context, Result};
 use std::fs;
 use std::net::SocketAddr;
-use topology::spec::cluster::Topology;
+use topology::ids::Rank;
 use tracing_subscriber::filter::LevelFilter;
 
 /// Takes an entry, named after `--name` or the port.
@@ -29,33 +29,43 @@ pub(super) fn claim(up: &Up, prepared: &Prepared, address: SocketAddr) -> Result
         name: name.unwrap_or_else(|| address.port().to_string()),
         pid: std::process::id(),
         address,
-        model: prepared.model.names[0].clone(),
+        models: prepared
+            .models
+            .iter()
+            .map(|it| it.model.name().to_owned())
+            .collect(),
         topology,
         version: super::long_version().to_owned(),
         started: unix_seconds(),
         shutdown_seconds: up.shutdown_timeout,
-        ranks: hosts(prepared)
-            .into_iter()
-            .map(|host| RankEntry {
-                host,
-                ..RankEntry::default()
-            })
-            .collect(),
+        ranks: ranks(prepared),
         ended: None,
     };
     Claim::take(place, state)
 }
 
-/// In rank order, the names of their nodes.
-fn hosts(prepared: &Prepared) -> Vec<String> {
-    let node = |topology: &Topology, index: usize| topology.nodes[index].name.clone();
-    match &prepared.topology {
-        Some(topology) => {
-            let ranks = topology.model.ranks.iter();
-            ranks.map(|(index, _)| node(topology, *index)).collect()
-        }
-        None => vec!["localhost".to_owned(); prepared.placement.devices.len()],
-    }
+/// The shards of all models, one model after the other, each in rank order.
+fn ranks(prepared: &Prepared) -> Vec<RankEntry> {
+    let topology = prepared.topology.as_ref();
+    let host = |model: usize, rank: usize| {
+        let named = topology.and_then(|topology| {
+            let (node, _) = topology.models.get(model)?.ranks.get(rank)?;
+            Some(topology.nodes[*node].name.clone())
+        });
+        named.unwrap_or_else(|| "localhost".to_owned())
+    };
+    let models = prepared.models.iter().enumerate();
+    let ranks = models.flat_map(|(model, prepared)| {
+        let ranks = prepared.placement.ranks();
+        ranks.map(move |(rank, _)| (model, rank))
+    });
+    let entry = |(model, rank): (usize, Rank)| RankEntry {
+        model,
+        rank: rank.0,
+        host: host(model, rank.index()),
+        ..RankEntry::default()
+    };
+    ranks.map(entry).collect()
 }
 
 /// The cluster of this user that serves on `port`, if it is one.

@@ -2,7 +2,7 @@
 //!
 //! Text only; knows nothing of how the numbers came to be.
 
-use crate::fleet::{Phase, RankReport};
+use crate::fleet::Ready;
 use std::fmt::{self, Write as _};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,40 +10,66 @@ use topology::fit::Bytes;
 
 /// The report.
 #[derive(Debug)]
-pub(super) struct Report<'a> {
+pub(super) struct Report {
     /// Where the API is, as this machine reaches it.
     pub address: SocketAddr,
-    /// The name to ask for.
-    pub model_name: &'a str,
-    /// Whether chat requests have a template.
-    pub chat: bool,
     /// Whether clients need a key.
     pub key_needed: bool,
-    /// One per rank, in order.
-    pub ranks: &'a [RankReport],
-    /// KV blocks, the same on every rank.
-    pub num_blocks: u32,
-    /// Tokens per block.
-    pub block_size: u32,
-    /// Longest sequence in tokens.
-    pub max_model_len: u32,
-    /// Phases of the start.
-    pub phases: &'a [(Phase, Duration)],
+    /// At least one.
+    pub models: Vec<ModelReport>,
     /// From the command to readiness.
     pub startup: Duration,
 }
 
-impl fmt::Display for Report<'_> {
+/// What there is to say of one model.
+#[derive(Debug)]
+pub(super) struct ModelReport {
+    /// The name to ask for.
+    pub name: String,
+    /// Whether chat requests have a template.
+    pub chat: bool,
+    /// Its ranks, KV blocks and phases.
+    pub ready: Ready,
+    /// Tokens per block.
+    pub block_size: u32,
+    /// Longest sequence in tokens.
+    pub max_model_len: u32,
+}
+
+impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{} is served at http://{}/v1",
-            self.model_name, self.address
-        )?;
+        let names: Vec<_> = self.models.iter().map(|model| &*model.name).collect();
+        let (names, are) = match names.as_slice() {
+            [only] => ((*only).to_owned(), "is"),
+            _ => (names.join(", "), "are"),
+        };
+        writeln!(f, "{names} {are} served at http://{}/v1", self.address)?;
         writeln!(f)?;
-        writeln!(f, "  {}", self.curl_line())?;
+        if let Some(first) = self.models.first() {
+            writeln!(f, "  {}", self.curl_line(first))?;
+            writeln!(f)?;
+        }
+        for model in &self.models {
+            if self.models.len() > 1 {
+                writeln!(f, "  {}", model.name)?;
+            }
+            write!(f, "{model}")?;
+        }
+        let seconds = self.startup.as_secs_f64();
+        let of = match self.models.as_slice() {
+            [only] => only.phases(),
+            // They start at the same time, and the phases of each say little about the whole.
+            several => format!("{} models", several.len()),
+        };
+        writeln!(f, "  ready after {seconds:.2} s ({of})")?;
         writeln!(f)?;
-        for rank in self.ranks {
+        write!(f, "Ctrl-C finishes running requests and ends it.")
+    }
+}
+
+impl fmt::Display for ModelReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for rank in &self.ready.ranks {
             writeln!(
                 f,
                 "  rank {}  {}  weights {}, KV blocks {}, workspace {}, {} free  (process {})",
@@ -56,40 +82,41 @@ impl fmt::Display for Report<'_> {
                 rank.pid,
             )?;
         }
-        let tokens = u64::from(self.num_blocks) * u64::from(self.block_size);
+        let num_blocks = self.ready.num_blocks;
+        let tokens = u64::from(num_blocks) * u64::from(self.block_size);
         writeln!(
             f,
             "  {} KV blocks of {} tokens: {} tokens, {:.1} sequences of the longest {}",
-            thousands(self.num_blocks.into()),
+            thousands(num_blocks.into()),
             self.block_size,
             thousands(tokens),
             tokens as f64 / f64::from(self.max_model_len),
             thousands(self.max_model_len.into()),
-        )?;
-        let phases: Vec<String> = self
-            .phases
-            .iter()
-            .map(|(phase, took)| format!("{} {} ms", phase.name(), took.as_millis()))
-            .collect();
-        let seconds = self.startup.as_secs_f64();
-        writeln!(f, "  ready after {seconds:.2} s ({})", phases.join(", "))?;
-        writeln!(f)?;
-        write!(f, "Ctrl-C finishes running requests and ends it.")
+        )
     }
 }
 
-impl Report<'_> {
+impl ModelReport {
+    fn phases(&self) -> String {
+        let phases = self.ready.phases.iter();
+        let phases =
+            phases.map(|(phase, took)| format!("{} {} ms", phase.name(), took.as_millis()));
+        phases.collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Report {
     /// A request that works when pasted into a shell.
-    fn curl_line(&self) -> String {
+    fn curl_line(&self, model: &ModelReport) -> String {
         let key = if self.key_needed {
             " -H \"Authorization: Bearer $CLUSTER_API_KEY\""
         } else {
             ""
         };
         // The name stands inside JSON inside single quotes.
-        let name = serde_json::Value::from(self.model_name).to_string();
+        let name = serde_json::Value::from(&*model.name).to_string();
         let name = name.replace('\'', r"'\''");
-        let (path, body) = if self.chat {
+        let (path, body) = if model.chat {
             let messages = r#"[{"role": "user", "content": "What is 7 plus 5?"}]"#;
             (
                 "chat/completions",
@@ -124,7 +151,8 @@ fn thousands(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use topology::ids::Rank;
+    use crate::fleet::{Phase, RankReport};
+    use topology::ids::{Epoch, Rank};
 
     #[test]
     fn it_says_what_a_newcomer_needs() {
@@ -137,16 +165,22 @@ mod tests {
             kv_bytes: 1 << 28,
             free_bytes: 1 << 33,
         };
-        let mut report = Report {
-            address: "127.0.0.1:8000".parse().unwrap(),
-            model_name: "it's",
+        let model = |name: &str| ModelReport {
+            name: name.into(),
             chat: true,
-            key_needed: false,
-            ranks: &[rank(0), rank(1)],
-            num_blocks: 16384,
+            ready: Ready {
+                num_blocks: 16384,
+                ranks: vec![rank(0), rank(1)],
+                phases: vec![(Phase::Launch, Duration::from_millis(41))],
+                epoch: Epoch(0),
+            },
             block_size: 16,
             max_model_len: 1024,
-            phases: &[(Phase::Launch, Duration::from_millis(41))],
+        };
+        let mut report = Report {
+            address: "127.0.0.1:8000".parse().unwrap(),
+            key_needed: false,
+            models: vec![model("it's")],
             startup: Duration::from_millis(430),
         };
         let text = report.to_string();
@@ -167,5 +201,14 @@ mod tests {
         assert!(!curl[0].contains("Bearer"));
         report.key_needed = true;
         assert!(report.to_string().contains("Bearer $CLUSTER_API_KEY"));
+        report.models.push(model("b"));
+        let text = report.to_string();
+        for part in [
+            "it's, b are served at",
+            "\n  b\n  rank 0  cpu",
+            "ready after 0.43 s (2 models)",
+        ] {
+            assert!(text.contains(part), "{part} is not in:\n{text}");
+        }
     }
 }

@@ -7,7 +7,7 @@ use super::args::Status as Flags;
 use super::{EXIT_FAULT, EXIT_INPUT, complain, find, say};
 use crate::admin::client::ask;
 use crate::admin::entry::Entry;
-use crate::admin::status::{Queue, RankStatus, Stand, Status};
+use crate::admin::status::{ModelStatus, Queue, RankStatus, Stand, Status};
 use crate::clock::unix_seconds;
 use crate::fleet::Legacy;
 use hyper::Method;
@@ -88,10 +88,13 @@ fn waiting(entry: &Entry) -> BTreeMap<u32, Option<u64>> {
 
 fn from_entry(entry: &Entry, stand: Stand, why: String, lives: impl Fn(u32) -> bool) -> Status {
     let state = entry.state.clone();
-    let rank = |(rank, entry): (u32, crate::admin::entry::RankEntry)| RankStatus {
-        rank,
+    let names = state.models.clone();
+    let rank = |(shard, entry): (u32, crate::admin::entry::RankEntry)| RankStatus {
+        shard,
+        model: names.get(entry.model).cloned().unwrap_or_default(),
+        rank: entry.rank,
         host: entry.host,
-        pid: entry.pid.filter(|_| lives(rank)),
+        pid: entry.pid.filter(|_| lives(shard)),
         device: String::new(),
         state: stand,
         reason: None,
@@ -101,19 +104,24 @@ fn from_entry(entry: &Entry, stand: Stand, why: String, lives: impl Fn(u32) -> b
         last_step_seconds: None,
         log: entry.log,
     };
+    let model = |name| ModelStatus {
+        name,
+        state: stand,
+        reason: None,
+        epoch: 0,
+        recoveries: 0,
+        queue: Queue::default(),
+    };
     Status {
         reason: Some(why),
         name: state.name,
         pid: state.pid,
         address: state.address,
-        model: state.model,
         topology: state.topology,
         version: state.version,
         state: stand,
         uptime_seconds: unix_seconds().saturating_sub(state.started) as f64,
-        epoch: 0,
-        recoveries: 0,
         ranks: (0..).zip(state.ranks).map(rank).collect(),
-        queue: Queue::default(),
+        models: state.models.into_iter().map(model).collect(),
     }
 }

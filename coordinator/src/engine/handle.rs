@@ -130,6 +130,19 @@ pub enum Readiness {
     Failed(String),
 }
 
+impl Readiness {
+    /// How far it is from serving: of several groups, the one with the most says where the whole stands.
+    pub fn severity(&self) -> u8 {
+        match self {
+            Self::Ready => 0,
+            Self::Draining => 1,
+            Self::Loading => 2,
+            Self::Recovering(_) => 3,
+            Self::Failed(_) => 4,
+        }
+    }
+}
+
 /// A cheap, cloneable way to reach the engine.
 #[derive(Clone, Debug)]
 pub struct EngineHandle {

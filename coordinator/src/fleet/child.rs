@@ -211,13 +211,15 @@ impl Log {
     ) -> Self {
         let hushed = Arc::new(AtomicBool::new(false));
         let silent = hushed.clone();
+        // Of whoever starts it: which model it is a rank of.
+        let span = tracing::Span::current();
         // A thread of its own: whoever keeps lines writes files.
         let forward = |mut lines: mpsc::Receiver<String>| {
             tokio::task::spawn_blocking(move || {
                 while let Some(line) = lines.blocking_recv() {
                     witness.line(rank, &line);
                     if !silent.load(Ordering::Relaxed) {
-                        log_line(rank, &line);
+                        span.in_scope(|| log_line(rank, &line));
                     }
                 }
             })

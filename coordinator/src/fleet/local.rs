@@ -21,6 +21,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use topology::ids::Rank;
+use topology::launch::environment;
 use topology::launch::local::{self, Process};
 use topology::launch::ssh::Remote;
 use topology::launch::{Launch, LaunchError};
@@ -62,6 +63,8 @@ pub struct RankSite {
     pub remote: Option<Arc<Remote>>,
     /// Its node's address for the other ranks; `None` where all ranks are on one host.
     pub interface: Option<IpAddr>,
+    /// The network interface that NCCL takes there; `None` leaves it to NCCL.
+    pub nccl_interface: Option<String>,
 }
 
 impl RankSite {
@@ -71,6 +74,7 @@ impl RankSite {
             device,
             remote: None,
             interface: None,
+            nccl_interface: None,
         }
     }
 }
@@ -137,9 +141,10 @@ impl LocalHost {
             let rank = source.rank;
             let site = &self.program.sites[rank.index()];
             let process = async {
+                let environment = environment::of(&site.device, site.nccl_interface.as_deref());
                 let started = match &site.remote {
-                    None => local::start_for(&site.device, &self.program.path, arguments).await?,
-                    Some(remote) => remote.start(&self.program.log_level).await?,
+                    None => local::start_for(&environment, &self.program.path, arguments).await?,
+                    Some(remote) => remote.start(&self.program.log_level, &environment).await?,
                 };
                 self.listener.expect(rank, started.certificate.clone());
                 let certificate = started.certificate.clone();

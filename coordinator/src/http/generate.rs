@@ -7,9 +7,9 @@
 //! Invariant: the deltas do not depend on who reads them, so a streamed answer is the whole answer
 //! cut in pieces. Dropping a [`Generation`] cancels it.
 
-use super::ServerState;
 use super::error::ApiError;
 use super::limits::{self, MAX_CHOICES};
+use super::served::Served;
 use crate::clock;
 use crate::engine::handle::{Events, StreamEventKind, SubmitError};
 use crate::scheduler::request::{FinishReason, Request, SamplingParams};
@@ -109,7 +109,7 @@ pub struct Usage {
 /// A request that runs.
 #[derive(Debug)]
 pub struct Generation {
-    state: Arc<ServerState>,
+    served: Arc<Served>,
     events: Events,
     choices: Vec<Choice>,
     n: usize,
@@ -153,7 +153,7 @@ impl Drop for InFlight {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.state.pace.ended(clock::now());
+        self.served.pace.ended(clock::now());
     }
 }
 
@@ -162,25 +162,27 @@ impl Generation {
     ///
     /// # Errors
     /// 400 if it cannot fit the model, 429 or 503 if it is not taken now.
-    pub async fn start(
-        state: &Arc<ServerState>,
+    pub(super) async fn start(
+        served: &Arc<Served>,
         request: GenerateRequest,
     ) -> Result<Self, ApiError> {
-        state.in_flight.fetch_add(1, Ordering::Relaxed);
-        let in_flight = InFlight(Arc::clone(&state.in_flight));
+        served.in_flight.fetch_add(1, Ordering::Relaxed);
+        let in_flight = InFlight(Arc::clone(&served.in_flight));
         let eos = if request.ignore_eos {
             Vec::new()
         } else {
-            state.model.text.eos_token_ids.clone()
+            served.model.text.eos_token_ids.clone()
         };
-        let sequences = sequences(state, &request, &eos)?;
+        let sequences = sequences(served, &request, &eos)?;
         let count = sequences.len();
-        let submitted = state.engine.submit(sequences);
-        let events = tokio::time::timeout(state.limits.submit_timeout, submitted)
+        let submitted = served.model.engine.submit(sequences);
+        let events = tokio::time::timeout(served.limits.submit_timeout, submitted)
             .await
             .unwrap_or_else(|_| Err(SubmitError::NotReady("the engine does not answer".into())))
-            .map_err(|error| ApiError::from_submit(&error, state.pace.retry_after(clock::now())))?;
-        let pieces = state.model.text.tokenizer.pieces();
+            .map_err(|error| {
+                ApiError::from_submit(&error, served.pace.retry_after(clock::now()))
+            })?;
+        let pieces = served.model.text.tokenizer.pieces();
         let skip = request.skip_special_tokens;
         let choice = |_| Choice {
             detokenizer: Detokenizer::after_prompt(Arc::clone(&pieces), skip),
@@ -191,7 +193,7 @@ impl Generation {
             done: false,
         };
         Ok(Self {
-            state: Arc::clone(state),
+            served: Arc::clone(served),
             events,
             choices: (0..count).map(choice).collect(),
             n: request.n,
@@ -364,7 +366,7 @@ impl Rules {
 
 /// The sequences of a request, checked against the model.
 fn sequences(
-    state: &ServerState,
+    served: &Served,
     request: &GenerateRequest,
     eos: &[u32],
 ) -> Result<Vec<Request>, ApiError> {
@@ -380,7 +382,7 @@ fn sequences(
             ),
         ));
     }
-    let model = &state.model;
+    let model = &served.model;
     let mut stop_token_ids = eos.to_vec();
     stop_token_ids.extend(&request.stop_token_ids);
     stop_token_ids.sort_unstable();
@@ -408,7 +410,7 @@ fn sequences(
             let mut sampling = request.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(k as u64);
             sequences.push(Request {
-                id: state.engine.next_id(),
+                id: served.model.engine.next_id(),
                 prompt: Arc::clone(prompt),
                 sampling,
                 max_tokens,

@@ -1,8 +1,9 @@
 //! Routes about the process: is it alive, is it ready, what is it.
 //!
-//! `/health` says whether the group of shards is as it should be: 200 while it loads, serves or
-//! drains, 503 from a fault until the group computes again, and for good where it cannot.
-//! `/ready` says whether to send requests here.
+//! `/health` says whether the groups of shards are as they should be: 200 while they load, serve or
+//! drain, 503 from a fault until the group computes again, and for good where it cannot.
+//! `/ready` says whether to send requests here. Where several models are served, one that is not well is
+//! enough for a 503, which names it.
 
 use super::ServerState;
 use super::error::ApiError;
@@ -13,11 +14,10 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// `/health` and `/ping`.
 pub(super) async fn health(State(state): State<Arc<ServerState>>) -> Response {
-    match state.engine.readiness() {
+    match worst(&state) {
         Readiness::Failed(why) => ApiError::unavailable("failed", why).into_response(),
         Readiness::Recovering(why) => ApiError::unavailable("recovering", why).into_response(),
         Readiness::Loading | Readiness::Ready | Readiness::Draining => ().into_response(),
@@ -26,7 +26,7 @@ pub(super) async fn health(State(state): State<Arc<ServerState>>) -> Response {
 
 /// `/ready`.
 pub(super) async fn ready(State(state): State<Arc<ServerState>>) -> Response {
-    let (code, why) = match state.engine.readiness() {
+    let (code, why) = match worst(&state) {
         Readiness::Ready => return Json(json!({"status": "ready"})).into_response(),
         Readiness::Loading => ("not_ready", "shards are loading".to_owned()),
         Readiness::Recovering(why) => ("recovering", why),
@@ -36,6 +36,27 @@ pub(super) async fn ready(State(state): State<Arc<ServerState>>) -> Response {
     ApiError::unavailable(code, why).into_response()
 }
 
+/// Where the model stands that is worst off, with its name where there are several.
+fn worst(state: &ServerState) -> Readiness {
+    let stands = state
+        .models
+        .iter()
+        .map(|model| (model, model.engine.readiness()));
+    let worst = stands.max_by_key(|(_, readiness)| readiness.severity());
+    let Some((model, readiness)) = worst else {
+        return Readiness::Loading;
+    };
+    if state.models.iter().nth(1).is_none() {
+        return readiness;
+    }
+    let named = |why: String| format!("{}: {why}", model.name());
+    match readiness {
+        Readiness::Recovering(why) => Readiness::Recovering(named(why)),
+        Readiness::Failed(why) => Readiness::Failed(named(why)),
+        other => other,
+    }
+}
+
 /// `/version`.
 pub(super) async fn version(State(state): State<Arc<ServerState>>) -> Json<Value> {
     Json(json!({"version": state.version}))
@@ -43,7 +64,7 @@ pub(super) async fn version(State(state): State<Arc<ServerState>>) -> Json<Value
 
 /// `/load`, as `vllm` has it for load balancers.
 pub(super) async fn load(State(state): State<Arc<ServerState>>) -> Json<Value> {
-    Json(json!({"server_load": state.in_flight.load(Ordering::Relaxed)}))
+    Json(json!({"server_load": state.models.in_flight()}))
 }
 
 /// `/metrics`.

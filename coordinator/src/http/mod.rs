@@ -1,9 +1,9 @@
 //! The OpenAI HTTP facade: one router over one state.
 //!
 //! Reading order: [`server`] accepts connections; the layers here give every answer a request id and
-//! ask for a key; [`openai`] turns a body into a [`generate::GenerateRequest`] and its
+//! ask for a key; `served` finds the model a request names; [`openai`] turns a body into a [`generate::GenerateRequest`] and its
 //! [`generate::Delta`]s into JSON; [`sse`] sends them as events. Nothing here decides what is computed
-//! when: that is the engine's, reached by its handle alone.
+//! when: that is the engines', reached by their handles alone.
 //!
 //! Invariant: every answer carries `x-request-id`, every error has OpenAI's body, and no route but
 //! `/health` answers without a key where keys are set.
@@ -17,13 +17,12 @@ pub mod limits;
 pub mod openai;
 mod pace;
 mod refusal;
+mod served;
 pub mod server;
 pub mod sse;
 mod stall;
 
 use crate::clock;
-use crate::engine::handle::EngineHandle;
-use crate::text::TextModel;
 use auth::ApiKeys;
 use axum::Router;
 use axum::extract::Request;
@@ -32,11 +31,11 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use error::ApiError;
-use limits::{MAX_CHOICES, ServerLimits};
-use pace::Pace;
+use limits::ServerLimits;
+use served::Models;
+pub use served::ServedModel;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 /// Header that names a request, ours or the client's.
@@ -45,28 +44,13 @@ const REQUEST_ID: &str = "x-request-id";
 /// Longest request id taken from a client, in bytes; it goes into logs.
 const REQUEST_ID_BYTES: usize = 128;
 
-/// The model that is served.
-#[derive(Debug)]
-pub struct ServedModel {
-    /// What requests may call it, at least one; the first is what answers call it.
-    pub names: Vec<String>,
-    /// Tokenizer, template, defaults.
-    pub text: TextModel,
-    /// Most tokens of prompt and answer together.
-    pub max_model_len: u32,
-    /// Token ids are below this.
-    pub vocab_size: u32,
-}
-
 /// What `/metrics` answers.
 pub type RenderMetrics = Box<dyn Fn() -> String + Send + Sync>;
 
 /// What the server is made of.
 pub struct ServerConfig {
-    /// The engine.
-    pub engine: EngineHandle,
-    /// The model.
-    pub model: ServedModel,
+    /// The models, at least one; no two have a name in common.
+    pub models: Vec<ServedModel>,
     /// Keys.
     pub keys: ApiKeys,
     /// Bounds.
@@ -83,23 +67,19 @@ pub struct ServerConfig {
 
 /// What all handlers share.
 pub struct ServerState {
-    engine: EngineHandle,
-    model: ServedModel,
+    models: Models,
     keys: ApiKeys,
     limits: ServerLimits,
     version: String,
     metrics: RenderMetrics,
-    /// When the server was made, in seconds since 1970: the model's `created`.
+    /// When the server was made, in seconds since 1970: the models' `created`.
     created: u64,
-    seeds: Seeds,
-    in_flight: Arc<AtomicUsize>,
-    pace: Pace,
 }
 
 impl fmt::Debug for ServerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerState")
-            .field("models", &self.model.names)
+            .field("models", &self.models)
             .field("keys", &self.keys)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
@@ -109,31 +89,10 @@ impl fmt::Debug for ServerState {
 impl fmt::Debug for ServerConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerConfig")
-            .field("models", &self.model.names)
+            .field("models", &self.models)
             .field("keys", &self.keys)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
-    }
-}
-
-/// Seeds of requests that give none.
-#[derive(Debug)]
-struct Seeds {
-    base: Option<u64>,
-    drawn: AtomicU64,
-}
-
-impl Seeds {
-    /// The next one. The one place where chance enters, unless the operator gave a seed.
-    fn draw(&self) -> u64 {
-        let Some(base) = self.base else {
-            let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
-            return high ^ low.rotate_left(32);
-        };
-        // Consecutive requests of one server differ, and two servers with one seed agree. Choices
-        // of a request take the seeds after its own, so requests keep a distance.
-        let number = self.drawn.fetch_add(1, Ordering::Relaxed);
-        base.wrapping_add(number.wrapping_mul(MAX_CHOICES as u64))
     }
 }
 
@@ -179,19 +138,12 @@ fn handler(path: &str) -> MethodRouter<Arc<ServerState>> {
 pub fn router(config: ServerConfig) -> Router {
     let cors = cors(&config.allowed_origins);
     let state = Arc::new(ServerState {
-        engine: config.engine,
-        model: config.model,
+        models: Models::new(config.models, config.seed, &config.limits),
         keys: config.keys,
         limits: config.limits,
         version: config.version,
         metrics: config.metrics,
         created: clock::unix_seconds(),
-        seeds: Seeds {
-            base: config.seed,
-            drawn: AtomicU64::new(0),
-        },
-        in_flight: Arc::default(),
-        pace: Pace::default(),
     });
     let mut router = Router::new();
     for (path, _) in ROUTES {
@@ -288,23 +240,4 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
                 REQUEST_ID.parse().expect("a header's name"),
             ]),
     )
-}
-
-impl ServerState {
-    /// What answers call the model.
-    fn model_name(&self) -> &str {
-        self.model.names.first().map_or("", String::as_str)
-    }
-
-    /// Checks the model a request names; none is the one there is.
-    fn check_model(&self, name: Option<&str>) -> Result<(), ApiError> {
-        match name {
-            None => Ok(()),
-            Some(name) if self.model.names.iter().any(|known| known == name) => Ok(()),
-            Some(name) => Err(ApiError::unknown_model(
-                name,
-                &self.model.names.join("`, `"),
-            )),
-        }
-    }
 }

@@ -2,10 +2,11 @@
 //! promtool, it is asked too.
 #![cfg(test)]
 
-use super::{Metrics, Outcome, Rejection, Subject};
+use super::{Metrics, Outcome, Registry, Rejection, Subject};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 use topology::wire::StepTimings;
 
@@ -14,12 +15,19 @@ use topology::wire::StepTimings;
 const FIXED_BY_OTHERS: &[&str] = &["vllm:iteration_tokens_total"];
 
 fn exposed() -> String {
-    let metrics = Metrics::new(&Subject {
-        model_name: "demo".into(),
-        max_model_len: 1024,
-        world_size: 2,
-        build: "test".into(),
-    });
+    let registry = Arc::new(Registry::new(1024, "test"));
+    let of = |model_name: &str| {
+        let model_name = model_name.into();
+        let world_size = 2;
+        Metrics::new(
+            registry.clone(),
+            &Subject {
+                model_name,
+                world_size,
+            },
+        )
+    };
+    let (metrics, _other) = (of("demo"), of("other"));
     metrics.set_cache_config(16, 100, "bfloat16", true);
     metrics.set_startup("load", Duration::from_millis(250));
     metrics.set_rank_memory(1, "weights", 1 << 20);
@@ -38,8 +46,8 @@ fn exposed() -> String {
         },
         false,
     );
-    metrics.upkeep();
-    metrics.render()
+    registry.upkeep();
+    registry.render()
 }
 
 /// Family name → (type, whether it has a help text, sample lines).
@@ -122,13 +130,15 @@ fn names_types_and_help_follow_the_rules() {
         .into_iter()
         .find(|unit| name.ends_with(unit));
         assert_eq!(bad_unit, None, "{name}: use seconds and bytes");
-        let labels: BTreeSet<&str> = ["model_name=\"demo\"", "engine=\"0\""].into();
-        let has = |label: &&str| samples.iter().all(|sample| sample.contains(*label));
-        assert_eq!(
-            !own,
-            labels.iter().all(has),
-            "{name}: labels of {samples:?}"
-        );
+        let has = |label: &str| samples.iter().all(|sample| sample.contains(label));
+        let of_process = name == "cluster_build_info";
+        assert_eq!(has("model_name=\""), !of_process, "{name}: {samples:?}");
+        assert_eq!(has("engine=\"0\""), !own, "{name}: {samples:?}");
+        let distinct: BTreeSet<_> = samples
+            .iter()
+            .map(|it| it.rsplit_once(' ').map(|(series, _)| series))
+            .collect();
+        assert_eq!(distinct.len(), samples.len(), "{name}: models mix");
     }
 }
 

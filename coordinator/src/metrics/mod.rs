@@ -3,8 +3,8 @@
 //! `vllm:` names keep the meaning, labels and buckets that gateways and dashboards were built on;
 //! `cluster_` names are ours. The pure core returns statistics and the engine's loop and the HTTP
 //! side record them here: nothing in the scheduler knows of metrics. The recorder is a value, not
-//! a global, so that two clusters (or two tests) in one process do not mix. How handles come to be
-//! is `registrar`'s business.
+//! a global, so that two clusters (or two tests) in one process do not mix; the models of a cluster share
+//! it, told apart by `model_name`. How handles come to be is `registrar`'s business.
 //!
 //! Invariant: every series exists from the start, at zero, so that a rate never misses its first
 //! event; label values come from fixed lists and ranks, never from requests.
@@ -14,12 +14,13 @@ pub mod live;
 mod registrar;
 
 use live::Live;
-use metrics::{Counter, Gauge, Histogram, Label};
+use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 use registrar::{Registrar, handles};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use topology::wire::StepTimings;
 
@@ -131,25 +132,27 @@ impl Outcome {
     ];
 }
 
-/// What labels and buckets depend on; known before the first shard is started.
+/// What the labels of a model's series depend on; known before the first shard is started.
 #[derive(Clone, Debug)]
 pub struct Subject {
     /// `--served-model-name`, or the model's own.
     pub model_name: String,
-    /// Longest sequence in tokens: the largest token bucket.
-    pub max_model_len: u32,
     /// Ranks of the group.
     pub world_size: u32,
-    /// What names the build, for `cluster_build_info`.
-    pub build: String,
 }
 
-/// All handles. Recording is a few atomic operations.
+/// The series of a process, of all its models.
 #[derive(Debug)]
-pub struct Metrics {
+pub struct Registry {
     handle: PrometheusHandle,
     recorder: PrometheusRecorder,
-    labels: Vec<Label>,
+}
+
+/// All handles of one model. Recording is a few atomic operations.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    model_name: String,
     /// Requests.
     pub requests: RequestMetrics,
     /// The engine's loop and the scheduler.
@@ -285,10 +288,11 @@ handles! {
     }
 }
 
-impl Metrics {
-    /// All metrics of a cluster, at zero.
-    pub fn new(subject: &Subject) -> Self {
-        let tokens = one_two_five(subject.max_model_len);
+impl Registry {
+    /// For models of at most `max_model_len` tokens: the largest token bucket. `build` names the build, for
+    /// `cluster_build_info`.
+    pub fn new(max_model_len: u32, build: &str) -> Self {
+        let tokens = one_two_five(max_model_len);
         let buckets = HISTOGRAMS.iter().copied();
         let token_buckets = TOKEN_HISTOGRAMS.iter().map(|name| (*name, &*tokens));
         let builder = buckets.chain(token_buckets).fold(
@@ -300,21 +304,30 @@ impl Metrics {
             },
         );
         let recorder = builder.build_recorder();
-        let labels = vec![
-            Label::new("model_name", subject.model_name.clone()),
-            Label::new("engine", "0"),
-        ];
-        let r = Registrar::new(&recorder, &labels);
-        let build = [
-            ("version", env!("CARGO_PKG_VERSION")),
-            ("build", subject.build.as_str()),
-        ];
-        r.make::<Gauge>(
-            "cluster_build_info",
-            "Always 1; the labels name the build.",
-            &build,
-        )
-        .set(1.0);
+        let build = [("version", env!("CARGO_PKG_VERSION")), ("build", build)];
+        let help = "Always 1; the labels name the build.";
+        Registrar::new(&recorder, None)
+            .make::<Gauge>("cluster_build_info", help, &build)
+            .set(1.0);
+        let handle = recorder.handle();
+        Self { handle, recorder }
+    }
+
+    /// The text that `/metrics` answers.
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds samples into buckets; to be called every [`UPKEEP_INTERVAL`].
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+}
+
+impl Metrics {
+    /// All series of a model, at zero.
+    pub fn new(registry: Arc<Registry>, subject: &Subject) -> Self {
+        let r = Registrar::new(&registry.recorder, Some(&subject.model_name));
         r.make::<Gauge>("cluster_ranks", "Ranks of the tensor-parallel group.", &[])
             .set(f64::from(subject.world_size));
         let finished = Outcome::ALL.map(|(outcome, label)| {
@@ -339,20 +352,14 @@ impl Metrics {
             finished: finished.into(),
             rejected: rejected.into(),
             live: Live::new(subject.world_size),
-            handle: recorder.handle(),
-            recorder,
-            labels,
+            model_name: subject.model_name.clone(),
+            registry,
         }
     }
 
-    /// The text that `/metrics` answers.
-    pub fn render(&self) -> String {
-        self.handle.render()
-    }
-
-    /// Folds samples into buckets; to be called every [`UPKEEP_INTERVAL`].
-    pub fn upkeep(&self) {
-        self.handle.run_upkeep();
+    /// The series of all models, this one's among them.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
     }
 
     /// Counts a request's end.
@@ -439,7 +446,7 @@ impl Metrics {
     }
 
     fn registrar(&self) -> Registrar<'_> {
-        Registrar::new(&self.recorder, &self.labels)
+        Registrar::new(&self.registry.recorder, Some(&self.model_name))
     }
 }
 

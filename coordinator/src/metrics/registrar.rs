@@ -10,18 +10,20 @@ const METADATA: Metadata<'static> = Metadata::new("cluster", Level::INFO, None);
 /// A label of a metric: its name and value.
 pub(super) type Pair<'a> = (&'static str, &'a str);
 
-/// Registers handles with one recorder; `vllm:` names also get the labels they are known by.
+/// Registers handles with one recorder. All series of a model name it; `vllm:` names also get the other
+/// label they are known by.
 #[derive(Debug)]
 pub(super) struct Registrar<'a> {
     recorder: &'a PrometheusRecorder,
-    model_labels: &'a [Label],
+    model_name: Option<&'a str>,
 }
 
 impl<'a> Registrar<'a> {
-    pub(super) fn new(recorder: &'a PrometheusRecorder, model_labels: &'a [Label]) -> Self {
+    /// `None`: of the process, and not of one of its models.
+    pub(super) fn new(recorder: &'a PrometheusRecorder, model_name: Option<&'a str>) -> Self {
         Self {
             recorder,
-            model_labels,
+            model_name,
         }
     }
 
@@ -32,16 +34,13 @@ impl<'a> Registrar<'a> {
         help: &'static str,
         labels: &[Pair<'_>],
     ) -> T {
-        // Model and engine stand on the names that others defined so; ours are about the process.
-        let common = if name.starts_with("vllm:") {
-            self.model_labels
-        } else {
-            &[]
-        };
-        let own = labels
-            .iter()
-            .map(|(key, value)| Label::new(*key, (*value).to_owned()));
-        let labels: Vec<Label> = common.iter().cloned().chain(own).collect();
+        let model = self.model_name.map(|model| ("model_name", model));
+        // Others defined their names so.
+        let engine = name.starts_with("vllm:").then_some(("engine", "0"));
+        let common = model.into_iter().chain(engine);
+        let labels = common.chain(labels.iter().copied());
+        let label = |(key, value): Pair<'_>| Label::new(key, value.to_owned());
+        let labels: Vec<Label> = labels.map(label).collect();
         T::register(self.recorder, name, help, &Key::from_parts(name, labels))
     }
 }

@@ -27,7 +27,7 @@ fn golden(ranks: u32) -> Vec<String> {
 }
 
 /// TCP ports that are listened on where a process is.
-fn listening(pid: u32) -> Vec<u16> {
+pub(crate) fn listening(pid: u32) -> Vec<u16> {
     let mut ports = Vec::new();
     for table in ["tcp", "tcp6"] {
         let text = fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("it runs");

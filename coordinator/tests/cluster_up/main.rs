@@ -10,6 +10,7 @@ mod doctor;
 mod hostile;
 mod hosts;
 mod lifecycle;
+mod models;
 mod network;
 mod operator;
 mod pressure;

@@ -78,7 +78,10 @@ fn a_running_cluster_says_where_it_stands() {
     }
     let (code, said) = status(&port);
     assert_eq!((code, &said["state"]), (0, &"ready".into()));
-    assert!(said["queue"]["kv_tokens_used"].as_u64() > Some(0), "{said}");
+    assert!(
+        said["models"][0]["queue"]["kv_tokens_used"].as_u64() > Some(0),
+        "{said}"
+    );
     for (rank, pid) in cluster.shards.iter().enumerate() {
         let said = &said["ranks"][rank];
         assert_eq!(said["pid"], *pid, "{said}");
@@ -88,11 +91,16 @@ fn a_running_cluster_says_where_it_stands() {
 
     // A rank that dies is replaced, and its old process is not forgotten.
     send_signal(cluster.shards[1], Signal::KILL);
-    until("it goes on", || status(&port).1["recoveries"] == 1);
+    until("it goes on", || {
+        status(&port).1["models"][0]["recoveries"] == 1
+    });
     until("it is ready", || state(&port) == "ready");
     let (_, said) = status(&port);
     assert_eq!(
-        (&said["epoch"], &said["ranks"][0]["replacements"]),
+        (
+            &said["models"][0]["epoch"],
+            &said["ranks"][0]["replacements"]
+        ),
         (&1.into(), &0.into())
     );
     assert_eq!(said["ranks"][1]["replacements"], 1, "{said}");

@@ -9,7 +9,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Inodes of the sockets that a process has open.
-fn socket_inodes(pid: u32) -> BTreeSet<String> {
+pub(crate) fn socket_inodes(pid: u32) -> BTreeSet<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
     let links = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
     let inode = |link: std::path::PathBuf| {
@@ -21,7 +21,7 @@ fn socket_inodes(pid: u32) -> BTreeSet<String> {
 
 /// Local addresses of these sockets that wait for anyone: TCP in state LISTEN (0A), UDP without a
 /// peer (07).
-fn waiting(table: &str, state: &str, inodes: &BTreeSet<String>) -> Vec<SocketAddr> {
+pub(crate) fn waiting(table: &str, state: &str, inodes: &BTreeSet<String>) -> Vec<SocketAddr> {
     let text = fs::read_to_string(format!("/proc/net/{table}")).expect("the kernel lists sockets");
     let rows = text
         .lines()

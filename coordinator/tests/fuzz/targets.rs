@@ -58,13 +58,13 @@ impl Server {
             Ok(file?)
         };
         let router = router(ServerConfig {
-            engine,
-            model: ServedModel {
+            models: vec![ServedModel {
+                engine,
                 names: vec!["m".to_owned()],
                 text: TextModel::load(&read, &[2, 6]).expect("the built-in model loads"),
                 max_model_len: MAX_MODEL_LEN,
                 vocab_size: VOCAB,
-            },
+            }],
             keys: ApiKeys::default(),
             limits: ServerLimits::default(),
             allowed_origins: Vec::new(),

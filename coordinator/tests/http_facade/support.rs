@@ -112,13 +112,13 @@ impl Setup {
         let seen = Arc::new(Mutex::new(Seen::default()));
         tokio::spawn(run_engine(submissions, self.plan, Arc::clone(&seen)));
         let config = ServerConfig {
-            engine,
-            model: ServedModel {
+            models: vec![ServedModel {
+                engine,
                 names: vec![MODEL.to_owned(), "org/other name".to_owned()],
                 text: text_model(self.template, &self.generation_config),
                 max_model_len: MAX_MODEL_LEN,
                 vocab_size: VOCAB,
-            },
+            }],
             keys: ApiKeys::new(self.keys),
             limits: self.limits.clone(),
             allowed_origins: self.origins,

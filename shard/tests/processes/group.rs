@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::launch::local::{self, Process};
-use topology::launch::{Hold, Launch};
+use topology::launch::{Hold, Launch, environment};
 use topology::link::{Certificate, LinkReceiver, LinkSender, Listener};
 use topology::placement::Device;
 use topology::wire::{
@@ -103,9 +103,13 @@ impl Shard {
         (device, hold): (Device, Option<&Hold>),
     ) -> (Certificate, Process) {
         let program = std::env::current_exe().expect("this program has a path");
-        let started = local::start_for(&device, program.as_os_str(), ["shard"])
-            .await
-            .expect("it announces itself");
+        let started = local::start_for(
+            &environment::of(&device, None),
+            program.as_os_str(),
+            ["shard"],
+        )
+        .await
+        .expect("it announces itself");
         let certificate = started.certificate.clone();
         listener.expect(Rank(rank), certificate.clone());
         let launch = Launch {

@@ -57,13 +57,21 @@ pub enum Question {
     },
 }
 
-/// A line from a node, in the order of the questions.
+/// A line from a node, in the order of the questions; [`Answer::Reading`] may come any number of times before
+/// another one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Answer {
     /// Microseconds since 1970.
     Clock(u64),
     /// The host.
     Host(Box<HostReport>),
+    /// It is reading large files, and goes on.
+    Reading {
+        /// Bytes so far.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
     /// The files, or the sentence that says what is missing.
     Model(Result<ModelDigest, String>),
     /// Seconds there and back of the fastest datagram, or why there is none.

@@ -5,13 +5,12 @@
 //! Invariant: equal digests of a deep look mean equal files.
 
 use crate::checkpoint::{Checkpoint, INDEX_FILE, MAX_HEADER_BYTES};
+use crate::manifest::{self, MANIFEST_FILE, Tell, hash_file, hex};
 use crate::model_files::ModelFiles;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::fs::File;
-use std::io;
 
 /// By file: its hash, and for weights its size.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,8 +19,9 @@ pub struct ModelDigest {
     pub files: BTreeMap<String, String>,
 }
 
-/// Files besides weights that decide what a model says.
-const SMALL_FILES: [&str; 5] = [
+/// Files besides weights that decide what a model says, and what vouches for all.
+const SMALL_FILES: [&str; 6] = [
+    MANIFEST_FILE,
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,13 +30,18 @@ const SMALL_FILES: [&str; 5] = [
 ];
 
 impl ModelDigest {
-    /// Reads the files of `directory`; weights whole if `deep`.
+    /// Reads the files of `directory`; weights whole if `deep`, and then as its manifest says, if it has one.
     ///
     /// # Errors
-    /// A sentence: what is missing or broken.
-    pub fn read(directory: &str, deep: bool) -> Result<Self, String> {
+    /// A sentence: what is missing, broken, or not what the manifest lists.
+    pub fn read(directory: &str, deep: bool, tell: Tell<'_>) -> Result<Self, String> {
         let files = ModelFiles::directory(directory).map_err(|e| e.to_string())?;
         let mut digest = Self::default();
+        let verified = deep.then(|| manifest::verify(&files, tell)).transpose();
+        let verified = verified.map_err(|e| format!("{files}: {e}"))?.flatten();
+        let digests = verified
+            .map(|verified| verified.digests)
+            .unwrap_or_default();
         for name in SMALL_FILES {
             if files.exists(name) {
                 let bytes = files.read(name).map_err(|e| e.to_string())?;
@@ -47,12 +52,18 @@ impl ModelDigest {
             return Err(format!("{files} has no config.json"));
         }
         let checkpoint = Checkpoint::open(&files).map_err(|e| e.to_string())?;
+        let total = checkpoint.files().iter().map(|file| file.bytes).sum();
+        let done = Cell::new(0);
+        let read_on = |bytes| {
+            done.set(done.get() + bytes);
+            tell(done.get(), total);
+        };
         for file in checkpoint.files() {
             let name = file.name.as_str();
-            let hash = if deep {
-                whole(&files, name)?
-            } else {
-                format!("header {}", header(&files, name)?)
+            let hash = match digests.get(name) {
+                Some(known) => known.clone(),
+                None if deep => whole(&files, name, &read_on)?,
+                None => format!("header {}", header(&files, name)?),
             };
             digest.add(name, format!("{} bytes, {hash}", file.bytes));
         }
@@ -98,20 +109,12 @@ fn header(files: &ModelFiles, name: &str) -> Result<String, String> {
     Ok(hex(&Sha256::digest(header.map_err(|e| e.to_string())?)))
 }
 
-fn whole(files: &ModelFiles, name: &str) -> Result<String, String> {
+fn whole(files: &ModelFiles, name: &str, read_on: &dyn Fn(u64)) -> Result<String, String> {
     let path = files.path(name).ok_or("it is no file")?;
-    let mut hasher = Sha256::new();
-    let read = File::open(&path).and_then(|mut file| io::copy(&mut file, &mut hasher));
+    let mut hash = Sha256::new();
+    let read = hash_file(&path, &mut hash, read_on);
     read.map_err(|e| format!("cannot read {}: {e}", path.display()))?;
-    Ok(hex(&hasher.finalize()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    let mut text = String::new();
-    for byte in bytes {
-        let _ = write!(text, "{byte:02x}"); // strings do not fail
-    }
-    text
+    Ok(hex(&hash.finalize()))
 }
 
 #[cfg(test)]
@@ -131,10 +134,35 @@ mod tests {
     }
 
     #[test]
+    fn a_deep_look_holds_a_model_to_its_manifest() {
+        let dir = model();
+        let read = |deep| ModelDigest::read(dir.path().to_str().unwrap(), deep, &|_, _| {});
+        let unlisted = read(true).unwrap();
+        let hash = |name: &str| hex(&Sha256::digest(fs::read(dir.path().join(name)).unwrap()));
+        let text = format!(
+            "{}  config.json\n{}  model.safetensors\n",
+            hash("config.json"),
+            hash("model.safetensors")
+        );
+        fs::write(dir.path().join(MANIFEST_FILE), &text).unwrap();
+        let listed = read(true).unwrap();
+        assert_eq!(
+            unlisted.differences(&listed),
+            [MANIFEST_FILE],
+            "the digests are the same"
+        );
+        assert_eq!(listed.files[MANIFEST_FILE], hash(MANIFEST_FILE));
+        fs::write(dir.path().join("config.json"), "{  }").unwrap();
+        assert!(read(false).is_ok(), "not looked at");
+        let refused = read(true).unwrap_err();
+        assert!(refused.contains("config.json is not the file"), "{refused}");
+    }
+
+    #[test]
     fn a_difference_is_named_and_one_in_the_weights_found_by_a_deep_look() {
         let (one, other) = (model(), model());
         let read = |dir: &tempfile::TempDir, deep| {
-            ModelDigest::read(dir.path().to_str().unwrap(), deep).unwrap()
+            ModelDigest::read(dir.path().to_str().unwrap(), deep, &|_, _| {}).unwrap()
         };
         assert_eq!(read(&one, true), read(&other, true));
         let file = other.path().join("model.safetensors");
@@ -150,9 +178,10 @@ mod tests {
         let differ = read(&one, false).differences(&read(&other, false));
         assert_eq!(differ, ["config.json", "tokenizer.json"]);
         fs::remove_file(&file).unwrap();
-        let broken = ModelDigest::read(other.path().to_str().unwrap(), false).unwrap_err();
+        let broken =
+            ModelDigest::read(other.path().to_str().unwrap(), false, &|_, _| {}).unwrap_err();
         assert!(broken.contains("model.safetensors"), "{broken}");
-        let missing = ModelDigest::read("/no/such", false).unwrap_err();
+        let missing = ModelDigest::read("/no/such", false, &|_, _| {}).unwrap_err();
         assert!(missing.contains("/no/such"), "{missing}");
     }
 }

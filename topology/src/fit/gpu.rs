@@ -34,6 +34,8 @@ pub fn gpu_share(total: u64, utilization: f64, ranks: u32) -> u64 {
 pub struct GpuMemory {
     /// One for each rank, in order.
     pub devices: Vec<Device>,
+    /// Which host each rank is on; numbers that differ where hosts do.
+    pub hosts: Vec<usize>,
     /// Bytes of each rank's GPU.
     pub total_bytes: Vec<u64>,
     /// `--gpu-memory-utilization`
@@ -63,10 +65,12 @@ impl GpuMemory {
 
     /// What ranks need, now that they have loaded: whatever a GPU no longer has is taken by somebody.
     pub fn reported(&self, needs: Vec<RankNeeds>, loaded: &[Loaded]) -> Vec<RankNeeds> {
-        let on_same = |device: &Device| {
-            let ranks = self.devices.iter().zip(loaded).zip(&needs);
+        // GPU 0 of one host is not GPU 0 of another.
+        let places = || self.hosts.iter().zip(&self.devices);
+        let on_same = |place: (&usize, &Device)| {
+            let ranks = places().zip(loaded).zip(&needs);
             let same: Vec<_> = ranks
-                .filter(|((other, _), _)| *other == device)
+                .filter(|((other, _), _)| *other == place)
                 .map(|((_, loaded), needs)| (loaded.free_bytes, needs.fixed()))
                 .collect();
             // Who loaded last saw what all of them took.
@@ -74,10 +78,10 @@ impl GpuMemory {
             let known = same.iter().map(|(_, fixed)| *fixed).sum::<u64>();
             (free, known, same.len().max(1) as u64)
         };
-        let devices = self.devices.iter().zip(&self.total_bytes);
-        let runtime: Vec<u64> = devices
-            .map(|(device, total)| {
-                let (free, known, ranks) = on_same(device);
+        let runtime: Vec<u64> = places()
+            .zip(&self.total_bytes)
+            .map(|(place, total)| {
+                let (free, known, ranks) = on_same(place);
                 let other = total.saturating_sub(free).saturating_sub(known);
                 other / ranks + self.communicator_bytes()
             })
@@ -123,6 +127,7 @@ mod tests {
         let world_size = gpus * ranks_on_each;
         GpuMemory {
             devices: (0..world_size).map(device).collect(),
+            hosts: vec![0; world_size as usize],
             total_bytes: vec![80 * GIB; world_size as usize],
             utilization: 0.9,
         }
@@ -180,6 +185,18 @@ mod tests {
         let blocks = u64::from(report.num_blocks);
         let taken: u64 = needs.iter().map(|need| need.fixed() + (blocks << 20)).sum();
         assert!(taken <= 72 * GIB && taken > 71 * GIB, "{taken}");
+    }
+
+    #[test]
+    fn gpus_of_one_number_on_two_hosts_are_two() {
+        let mut two = memory(1, 1);
+        two.devices.push(two.devices[0].clone());
+        two.hosts = vec![0, 1];
+        two.total_bytes.push(80 * GIB);
+        // On the second, 10 GiB are another process's.
+        let needs = two.reported(needs(2), &loaded(&[70 * GIB, 60 * GIB]));
+        assert_eq!(needs[0].runtime_bytes, GIB + MIB + COMMUNICATOR_BYTES);
+        assert_eq!(needs[1].runtime_bytes, 11 * GIB + MIB + COMMUNICATOR_BYTES);
     }
 
     #[test]

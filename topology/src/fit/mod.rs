@@ -112,7 +112,8 @@ impl RankNeeds {
         self.workspace_bytes.saturating_add(self.runtime_bytes)
     }
 
-    fn fixed(&self) -> u64 {
+    /// All but KV blocks, in bytes.
+    pub fn fixed(&self) -> u64 {
         self.weight_bytes.saturating_add(self.beside_weights())
     }
 }
@@ -196,6 +197,27 @@ pub enum Asked {
     Bytes(u64),
     /// `--num-gpu-blocks-override`: KV blocks.
     Blocks(u32),
+}
+
+impl Asked {
+    /// Bytes of it on ranks with these needs together.
+    pub fn bytes(self, ranks: &[RankNeeds]) -> u64 {
+        let on_rank = |rank: &RankNeeds| match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Blocks(blocks) => rank.block_bytes.saturating_mul(blocks.into()),
+        };
+        ranks.iter().map(on_rank).fold(0, u64::saturating_add)
+    }
+}
+
+/// What each of several models may take of `free` bytes of one host: its claim, and an equal part of what all
+/// claims leave. `None` if they leave nothing.
+pub fn share(free: u64, claims: &[u64]) -> Option<Vec<u64>> {
+    let all = claims
+        .iter()
+        .fold(0, |sum: u64, claim| sum.saturating_add(*claim));
+    let part = free.checked_sub(all)? / (claims.len() as u64).max(1);
+    Some(claims.iter().map(|claim| claim + part).collect())
 }
 
 /// A group of ranks that take from the same memory.

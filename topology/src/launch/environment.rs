@@ -1,7 +1,8 @@
 //! Variables that a shard process needs for the libraries of its device.
 //!
-//! NCCL is configured by the environment alone, and before it is loaded. Names and values, nothing more;
-//! what the operator has set wins, which is up to the caller. Invariant: the same on all ranks of a GPU.
+//! NCCL is configured by the environment alone, and before it is loaded. Names and values, nothing more. What
+//! the operator has set on a host wins over a proposal; what the topology file says, over that. Invariant: the
+//! same on all ranks of a GPU.
 
 use crate::placement::Device;
 
@@ -22,13 +23,40 @@ const SHARED_GPU: [(&str, &str); 3] = [
     ("NCCL_NVLS_ENABLE", "0"),
 ];
 
-/// The variables of a process that computes on `device`.
-pub(super) fn of(device: &Device) -> Vec<(&'static str, &'static str)> {
-    match device {
-        Device::Cpu { .. } => Vec::new(),
+/// Where NCCL's ranks meet and, without InfiniBand, talk: in clear.
+const INTERFACE: &str = "NCCL_SOCKET_IFNAME";
+
+/// A variable of a shard's environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// Its value.
+    pub value: String,
+    /// Whether what the host's own environment says of it comes first.
+    pub is_proposal: bool,
+}
+
+/// The variables of a process that computes on `device`. `interface` is the one network interface that NCCL may
+/// take; `None` leaves it to NCCL.
+pub fn of(device: &Device, interface: Option<&str>) -> Vec<Variable> {
+    let proposals = match device {
+        Device::Cpu { .. } => return Vec::new(),
         Device::Gpu { ranks: 0 | 1, .. } => GPU.to_vec(),
         Device::Gpu { .. } => [&GPU[..], &SHARED_GPU].concat(),
-    }
+    };
+    let proposals = proposals.into_iter().map(|(name, value)| Variable {
+        name,
+        value: value.to_owned(),
+        is_proposal: true,
+    });
+    // Without the mark `eth1` would be `eth10` too.
+    let interface = interface.map(|interface| Variable {
+        name: INTERFACE,
+        value: format!("={interface}"),
+        is_proposal: false,
+    });
+    interface.into_iter().chain(proposals).collect()
 }
 
 #[cfg(test)]
@@ -37,17 +65,27 @@ mod tests {
 
     #[test]
     fn only_shared_gpus_get_what_sharing_needs() {
-        let names = |device| {
-            of(&device)
-                .into_iter()
-                .map(|(name, _)| name)
-                .collect::<Vec<_>>()
+        let names = |device, interface| {
+            let variables = of(&device, interface).into_iter();
+            variables.map(|it| it.name).collect::<Vec<_>>()
         };
-        let gpu = |ranks| names(Device::Gpu { index: 0, ranks });
-        assert_eq!(gpu(1), ["NCCL_RAS_ENABLE", "NCCL_GRAPH_REGISTER"]);
-        assert_eq!(gpu(2).len(), 5);
-        assert!(gpu(2).contains(&"NCCL_MULTI_RANK_GPU_ENABLE"));
+        let gpu = |ranks| Device::Gpu { index: 0, ranks };
+        let alone = ["NCCL_RAS_ENABLE", "NCCL_GRAPH_REGISTER"];
+        assert_eq!(names(gpu(1), None), alone);
+        assert_eq!(names(gpu(2), None).len(), 5);
+        assert!(names(gpu(2), None).contains(&"NCCL_MULTI_RANK_GPU_ENABLE"));
         let (threads, cores) = (1, Vec::new());
-        assert_eq!(names(Device::Cpu { threads, cores }), [""; 0]);
+        let cpu = Device::Cpu { threads, cores };
+        assert_eq!(names(cpu, Some("eth0")), [""; 0], "there is no NCCL");
+    }
+
+    #[test]
+    fn the_interface_is_exactly_that_one_whatever_the_host_says() {
+        let gpu = Device::Gpu { index: 0, ranks: 1 };
+        let variables = of(&gpu, Some("eth1"));
+        let fixed: Vec<_> = variables.iter().filter(|it| !it.is_proposal).collect();
+        assert_eq!(fixed.len(), 1);
+        let Variable { name, value, .. } = fixed[0];
+        assert_eq!((*name, value.as_str()), ("NCCL_SOCKET_IFNAME", "=eth1"));
     }
 }

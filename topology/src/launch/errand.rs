@@ -58,15 +58,37 @@ impl Errand {
         question: &Question,
         limit: Duration,
     ) -> Result<Answer, LaunchError> {
+        self.ask_and_watch(question, limit, &|_, _| {}).await
+    }
+
+    /// Asks, and hears of the work until the answer comes: bytes that were read, of so many. `limit` is how
+    /// long it may say nothing.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub async fn ask_and_watch(
+        &mut self,
+        question: &Question,
+        limit: Duration,
+        tell: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Answer, LaunchError> {
         let line = to_line(question)?;
-        let answer = within(limit, "an answer from the node", async {
+        let what = "an answer from the node";
+        let mut said = within(limit, what, async {
             let written = self.stdin.write_all(&line).await;
             written.map_err(|e| LaunchError::Io(format!("it does not listen: {e}")))?;
             self.answer().await
-        });
-        match answer.await {
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.with_last_words(error).await),
+        })
+        .await;
+        loop {
+            match said {
+                Ok(Answer::Reading { done, total }) => {
+                    tell(done, total);
+                    said = within(limit, what, self.answer()).await;
+                }
+                Ok(answer) => return Ok(answer),
+                Err(error) => return Err(self.with_last_words(error).await),
+            }
         }
     }
 
@@ -119,6 +141,16 @@ mod tests {
     async fn noise_before_an_answer_is_passed_over_and_silence_ends() {
         let script = "read question; echo welcome; echo '{\"Clock\":7}'";
         assert_eq!(ask(script).await, Ok(Answer::Clock(7)));
+        let script = "read question; for i in 1 2 3; do sleep 0.8; \
+                      echo '{\"Reading\":{\"done\":'$i',\"total\":3}}'; done; echo '{\"Clock\":7}'";
+        let heard = std::sync::Mutex::new(Vec::new());
+        let mut errand = Errand::start("sh".as_ref(), ["-c", script]).unwrap();
+        let tell = |done, total| heard.lock().unwrap().push((done, total));
+        // Longer than the limit, but never silent for as long.
+        let limit = Duration::from_secs(2);
+        let answer = errand.ask_and_watch(&Question::Clock, limit, &tell).await;
+        assert_eq!(answer.unwrap(), Answer::Clock(7));
+        assert_eq!(heard.into_inner().unwrap(), [(1, 3), (2, 3), (3, 3)]);
         let failed = ask("echo broken >&2; exit 1").await.unwrap_err();
         assert!(failed.contains("broken"), "{failed}");
         let late = ask("exec sleep 60").await.unwrap_err();

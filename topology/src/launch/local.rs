@@ -4,10 +4,10 @@
 //! there are or what becomes of one that died. Invariant: no output is inherited or lost, and no
 //! process outlives the value that stands for it.
 
+use super::environment::Variable;
 use super::{Announcement, LAUNCH_LIMIT, Launch, LaunchError, MAX_LINE_BYTES};
-use super::{environment, to_line, within};
+use super::{to_line, within};
 use crate::link::Certificate;
-use crate::placement::Device;
 use std::env;
 use std::ffi::OsStr;
 use std::process::{ExitStatus, Stdio};
@@ -69,24 +69,23 @@ pub async fn start<A: AsRef<OsStr>>(
     start_command(program, arguments, &[]).await
 }
 
-/// The same for a process that will compute on `device`: libraries read their settings from the
-/// environment. What the operator has set there stays.
+/// The same for a process whose libraries read their settings from the environment.
 ///
 /// # Errors
 /// As [`start`].
 pub async fn start_for<A: AsRef<OsStr>>(
-    device: &Device,
+    environment: &[Variable],
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
 ) -> Result<Started, LaunchError> {
-    start_command(program, arguments, &environment::of(device)).await
+    start_command(program, arguments, environment).await
 }
 
 /// Starts a child with pipes, which dies with its handle.
 pub(super) fn spawn<A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
-    environment: &[(&str, &str)],
+    environment: &[Variable],
 ) -> Result<Child, LaunchError> {
     let mut command = Command::new(program);
     command
@@ -98,9 +97,9 @@ pub(super) fn spawn<A: AsRef<OsStr>>(
         .process_group(0)
         .kill_on_drop(true);
     without_private_variables(&mut command);
-    for (name, value) in environment {
-        if env::var_os(name).is_none() {
-            command.env(name, value);
+    for variable in environment {
+        if !variable.is_proposal || env::var_os(variable.name).is_none() {
+            command.env(variable.name, &variable.value);
         }
     }
     command.spawn().map_err(|e| match program.to_str() {
@@ -112,7 +111,7 @@ pub(super) fn spawn<A: AsRef<OsStr>>(
 async fn start_command<A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
-    environment: &[(&str, &str)],
+    environment: &[Variable],
 ) -> Result<Started, LaunchError> {
     let mut child = spawn(program, arguments, environment)?;
     let missing = || LaunchError::Io("the child's pipes are missing".to_owned());

@@ -17,7 +17,7 @@
 //! Invariant: each line of the handshake comes within [`LAUNCH_LIMIT`] or the launch has failed.
 
 pub mod child;
-mod environment;
+pub mod environment;
 pub mod errand;
 pub mod local;
 pub mod probe;

@@ -7,19 +7,21 @@
 mod judge;
 mod nodes;
 
-use super::args::{Command, Doctor};
+use super::args::{Command, Doctor, LogFormat, Up};
 use super::nodes as topology_file;
-use super::prepare::Prepared;
+use super::prepare::{Prepared, PreparedModel};
+use super::progress::{Meter, Notes};
 use super::{EXIT_FAULT, EXIT_INPUT, complain, layers, say};
 use crate::admin::status::table;
 use anyhow::{Context, Result};
 use nodes::{Place, Seen};
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use topology::examine::model::ModelDigest;
 use topology::placement::Device;
-use topology::spec::cluster::Topology;
+use topology::spec::cluster::{Node, Topology};
 
 /// How bad something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -102,27 +104,28 @@ fn show(findings: &[Finding]) -> String {
 fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
     let up = as_up(flags)?;
     let topology = topology_file::read(&up)?;
-    let named = topology.as_ref().and_then(|t| t.model.path.clone());
-    let model = named.or_else(|| up.model().map(|m| super::values::model(m).1.to_owned()));
     let places = match &topology {
-        Some(topology) => of_file(topology),
-        None => vec![Place::here()],
+        Some(topology) => of_file(topology, &topology_file::of_models(&up, topology)?),
+        None => vec![Place {
+            models: up.models().into_iter().map(directory).collect(),
+            ..Place::here()
+        }],
     };
     let asking = nodes::Asking {
         coordinator: topology.as_ref().map(|topology| topology.coordinator),
-        model,
         deep: flags.deep,
+        notes: Notes(LogFormat::Text),
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
-    let own = own_model(&places, &asking);
+    let own = own_models(&places, &asking);
     let (asked, own) = runtime.block_on(async {
         let own = tokio::task::spawn_blocking(own);
         (nodes::ask_all(&places, &asking).await, own.await)
     });
     runtime.shutdown_background();
     let (mut findings, seen) = asked?;
-    let own = own.context("reading the model panicked")?;
-    if let Some(Err(why)) = &own {
+    let own = own.context("reading the models panicked")?;
+    for why in own.values().filter_map(|digest| digest.as_ref().err()) {
         let text = format!("{why}; the coordinator reads it too: put it here as well");
         findings.push(Finding::new(Level::Fail, EVERYWHERE, "model", text));
     }
@@ -134,7 +137,7 @@ fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
     for (place, seen) in &reached {
         findings.extend(judge::node(place, seen));
     }
-    findings.extend(judge::together(&reached, own.and_then(Result::ok).as_ref()));
+    findings.extend(judge::together(&reached, &own));
     // By node, each in the order of its checks; what concerns all comes last.
     let order = |finding: &Finding| places.iter().position(|p| p.name == finding.place);
     findings.sort_by_key(|finding| order(finding).unwrap_or(usize::MAX));
@@ -144,24 +147,42 @@ fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// Reads the model of this machine, where the coordinator needs it and no node is to be asked for it.
-fn own_model(
+/// Reads the models of this machine, where the coordinator needs them and no node is to be asked for them.
+fn own_models(
     places: &[Place],
     asking: &nodes::Asking,
-) -> impl FnOnce() -> Option<Result<ModelDigest, String>> + Send + use<> {
-    let is_a_node = places.iter().any(|place| place.ssh.is_none());
-    let directory = asking.model.clone().filter(|_| !is_a_node);
-    let deep = asking.deep;
-    move || directory.map(|directory| ModelDigest::read(&directory, deep))
+) -> impl FnOnce() -> nodes::Digests + Send + use<> {
+    let here = places.iter().filter(|place| place.ssh.is_none());
+    let asked_here: BTreeSet<&String> = here.flat_map(|place| &place.models).collect();
+    let all: BTreeSet<&String> = places.iter().flat_map(|place| &place.models).collect();
+    let wanted: Vec<String> = all
+        .difference(&asked_here)
+        .map(|it| (*it).clone())
+        .collect();
+    let (deep, notes) = (asking.deep, asking.notes);
+    move || {
+        let digest = |directory: String| {
+            let meter = Meter::new(notes, format!("{directory}: reading"));
+            let tell = |done, total| meter.tell(done, total);
+            let digest = ModelDigest::read(&directory, deep, &tell);
+            (directory, digest)
+        };
+        wanted.into_iter().map(digest).collect()
+    }
+}
+
+/// Of `NAME=DIR`.
+fn directory(model: &str) -> String {
+    super::values::model(model).1.to_owned()
 }
 
 /// The flags of an `up` that would start what is examined.
-fn as_up(flags: &Doctor) -> Result<super::args::Up> {
+fn as_up(flags: &Doctor) -> Result<Up> {
     let mut argv: Vec<OsString> = vec!["cluster".into(), "up".into()];
     if let Some(file) = &flags.topology {
         argv.extend(["--topology".into(), file.into()]);
     }
-    if let Some(model) = &flags.model {
+    for model in &flags.model {
         argv.extend(["--model".into(), model.into()]);
     }
     match layers::parse(argv).map_err(anyhow::Error::from)?.command {
@@ -170,34 +191,49 @@ fn as_up(flags: &Doctor) -> Result<super::args::Up> {
     }
 }
 
-fn of_file(topology: &Topology) -> Vec<Place> {
-    let devices = |index: usize| -> Vec<Device> {
-        let ranks = topology.model.ranks.iter();
-        let own = ranks.filter(|(node, _)| *node == index);
-        own.map(|(_, device)| device.clone()).collect()
-    };
+/// The nodes that take part; `ups` are the flags of each model.
+fn of_file(topology: &Topology, ups: &[Up]) -> Vec<Place> {
     let nodes = topology.nodes.iter().enumerate();
-    let place = |(index, node): (usize, &topology::spec::cluster::Node)| Place {
-        name: node.name.clone(),
-        address: Some(node.address),
-        interface: node.interface.clone(),
-        ssh: node.ssh.clone(),
-        work_dir: node.work_dir.clone(),
-        devices: devices(index),
+    let place = |(index, node): (usize, &Node)| {
+        let (mut devices, mut models) = (Vec::new(), BTreeSet::new());
+        let mut joins_nodes = false;
+        for (model, up) in topology.models.iter().zip(ups) {
+            let ranks = model.ranks.iter().filter(|(node, _)| *node == index);
+            let own: Vec<Device> = ranks.map(|(_, device)| device.clone()).collect();
+            if own.is_empty() {
+                continue;
+            }
+            models.extend(up.models().into_iter().map(directory));
+            joins_nodes |= !model.is_one_host();
+            devices.extend(own);
+        }
+        Place {
+            name: node.name.clone(),
+            address: Some(node.address),
+            interface: node.interface.clone(),
+            ssh: node.ssh.clone(),
+            work_dir: node.work_dir.clone(),
+            models: models.into_iter().collect(),
+            devices,
+            joins_nodes,
+        }
     };
     // A node without ranks takes no part.
     let places = nodes.map(place).filter(|place| !place.devices.is_empty());
     places.collect()
 }
 
-/// Whether the model fits there, by the arithmetic of `cluster plan`.
-fn plan(up: &super::args::Up) -> Finding {
+/// Whether the models fit there, by the arithmetic of `cluster plan`.
+fn plan(up: &Up) -> Finding {
+    let fits = |model: &PreparedModel| {
+        let (ranks, blocks) = (model.placement.world_size(), model.report.num_blocks);
+        let name = model.model.name();
+        format!("{name} fits on {ranks} ranks with {blocks} KV blocks on each")
+    };
     match Prepared::new(up) {
         Ok(prepared) => {
-            let (ranks, blocks) = (prepared.placement.world_size(), prepared.report.num_blocks);
-            let name = &prepared.model.names[0];
-            let text = format!("{name} fits on {ranks} ranks with {blocks} KV blocks on each");
-            Finding::new(Level::Ok, EVERYWHERE, "plan", text)
+            let text: Vec<_> = prepared.models.iter().map(fits).collect();
+            Finding::new(Level::Ok, EVERYWHERE, "plan", text.join("; "))
         }
         Err(error) => Finding::new(Level::Fail, EVERYWHERE, "plan", format!("{error:#}")),
     }

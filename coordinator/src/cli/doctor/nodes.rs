@@ -4,6 +4,7 @@
 //! every question has a deadline, so that a node that is stuck is a finding too.
 
 use super::{EVERYWHERE, Finding, Level};
+use crate::cli::progress::{Meter, Notes};
 use crate::clock::{now, since, unix_micros};
 use anyhow::{Context, Result};
 use futures_util::future::join_all;
@@ -22,8 +23,8 @@ use topology::placement::Device;
 
 /// Longest time for an answer that reads a few files.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
-/// Longest time to read all weights: 1 TB at 300 MB/s.
-const DEEP_LIMIT: Duration = Duration::from_secs(3600);
+/// How long a node may say nothing while it reads weights.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// How often a node is asked for its clock; the fastest answer counts.
 const CLOCK_ROUNDS: usize = 4;
 
@@ -42,6 +43,10 @@ pub(super) struct Place {
     pub(super) work_dir: String,
     /// What its ranks compute on.
     pub(super) devices: Vec<Device>,
+    /// Directories of the models of its ranks; none: the built-in one.
+    pub(super) models: Vec<String>,
+    /// Whether any of its ranks work with ranks of another node.
+    pub(super) joins_nodes: bool,
 }
 
 impl Place {
@@ -54,6 +59,8 @@ impl Place {
             ssh: None,
             work_dir: String::new(),
             devices: Vec::new(),
+            models: Vec::new(),
+            joins_nodes: false,
         }
     }
 }
@@ -63,11 +70,14 @@ impl Place {
 pub(super) struct Asking {
     /// This machine's address for the nodes.
     pub(super) coordinator: Option<IpAddr>,
-    /// The model's directory; `None` is the built-in one.
-    pub(super) model: Option<String>,
     /// Whether weights are read whole.
     pub(super) deep: bool,
+    /// Where it is said how far that has come.
+    pub(super) notes: Notes,
 }
+
+/// Models by their directories, or why they are none.
+pub(super) type Digests = BTreeMap<String, Result<ModelDigest, String>>;
 
 /// What a node answered.
 #[derive(Debug)]
@@ -75,8 +85,8 @@ pub(super) struct Seen {
     pub(super) host: HostReport,
     /// How far its clock is ahead, and how exactly that is known, in seconds.
     pub(super) clock: (f64, f64),
-    /// `None` for the built-in model, which is the program itself.
-    pub(super) model: Option<Result<ModelDigest, String>>,
+    /// Of its ranks; none for the built-in model, which is the program itself.
+    pub(super) models: Digests,
     /// Seconds there and back to the coordinator.
     pub(super) reach: Option<Result<f64, String>>,
     /// Its all-reduce with all others, where there are others and all came.
@@ -139,9 +149,16 @@ pub(super) async fn ask_all(
         });
         seen.push(answered);
     }
-    if places.len() > 1 && seen.iter().all(Option::is_some) {
-        let speeds = all_reduce(places, &mut errands).await;
-        for (seen, speed) in seen.iter_mut().flatten().zip(speeds) {
+    // The nodes between which ranks exchange activations, if all came.
+    if seen.iter().all(Option::is_some) {
+        let joined = || places.iter().map(|place| place.joins_nodes);
+        let group = places.iter().zip(&mut errands).zip(joined());
+        let group = group.filter_map(|((place, errand), joined)| {
+            Some((place, errand.as_mut().filter(|_| joined)?))
+        });
+        let speeds = all_reduce(group.collect()).await;
+        let seen = seen.iter_mut().flatten().zip(joined());
+        for ((seen, _), speed) in seen.filter(|(_, joined)| *joined).zip(speeds) {
             seen.all_reduce = Some(speed);
         }
     }
@@ -196,24 +213,22 @@ async fn ask(
         other => return Err(unasked(&other)),
     };
     let clock = clock(errand).await?;
-    let model = match &asking.model {
-        None => None,
-        Some(directory) => {
-            let question = Question::Model {
-                directory: directory.clone(),
-                deep: asking.deep,
-            };
-            let limit = if asking.deep {
-                DEEP_LIMIT
-            } else {
-                ANSWER_LIMIT
-            };
-            match errand.ask(&question, limit).await? {
-                Answer::Model(digest) => Some(digest),
-                other => return Err(unasked(&other)),
-            }
+    let mut models = Digests::new();
+    for directory in &place.models {
+        let question = Question::Model {
+            directory: directory.clone(),
+            deep: asking.deep,
+        };
+        let meter = Meter::new(asking.notes, format!("{}: reading {directory}", place.name));
+        let tell = |done, total| meter.tell(done, total);
+        match errand
+            .ask_and_watch(&question, SILENCE_LIMIT, &tell)
+            .await?
+        {
+            Answer::Model(digest) => drop(models.insert(directory.clone(), digest)),
+            other => return Err(unasked(&other)),
         }
-    };
+    }
     let reach = match echo {
         None => None,
         Some(Echo { address, nonce, .. }) => {
@@ -230,7 +245,7 @@ async fn ask(
     Ok(Seen {
         host,
         clock,
-        model,
+        models,
         reach,
         all_reduce: None,
     })
@@ -255,17 +270,14 @@ async fn clock(errand: &mut Errand) -> Result<(f64, f64), LaunchError> {
     Ok(best.unwrap_or_default())
 }
 
-/// The same sum on all nodes at once; what each measured.
-async fn all_reduce(
-    places: &[Place],
-    errands: &mut [Option<Errand>],
-) -> Vec<Result<Speed, String>> {
-    let everyone = |why: String| places.iter().map(|_| Err(why.clone())).collect();
+/// The same sum on all nodes of `group` at once; what each measured.
+async fn all_reduce(mut group: Vec<(&Place, &mut Errand)>) -> Vec<Result<Speed, String>> {
     let interface = |place: &Place| place.address.unwrap_or([127, 0, 0, 1].into());
-    let world_size = u32::try_from(places.len()).unwrap_or(u32::MAX);
-    let Some((Some(first), place)) = errands.first_mut().map(Option::as_mut).zip(places.first())
-    else {
-        return everyone("no node answers".to_owned());
+    let count = group.len();
+    let everyone = |why: String| vec![Err(why); count];
+    let world_size = u32::try_from(count).unwrap_or(u32::MAX);
+    let Some((place, first)) = group.first_mut() else {
+        return Vec::new();
     };
     let make = Question::MakeGroup {
         world_size,
@@ -277,23 +289,19 @@ async fn all_reduce(
         Ok(other) => return everyone(unasked(&other).to_string()),
         Err(error) => return everyone(error.to_string()),
     };
-    let asked = (0..)
-        .zip(places)
-        .zip(errands)
-        .map(async |((rank, place), errand)| {
-            let errand = errand.as_mut().ok_or("it does not answer")?;
-            let question = Question::AllReduce {
-                id: id.clone(),
-                rank,
-                world_size,
-                interface: interface(place),
-            };
-            match errand.ask(&question, ANSWER_LIMIT).await {
-                Ok(Answer::AllReduce(speed)) => speed,
-                Ok(other) => Err(unasked(&other).to_string()),
-                Err(error) => Err(error.to_string()),
-            }
-        });
+    let asked = (0..).zip(group).map(async |(rank, (place, errand))| {
+        let question = Question::AllReduce {
+            id: id.clone(),
+            rank,
+            world_size,
+            interface: interface(place),
+        };
+        match errand.ask(&question, ANSWER_LIMIT).await {
+            Ok(Answer::AllReduce(speed)) => speed,
+            Ok(other) => Err(unasked(&other).to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    });
     join_all(asked).await
 }
 

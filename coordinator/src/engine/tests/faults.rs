@@ -50,11 +50,14 @@ async fn streams_go_on_through_faults_without_gap_or_repeat() {
         assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
     }
     assert_eq!(rig.handle.readiness(), Readiness::Ready);
-    let text = rig.metrics.render();
+    let text = rig.metrics.registry().render();
     for line in [
-        format!("cluster_recoveries_total {}", faults.len()),
-        format!("cluster_epoch {}", faults.len()),
-        "cluster_ranks_ready 2".to_owned(),
+        format!(
+            "cluster_recoveries_total{{model_name=\"test\"}} {}",
+            faults.len()
+        ),
+        format!("cluster_epoch{{model_name=\"test\"}} {}", faults.len()),
+        "cluster_ranks_ready{model_name=\"test\"} 2".to_owned(),
     ] {
         assert!(text.contains(&line), "{line} is missing in {text}");
     }
@@ -94,7 +97,7 @@ async fn a_request_that_kills_its_shards_ends_alone() {
     assert_eq!(told[1], (vec![], StreamEventKind::Failed(GIVEN_UP.into())));
     let late = rig.handle.submit(vec![request(&rig.handle, 60, 5)]).await;
     assert_eq!(read_all(late.unwrap(), 1).await[0].0, [61, 62, 63, 64, 65]);
-    let text = rig.metrics.render();
+    let text = rig.metrics.registry().render();
     assert!(text.contains("finished_reason=\"error\"} 1"), "{text}");
 }
 

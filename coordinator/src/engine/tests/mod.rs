@@ -23,7 +23,7 @@ async fn every_choice_gets_its_tokens_and_one_end() {
         assert_eq!(tokens, expected);
         assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
     }
-    let text = rig.metrics.render();
+    let text = rig.metrics.registry().render();
     assert!(
         text.contains("vllm:generation_tokens_total{model_name=\"test\",engine=\"0\"} 60"),
         "{text}"
@@ -50,7 +50,7 @@ async fn choices_of_one_prompt_are_measured_together() {
     }
     let events = rig.handle.submit(choices.to_vec()).await.unwrap();
     assert_eq!(read_all(events, 4).await.len(), 4);
-    let text = rig.metrics.render();
+    let text = rig.metrics.registry().render();
     for (name, count, sum) in [
         ("params_n", 2, 3 + 1),
         ("max_num_generation_tokens", 2, 9 + 4),
@@ -131,8 +131,11 @@ async fn who_does_not_read_is_cut_with_a_sentence() {
         last[1],
         Some(StreamEventKind::Finished(FinishReason::Length))
     );
-    let text = rig.metrics.render();
-    assert!(text.contains("cluster_slow_streams_cut_total 1"), "{text}");
+    let text = rig.metrics.registry().render();
+    assert!(
+        text.contains("cluster_slow_streams_cut_total{model_name=\"test\"} 1"),
+        "{text}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -202,7 +205,7 @@ async fn refusals_reach_who_asked_and_are_counted() {
     assert!(matches!(second, Err(SubmitError::Refused(refusal)) if refusal.is_temporary()));
     assert_eq!(read_all(first, 60).await.len(), 60);
     assert_eq!(read_all(blocker, 1).await.len(), 1);
-    let text = rig.metrics.render();
+    let text = rig.metrics.registry().render();
     assert!(text.contains("reason=\"max_num_queued_reqs\"} 1"), "{text}");
 }
 

@@ -4,7 +4,7 @@ use super::super::handle::{EngineHandle, Events, Readiness, StreamEventKind};
 use super::super::{Connections, DrainDeadline, Engine};
 use crate::clock::now;
 use crate::fleet::{Cause, Fault, Group, StepOutcome};
-use crate::metrics::{Metrics, Subject};
+use crate::metrics::{Metrics, Registry, Subject};
 use crate::scheduler::request::{Request, SamplingParams};
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use std::collections::VecDeque;
@@ -149,12 +149,12 @@ pub(super) async fn rig_of(
         async_scheduling: true,
     })
     .expect("the configuration is valid");
-    let metrics = Arc::new(Metrics::new(&Subject {
+    let subject = Subject {
         model_name: "test".into(),
-        max_model_len: 16384,
         world_size: 2,
-        build: "test".into(),
-    }));
+    };
+    let registry = Arc::new(Registry::new(16384, "test"));
+    let metrics = Arc::new(Metrics::new(registry, &subject));
     let (readiness, mut ready) = watch::channel(Readiness::Loading);
     let (handle, submissions) = EngineHandle::new(ready.clone());
     let (shutdown, on_shutdown) = watch::channel(None);

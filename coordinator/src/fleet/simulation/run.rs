@@ -13,7 +13,7 @@ use super::world::{MS, World};
 use crate::engine::handle::{EngineHandle, Readiness};
 use crate::engine::{Connections, DrainDeadline, Engine};
 use crate::fleet::{Fault, Fleet, Limits, Setup};
-use crate::metrics::{Metrics, Subject};
+use crate::metrics::{Metrics, Registry, Subject};
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use fastrand::Rng;
 use futures_util::future::join_all;
@@ -212,12 +212,12 @@ impl Cluster {
             sent: VecDeque::new(),
             recoveries: Arc::clone(&recoveries),
         };
-        let metrics = Arc::new(Metrics::new(&Subject {
+        let subject = Subject {
             model_name: "simulated".into(),
-            max_model_len: case.config.max_model_len,
             world_size: case.world_size,
-            build: "test".into(),
-        }));
+        };
+        let registry = Arc::new(Registry::new(case.config.max_model_len, "test"));
+        let metrics = Arc::new(Metrics::new(registry, &subject));
         let (readiness, ready) = watch::channel(Readiness::Loading);
         let (handle, submissions) = EngineHandle::new(ready);
         let (shutdown, on_shutdown) = watch::channel(None);
@@ -291,9 +291,9 @@ impl Cluster {
             world.violation(format_args!("a whole cluster does not serve"));
         }
         sleep(100 * MS).await;
-        let text = self.metrics.render();
+        let text = self.metrics.registry().render();
         for name in [
-            "cluster_kv_tokens{state=\"used\"",
+            "cluster_kv_tokens{model_name=\"simulated\",state=\"used\"",
             "vllm:num_requests_running{",
             "vllm:num_requests_waiting{",
         ] {

@@ -10,6 +10,7 @@ use crate::http::auth::Tenant;
 use crate::http::error::ApiError;
 use crate::http::generate::{Delta, Generation, StopReason, Usage};
 use crate::http::limits::{Bounded, MAX_MESSAGES, Whole};
+use crate::http::served::Served;
 use crate::http::sse::{self, Dialect, Frames};
 use crate::http::{RequestId, ServerState, body};
 use crate::text::pieces::Pieces;
@@ -55,8 +56,8 @@ impl Body {
         })
     }
 
-    fn logprobs(&self, state: &ServerState) -> Result<Option<u32>, ApiError> {
-        let alternatives = super::params::logprobs(state, "top_logprobs", self.top_logprobs)?;
+    fn logprobs(&self, served: &Served) -> Result<Option<u32>, ApiError> {
+        let alternatives = super::params::logprobs(served, "top_logprobs", self.top_logprobs)?;
         if self.logprobs == Some(true) {
             return Ok(Some(alternatives.unwrap_or(0)));
         }
@@ -79,7 +80,7 @@ pub async fn handle(
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, request).await?;
     let params: Params = body::parse(&bytes)?;
-    state.check_model(params.model.as_deref())?;
+    let served = state.models.choose(params.model.as_deref())?;
     unsupported::refuse(&bytes)?;
     let streaming = params.streaming()?;
     let body: Body = body::parse(&bytes)?;
@@ -88,10 +89,10 @@ pub async fn handle(
         let message = "echo is available for /v1/completions only.";
         return Err(ApiError::parameter("echo", message));
     }
-    let (ending, logprobs) = (body.ending()?, body.logprobs(&state)?);
-    let truncate = params.truncate_prompt_tokens(&state)?;
-    let text = render(&state, body.messages, ending).await?;
-    let mut tokens = encode(&state, text, body.add_special_tokens == Some(true)).await?;
+    let (ending, logprobs) = (body.ending()?, body.logprobs(served)?);
+    let truncate = params.truncate_prompt_tokens(served)?;
+    let text = render(served, body.messages, ending).await?;
+    let mut tokens = encode(served, text, body.add_special_tokens == Some(true)).await?;
     if let Some(most) = truncate {
         tokens.drain(..tokens.len().saturating_sub(most));
     }
@@ -102,22 +103,22 @@ pub async fn handle(
         logprobs,
         echo: false,
     };
-    let request = params.request(&state, tenant, extra)?;
+    let request = params.request(served, tenant, extra)?;
     let writer = Writer {
         id: format!("chatcmpl-{}", id.0),
         created: crate::clock::unix_seconds(),
-        model: state.model_name().to_owned(),
-        pieces: state.model.text.tokenizer.pieces(),
+        model: served.model.name().to_owned(),
+        pieces: served.model.text.tokenizer.pieces(),
         n: request.n,
         logprobs: logprobs.is_some(),
         token_ids: params.return_token_ids(),
         prompt,
         usage: streaming.unwrap_or_default(),
     };
-    let prompt_logprobs = params.prompt_logprobs(&state)?.is_some();
-    let generation = Generation::start(&state, request).await?;
+    let prompt_logprobs = params.prompt_logprobs(served)?.is_some();
+    let generation = Generation::start(served, request).await?;
     if streaming.is_some() {
-        let keep_alive = state.limits.keep_alive_interval;
+        let keep_alive = served.limits.keep_alive_interval;
         return Ok(sse::respond(generation, writer, keep_alive));
     }
     whole(generation, &writer, prompt_logprobs).await
@@ -128,11 +129,11 @@ pub async fn handle(
 /// # Errors
 /// 400 if the model has no template or its template objects.
 pub(super) async fn render(
-    state: &Arc<ServerState>,
+    served: &Arc<Served>,
     messages: Bounded<ChatMessage, MAX_MESSAGES>,
     ending: Ending,
 ) -> Result<String, ApiError> {
-    if state.model.text.template.is_none() {
+    if served.model.text.template.is_none() {
         return Err(ApiError::bad_request(
             "This model has no chat template, so it cannot chat. Use /v1/completions, or add a \
              chat_template to the model's tokenizer_config.json.",
@@ -149,7 +150,7 @@ pub(super) async fn render(
         .iter()
         .map(crate::text::template::Message::size)
         .sum();
-    let shared = Arc::clone(state);
+    let shared = Arc::clone(served);
     let render = move || match &shared.model.text.template {
         Some(template) => template.render(&messages, ending),
         None => Err(TemplateError::Failed("there is none".to_owned())),

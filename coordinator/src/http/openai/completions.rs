@@ -42,42 +42,42 @@ pub async fn handle(
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, request).await?;
     let params: Params = body::parse(&bytes)?;
-    state.check_model(params.model.as_deref())?;
+    let served = state.models.choose(params.model.as_deref())?;
     unsupported::refuse(&bytes)?;
     let streaming = params.streaming()?;
     let body: Body = body::parse(&bytes)?;
     drop(bytes);
     let echo = body.echo == Some(true);
-    let logprobs = super::params::logprobs(&state, "logprobs", body.logprobs)?;
-    let truncate = params.truncate_prompt_tokens(&state)?;
+    let logprobs = super::params::logprobs(served, "logprobs", body.logprobs)?;
+    let truncate = params.truncate_prompt_tokens(served)?;
     let special = body.add_special_tokens != Some(false);
-    let prompts = body.prompt.resolve(&state, special, truncate).await?;
-    let default = state.model.text.defaults.max_new_tokens;
+    let prompts = body.prompt.resolve(served, special, truncate).await?;
+    let default = served.model.text.defaults.max_new_tokens;
     let extra = Extra {
         prompts: prompts.iter().map(|it| Arc::clone(&it.tokens)).collect(),
         default_max_tokens: default.or(Some(DEFAULT_MAX_TOKENS)),
         logprobs,
         echo,
     };
-    let request = params.request(&state, tenant, extra)?;
+    let request = params.request(served, tenant, extra)?;
     let writer = Writer {
         id: format!("cmpl-{}", id.0),
         created: crate::clock::unix_seconds(),
-        model: state.model_name().to_owned(),
-        pieces: state.model.text.tokenizer.pieces(),
+        model: served.model.name().to_owned(),
+        pieces: served.model.text.tokenizer.pieces(),
         skip_special: params.skip_special_tokens(),
         n: request.n,
         choices: vec![ChoiceState::default(); prompts.len() * request.n],
         prompts,
         echo,
         logprobs: logprobs.is_some(),
-        prompt_logprobs: params.prompt_logprobs(&state)?.is_some(),
+        prompt_logprobs: params.prompt_logprobs(served)?.is_some(),
         token_ids: params.return_token_ids(),
         usage: streaming.unwrap_or_default(),
     };
-    let generation = Generation::start(&state, request).await?;
+    let generation = Generation::start(served, request).await?;
     if streaming.is_some() {
-        let keep_alive = state.limits.keep_alive_interval;
+        let keep_alive = served.limits.keep_alive_interval;
         return Ok(sse::respond(generation, writer, keep_alive));
     }
     whole(generation, writer).await

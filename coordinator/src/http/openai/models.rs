@@ -1,7 +1,7 @@
 //! `/v1/models`: the served names.
 
-use crate::http::ServerState;
 use crate::http::error::ApiError;
+use crate::http::{ServedModel, ServerState};
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
@@ -10,12 +10,11 @@ use std::sync::Arc;
 
 /// `GET /v1/models`.
 pub async fn list(State(state): State<Arc<ServerState>>) -> Json<Value> {
-    let models: Vec<Value> = state
-        .model
-        .names
-        .iter()
-        .map(|name| model(&state, name))
-        .collect();
+    let models = state.models.iter().flat_map(|model| {
+        let names = model.names.iter();
+        names.map(|name| about(&state, model, name))
+    });
+    let models: Vec<Value> = models.collect();
     Json(json!({"object": "list", "data": models}))
 }
 
@@ -25,18 +24,18 @@ pub async fn one(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Path(id) = id.map_err(|error| ApiError::bad_request(error.body_text()))?;
-    state.check_model(Some(&id))?;
-    Ok(Json(model(&state, &id)))
+    let served = state.models.choose(Some(&id))?;
+    Ok(Json(about(&state, &served.model, &id)))
 }
 
-fn model(state: &ServerState, name: &str) -> Value {
+fn about(state: &ServerState, model: &ServedModel, name: &str) -> Value {
     json!({
         "id": name,
         "object": "model",
         "created": state.created,
         "owned_by": "cluster",
-        "root": state.model_name(),
+        "root": model.name(),
         "parent": null,
-        "max_model_len": state.model.max_model_len,
+        "max_model_len": model.max_model_len,
     })
 }

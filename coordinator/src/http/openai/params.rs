@@ -1,7 +1,6 @@
 //! The parameters that completions and chat have in common, checked against the table of limits.
 
 use super::StreamUsage;
-use crate::http::ServerState;
 use crate::http::auth::Tenant;
 use crate::http::body::Object;
 use crate::http::error::ApiError;
@@ -10,6 +9,7 @@ use crate::http::limits::{
     Bounded, MAX_ALLOWED_TOKEN_IDS, MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_BYTES,
     MAX_STOP_TOKEN_IDS, MAX_STOPS, Whole, number, token_ids, whole,
 };
+use crate::http::served::Served;
 use crate::scheduler::request::SamplingParams;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -114,8 +114,8 @@ impl Params {
     ///
     /// # Errors
     /// 400 if out of range.
-    pub(super) fn prompt_logprobs(&self, state: &ServerState) -> Result<Option<u32>, ApiError> {
-        logprobs(state, "prompt_logprobs", self.prompt_logprobs)
+    pub(super) fn prompt_logprobs(&self, served: &Served) -> Result<Option<u32>, ApiError> {
+        logprobs(served, "prompt_logprobs", self.prompt_logprobs)
     }
 
     /// How many tokens at the prompt's end are kept; `None`: all.
@@ -124,9 +124,9 @@ impl Params {
     /// 400 if out of range.
     pub(super) fn truncate_prompt_tokens(
         &self,
-        state: &ServerState,
+        served: &Served,
     ) -> Result<Option<usize>, ApiError> {
-        let limit = state.model.max_model_len;
+        let limit = served.model.max_model_len;
         let Some(Whole(given)) = self.truncate_prompt_tokens else {
             return Ok(None);
         };
@@ -146,11 +146,11 @@ impl Params {
     /// 400 naming the parameter.
     pub(super) fn request(
         &self,
-        state: &ServerState,
+        served: &Served,
         tenant: Tenant,
         extra: Extra,
     ) -> Result<GenerateRequest, ApiError> {
-        let model = &state.model;
+        let model = &served.model;
         let n = self.choices()?;
         let least = i64::from(!extra.echo);
         let mut max_tokens = extra
@@ -175,14 +175,14 @@ impl Params {
             max_tokens = max_tokens.map(|most| most.min(u32::try_from(left).unwrap_or(u32::MAX)));
         }
         let max_tokens = asked.or(max_tokens);
-        let shown = self.prompt_logprobs(state)?;
+        let shown = self.prompt_logprobs(served)?;
         let prompt_logprobs = match (extra.echo, extra.logprobs, max_tokens) {
             (true, Some(count), _) => Some(count.max(shown.unwrap_or(0))),
             // Only scoring makes a request of no new tokens one that can be scheduled.
             (_, _, Some(0)) => Some(shown.unwrap_or(0)),
             _ => shown,
         };
-        let stop_token_ids = list("stop_token_ids", self.stop_token_ids.as_ref(), state)?;
+        let stop_token_ids = list("stop_token_ids", self.stop_token_ids.as_ref(), served)?;
         let min_tokens = self.min_tokens.map_or(0, |it| it.0);
         let min_tokens = whole("min_tokens", min_tokens, 0..=i64::from(u32::MAX))?;
         let priority = self.priority.map_or(0, |it| it.0);
@@ -200,7 +200,7 @@ impl Params {
         Ok(GenerateRequest {
             prompts: extra.prompts,
             n,
-            sampling: self.sampling(state, extra.logprobs)?,
+            sampling: self.sampling(served, extra.logprobs)?,
             max_tokens,
             min_tokens: u32::try_from(min_tokens).unwrap_or(u32::MAX),
             stop_token_ids,
@@ -245,12 +245,8 @@ impl Params {
         Ok(stops.to_vec())
     }
 
-    fn sampling(
-        &self,
-        state: &ServerState,
-        logprobs: Option<u32>,
-    ) -> Result<SamplingParams, ApiError> {
-        let defaults = &state.model.text.defaults;
+    fn sampling(&self, served: &Served, logprobs: Option<u32>) -> Result<SamplingParams, ApiError> {
+        let defaults = &served.model.text.defaults;
         let or = |given: Option<f64>, default: Option<f64>, neutral| {
             given.or(default).unwrap_or(neutral)
         };
@@ -262,7 +258,7 @@ impl Params {
         let repetition = or(self.repetition_penalty, defaults.repetition_penalty, 1.0);
         let mut logit_bias = Vec::new();
         for (token, bias) in self.logit_bias.iter().flat_map(|biases| &biases.0) {
-            token_ids("logit_bias", &[*token], state.model.vocab_size)?;
+            token_ids("logit_bias", &[*token], served.model.vocab_size)?;
             let bias = number("logit_bias", *bias, -100.0..=100.0)?;
             logit_bias.push(LogitBias {
                 token: *token,
@@ -271,7 +267,7 @@ impl Params {
         }
         let seed = match self.seed {
             // As in `vllm`, -1 is a way to say nothing.
-            None | Some(Whole(-1)) => state.seeds.draw(),
+            None | Some(Whole(-1)) => served.seeds.draw(),
             Some(Whole(seed)) => u64::try_from(seed & i128::from(u64::MAX)).unwrap_or(0),
         };
         Ok(SamplingParams {
@@ -293,7 +289,7 @@ impl Params {
             seed,
             logit_bias,
             banned_token_ids: Vec::new(),
-            allowed_token_ids: list("allowed_token_ids", self.allowed_token_ids.as_ref(), state)?,
+            allowed_token_ids: list("allowed_token_ids", self.allowed_token_ids.as_ref(), served)?,
             logprobs,
         })
     }
@@ -310,26 +306,26 @@ fn steady(temperature: f32) -> f32 {
 
 /// A number of alternatives; absent and negative ones ask for nothing.
 pub(super) fn logprobs(
-    state: &ServerState,
+    served: &Served,
     param: &str,
     given: Option<Whole>,
 ) -> Result<Option<u32>, ApiError> {
     let Some(Whole(given)) = given else {
         return Ok(None);
     };
-    let count = whole(param, given, 0..=i64::from(state.limits.max_logprobs))?;
+    let count = whole(param, given, 0..=i64::from(served.limits.max_logprobs))?;
     Ok(u32::try_from(count).ok())
 }
 
 fn list<const N: usize>(
     param: &str,
     ids: Option<&Bounded<u32, N>>,
-    state: &ServerState,
+    served: &Served,
 ) -> Result<Vec<u32>, ApiError> {
     let Some(Bounded(ids)) = ids else {
         return Ok(Vec::new());
     };
-    token_ids(param, ids, state.model.vocab_size)?;
+    token_ids(param, ids, served.model.vocab_size)?;
     Ok(ids.clone())
 }
 

@@ -1,8 +1,8 @@
 //! Prompts in the forms `/v1/completions` takes them, and their tokens.
 
-use crate::http::ServerState;
 use crate::http::error::ApiError;
 use crate::http::limits::MAX_CHOICES;
+use crate::http::served::Served;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use std::fmt;
@@ -30,7 +30,7 @@ impl PromptInput {
     /// 400 if a text cannot be the prompt of this model, however it is cut into tokens.
     pub(super) async fn resolve(
         self,
-        state: &ServerState,
+        served: &Served,
         add_special_tokens: bool,
         truncate: Option<usize>,
     ) -> Result<Vec<Prompt>, ApiError> {
@@ -45,7 +45,7 @@ impl PromptInput {
             }
             Self::Texts(texts) => {
                 for text in texts {
-                    let tokens = encode(state, text.clone(), add_special_tokens).await?;
+                    let tokens = encode(served, text.clone(), add_special_tokens).await?;
                     let shown = truncate.is_none_or(|most| tokens.len() <= most);
                     prompts.push(Prompt {
                         tokens: last(&tokens, truncate).into(),
@@ -70,12 +70,12 @@ fn last(tokens: &[u32], most: Option<usize>) -> &[u32] {
 /// # Errors
 /// 400.
 pub(super) async fn encode(
-    state: &ServerState,
+    served: &Served,
     text: String,
     add_special_tokens: bool,
 ) -> Result<Vec<u32>, ApiError> {
-    let limit = state.model.max_model_len;
-    let tokenizer = &state.model.text.tokenizer;
+    let limit = served.model.max_model_len;
+    let tokenizer = &served.model.text.tokenizer;
     if tokenizer.least_tokens(text.len()) > limit as usize {
         return Err(ApiError::too_long(format!(
             "This model's maximum context length is {limit} tokens. Your prompt of {} bytes is \

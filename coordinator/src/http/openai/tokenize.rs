@@ -31,7 +31,7 @@ pub async fn tokenize(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let body: TokenizeBody = body::parse(&body::read(&state, request).await?)?;
-    state.check_model(body.model.as_deref())?;
+    let served = state.models.choose(body.model.as_deref())?;
     let (text, special) = match (body.prompt, body.messages) {
         (Some(prompt), None) => (prompt, true),
         (None, Some(messages)) => {
@@ -39,19 +39,19 @@ pub async fn tokenize(
                 add_generation_prompt: body.add_generation_prompt != Some(false),
                 continue_final_message: body.continue_final_message == Some(true),
             };
-            (chat::render(&state, messages, ending).await?, false)
+            (chat::render(served, messages, ending).await?, false)
         }
         _ => return Err(ApiError::bad_request("Send either `prompt` or `messages`.")),
     };
-    let tokens = encode(&state, text, body.add_special_tokens.unwrap_or(special)).await?;
-    let tokenizer = &state.model.text.tokenizer;
+    let tokens = encode(served, text, body.add_special_tokens.unwrap_or(special)).await?;
+    let tokenizer = &served.model.text.tokenizer;
     let texts = (body.return_token_strs == Some(true)).then(|| {
         let written = |&id: &u32| tokenizer.id_to_token(id).unwrap_or_default();
         tokens.iter().map(written).collect::<Vec<_>>()
     });
     Ok(Json(json!({
         "count": tokens.len(),
-        "max_model_len": state.model.max_model_len,
+        "max_model_len": served.model.max_model_len,
         "tokens": tokens,
         "token_strs": texts,
     })))
@@ -69,9 +69,9 @@ pub async fn detokenize(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let body: DetokenizeBody = body::parse(&body::read(&state, request).await?)?;
-    state.check_model(body.model.as_deref())?;
-    token_ids("tokens", &body.tokens, state.model.vocab_size)?;
-    let text = state
+    let served = state.models.choose(body.model.as_deref())?;
+    token_ids("tokens", &body.tokens, served.model.vocab_size)?;
+    let text = served
         .model
         .text
         .tokenizer

@@ -2,7 +2,8 @@
 //!
 //! Text to values: nothing is looked up or connected to. Whoever reads the error is the one who wrote the
 //! file, so it names file, line and key. Invariants: names of nodes are unique; a model's ranks
-//! are devices that their nodes have, none twice, those of a node side by side.
+//! are devices that their nodes have, none twice and none another model's, of one kind, those of a node side
+//! by side.
 
 mod raw;
 
@@ -34,8 +35,8 @@ pub struct Topology {
     pub coordinator: IpAddr,
     /// At least one.
     pub nodes: Vec<Node>,
-    /// The model and its ranks.
-    pub model: ModelSpec,
+    /// The models and their ranks, at least one.
+    pub models: Vec<ModelSpec>,
 }
 
 /// A machine.
@@ -45,7 +46,7 @@ pub struct Node {
     pub name: String,
     /// Where other nodes reach it.
     pub address: IpAddr,
-    /// The network interface that NCCL takes; `None` leaves it to NCCL.
+    /// The network interface that NCCL takes; there is one wherever ranks on GPUs reach over nodes.
     pub interface: Option<String>,
     /// How to get there; `None` is the coordinator's own machine.
     pub ssh: Option<Target>,
@@ -56,14 +57,40 @@ pub struct Node {
 }
 
 /// A model, and on what it is computed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ModelSpec {
-    /// What the API calls it.
-    pub name: Option<String>,
+    /// What the API calls it; the first is shown. Empty: as its directory.
+    pub names: Vec<String>,
     /// Its directory, the same on all machines; `None` is the built-in model.
     pub path: Option<String>,
     /// In rank order: index of the node, and the device.
     pub ranks: Vec<(usize, Device)>,
+    /// What differs from the command line, which is for all models.
+    pub settings: Vec<Setting>,
+}
+
+/// A flag of the command line for one model alone. What values it takes is the command line's to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// The flag without its dashes, words joined by `_`.
+    pub key: &'static str,
+    /// As it would be typed.
+    pub value: String,
+    /// Where it stands, from 1.
+    pub line: usize,
+}
+
+impl ModelSpec {
+    /// Whether all ranks are on one machine.
+    pub fn is_one_host(&self) -> bool {
+        self.hosts().len() <= 1
+    }
+
+    /// The indices of the nodes that have ranks, with how many, in rank order.
+    pub fn hosts(&self) -> Vec<(usize, usize)> {
+        let ranks = self.ranks.chunk_by(|(one, _), (other, _)| one == other);
+        ranks.map(|ranks| (ranks[0].0, ranks.len())).collect()
+    }
 }
 
 impl Topology {
@@ -72,9 +99,10 @@ impl Topology {
     /// # Errors
     /// [`TopologyError`] that names line and key.
     pub fn parse(file: &Path, text: &str) -> Result<Self, TopologyError> {
+        let line = |at: usize| text[..at.min(text.len())].matches('\n').count() + 1;
         let wrong = |at: usize, reason: String| TopologyError {
             file: file.to_owned(),
-            line: text[..at.min(text.len())].matches('\n').count() + 1,
+            line: line(at),
             reason,
         };
         if text.len() > MAX_FILE_BYTES {
@@ -87,26 +115,8 @@ impl Topology {
             let at = e.span().map_or(0, |span| span.start);
             wrong(at, unreadable(&e, text, at))
         })?;
-        raw.check()
+        raw.check(&line)
             .map_err(|Wrong { at, reason }| wrong(at, reason))
-    }
-
-    /// Whether all ranks are on one machine.
-    pub fn is_one_host(&self) -> bool {
-        let mut nodes = self.model.ranks.iter().map(|(node, _)| node);
-        let first = nodes.next();
-        nodes.all(|node| Some(node) == first)
-    }
-
-    /// The nodes that have ranks, with how many, in rank order.
-    pub fn hosts(&self) -> Vec<(&Node, usize)> {
-        let ranks = self
-            .model
-            .ranks
-            .chunk_by(|(one, _), (other, _)| one == other);
-        ranks
-            .map(|ranks| (&self.nodes[ranks[0].0], ranks.len()))
-            .collect()
     }
 }
 
@@ -140,28 +150,65 @@ mod tests {
         assert_eq!(topology.nodes[0].ssh, None);
         let ssh = topology.nodes[1].ssh.clone().unwrap();
         assert_eq!((ssh.host.as_str(), ssh.port), ("10.77.0.2", Some(22)));
-        assert_eq!(topology.model.ranks.len(), 4);
-        assert!(!topology.is_one_host());
-        let hosts: Vec<_> = topology
-            .hosts()
-            .iter()
-            .map(|(node, ranks)| (node.name.clone(), *ranks))
-            .collect();
-        assert_eq!(hosts, [("here".to_owned(), 2), ("there".to_owned(), 2)]);
+        let [model] = topology.models.as_slice() else {
+            panic!("{:?}", topology.models);
+        };
+        assert_eq!((model.ranks.len(), model.is_one_host()), (4, false));
+        assert_eq!(model.hosts(), [(0, 2), (1, 2)]);
     }
 
     #[test]
     fn devices_of_a_node_stay_together() {
         let text = "coordinator.address = \"10.0.0.1\"\n\
-            [[node]]\nname = \"a\"\naddress = \"10.0.0.1\"\ngpus = \"0-3\"\n\
-            [[node]]\nname = \"b\"\naddress = \"10.0.0.2\"\ngpus = \"4,5\"\n\
+            [[node]]\nname = \"a\"\naddress = \"10.0.0.1\"\ninterface = \"ib0\"\ngpus = \"0-3\"\n\
+            [[node]]\nname = \"b\"\naddress = \"10.0.0.2\"\ninterface = \"ib1\"\ngpus = \"4,5\"\n\
             [[model]]\ndevices = [\"b:5\", \"a:1-2\", \"b:4\"]\n";
         let topology = parse(text).unwrap();
         let gpu = |index| Device::Gpu { index, ranks: 1 };
         let ranks = vec![(1, gpu(5)), (1, gpu(4)), (0, gpu(1)), (0, gpu(2))];
-        assert_eq!(topology.model.ranks, ranks);
+        assert_eq!(topology.models[0].ranks, ranks);
         let alone = text.replace("\"a:1-2\", ", "");
-        assert!(parse(&alone).unwrap().is_one_host());
+        assert!(parse(&alone).unwrap().models[0].is_one_host());
+        // Between nodes NCCL must not choose the network; on one node it needs none.
+        for text in [
+            text.to_owned(),
+            text.split("[[model]]").next().unwrap().into(),
+        ] {
+            let refused = parse(&text.replace("interface = \"ib1\"\n", "")).unwrap_err();
+            assert!(refused.contains("give node b an `interface`"), "{refused}");
+        }
+        assert!(parse(&alone.replace("interface = \"ib1\"\n", "")).is_ok());
+        let mixed = text.replace("gpus = \"4,5\"", "cpus = 6\nshards = 6");
+        let refused = parse(&mixed).unwrap_err();
+        assert!(refused.contains("on GPUs or on cores"), "{refused}");
+    }
+
+    #[test]
+    fn models_have_devices_names_and_flags_of_their_own() {
+        let text = "coordinator.address = \"10.0.0.1\"\n\
+            [[node]]\nname = \"a\"\naddress = \"10.0.0.1\"\ncpus = 4\nshards = 4\n\
+            [[model]]\ndevices = [\"a:0-1\"]\nname = [\"x\", \"y\"]\nmax_model_len = \"32k\"\n\
+            [[model]]\ndevices = [\"a:2-3\"]\npath = \"/m\"\nenforce_eager = true\n\
+            gpu_memory_utilization = 0.5\n";
+        let topology = parse(text).unwrap();
+        let [one, other] = topology.models.as_slice() else {
+            panic!("{:?}", topology.models);
+        };
+        assert_eq!((one.ranks.len(), other.ranks.len()), (2, 2));
+        assert_eq!(one.names, ["x", "y"]);
+        let setting = |key, value: &str, line| {
+            let value = value.to_owned();
+            Setting { key, value, line }
+        };
+        assert_eq!(one.settings, [setting("max_model_len", "32k", 10)]);
+        let settings = [
+            setting("gpu_memory_utilization", "0.5", 15),
+            setting("enforce_eager", "true", 14),
+        ];
+        assert_eq!(other.settings, settings);
+        let refused = parse(&text.replace("a:2-3", "a:1-3")).unwrap_err();
+        let said = "c.toml:12: `devices`: device 1 of a is another model's";
+        assert!(refused.starts_with(said), "{refused}");
     }
 
     /// A line of the example in another way, and what is then said of which line.
@@ -214,10 +261,14 @@ mod tests {
             ),
             (
                 "[\"a\"]",
-                "[\"a\"]\n[[model]]\ndevices = []",
-                10,
-                "keep one [[model]]",
+                "[\"a\"]\n[[model]]\ndevices = [\"a\"]",
+                11,
+                "another model's",
             ),
+            ("[\"a\"]", "[\"a\"]\nname = []", 10, "`name`: give a text"),
+            ("[\"a\"]", "[\"a\"]\nname = [1]", 10, "`name`: give a text"),
+            ("[\"a\"]", "[\"a\"]\ndtype = [1]", 10, "`dtype`: give"),
+            ("[\"a\"]", "[\"a\"]\nport = 1", 10, "`port`"),
             ("[\"a\"]", "[\"a\"", 9, ""),
         ] {
             let refused = parse(&base.replacen(from, to, 1)).unwrap_err();

@@ -4,13 +4,13 @@
 //! line. Invariant: an unknown key is an error, never ignored.
 
 use super::super::{CpuSpec, GpuSpec, SpecError};
-use super::{ModelSpec, Node, Topology};
+use super::{ModelSpec, Node, Setting, Topology};
 use crate::host::HostCores;
 use crate::launch::ssh::Target;
 use crate::partition::MAX_WORLD_SIZE;
 use crate::placement::{Device, DeviceRequest, place};
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use toml::{Spanned, Value};
@@ -77,13 +77,24 @@ struct RawSsh {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawModel {
-    name: Option<String>,
+    name: Option<Spanned<Value>>,
     path: Option<Spanned<String>>,
     devices: Spanned<Vec<Spanned<String>>>,
+    dtype: Option<Spanned<Value>>,
+    max_model_len: Option<Spanned<Value>>,
+    generation_config: Option<Spanned<Value>>,
+    chat_template: Option<Spanned<Value>>,
+    gpu_memory_utilization: Option<Spanned<Value>>,
+    kv_cache_memory_bytes: Option<Spanned<Value>>,
+    num_gpu_blocks_override: Option<Spanned<Value>>,
+    max_num_seqs: Option<Spanned<Value>>,
+    max_num_batched_tokens: Option<Spanned<Value>>,
+    enforce_eager: Option<Spanned<Value>>,
 }
 
 impl RawFile {
-    pub(super) fn check(self) -> Result<Topology, Wrong> {
+    /// `line` is that of a place in the text.
+    pub(super) fn check(self, line: &dyn Fn(usize) -> usize) -> Result<Topology, Wrong> {
         let address = &self.coordinator.address;
         if address.get_ref().is_unspecified() {
             let reason = "`address`: give the one address of this machine that all nodes reach";
@@ -100,19 +111,18 @@ impl RawFile {
             }
             nodes.push(node);
         }
-        let mut models = self.model.into_iter();
-        let model = match (models.next(), models.next()) {
-            (None, _) => whole_cluster(&nodes)?,
-            (Some(model), None) => model.into_inner().check(&nodes)?,
-            (Some(_), Some(second)) => {
-                let reason = "`model`: one cluster serves one model so far; keep one [[model]]";
-                return Err(at(&second, reason));
-            }
-        };
+        let mut models = Vec::new();
+        if self.model.is_empty() {
+            models.push(whole_cluster(&nodes)?);
+        }
+        let mut taken = BTreeSet::new();
+        for raw in self.model {
+            models.push(raw.into_inner().check((&nodes, &mut taken), line)?);
+        }
         Ok(Topology {
             coordinator,
             nodes,
-            model,
+            models,
         })
     }
 }
@@ -133,11 +143,39 @@ fn whole_cluster(nodes: &[Node]) -> Result<ModelSpec, Wrong> {
             at: 0,
             reason: too_many(count),
         }),
-        _ => Ok(ModelSpec {
-            name: None,
-            path: None,
-            ranks,
-        }),
+        _ => {
+            let model = ModelSpec {
+                ranks,
+                ..ModelSpec::default()
+            };
+            let unfit = |reason| Wrong { at: 0, reason };
+            fits_together(&model, nodes).map_err(unfit)?;
+            Ok(model)
+        }
+    }
+}
+
+/// What ranks of one model need of each other, beyond being there.
+fn fits_together(model: &ModelSpec, nodes: &[Node]) -> Result<(), String> {
+    let is_gpu = |(_, device): &(usize, Device)| matches!(device, Device::Gpu { .. });
+    if !model.ranks.iter().any(is_gpu) {
+        return Ok(());
+    }
+    if !model.ranks.iter().all(is_gpu) {
+        return Err(
+            "`devices`: a model computes on GPUs or on cores; name nodes of one kind".into(),
+        );
+    }
+    if model.is_one_host() {
+        return Ok(());
+    }
+    let mut hosts = model.hosts().into_iter().map(|(node, _)| &nodes[node]);
+    match hosts.find(|node| node.interface.is_none()) {
+        None => Ok(()),
+        Some(Node { name, .. }) => Err(format!(
+            "`devices`: between nodes NCCL sends activations in clear and admits whoever asks, over whatever \
+             network it finds; give node {name} an `interface` (as in `ip link`) on a private network"
+        )),
     }
 }
 
@@ -225,14 +263,14 @@ impl RawNode {
                     cpus: Some(spec),
                     tensor_parallel_size: Some(shards),
                 };
-                let placed = place(&request, &host).map_err(|_| {
+                let mut placed = place(&request, 1, &host).map_err(|_| {
                     let blamed = self.shards.as_ref().map_or(cpus.span(), Spanned::span);
                     Wrong {
                         at: blamed.start,
                         reason: format!("`shards`: {shards} is not from 1 to the number of cores"),
                     }
                 })?;
-                Ok(placed.devices)
+                Ok(placed.models.swap_remove(0).devices)
             }
             (None, None) => Err(at(
                 &self.name,
@@ -285,7 +323,12 @@ impl RawSsh {
 }
 
 impl RawModel {
-    fn check(self, nodes: &[Node]) -> Result<ModelSpec, Wrong> {
+    /// `others` are the devices of the models before it: node, and number there.
+    fn check(
+        self,
+        (nodes, others): (&[Node], &mut BTreeSet<(usize, u32)>),
+        line: &dyn Fn(usize) -> usize,
+    ) -> Result<ModelSpec, Wrong> {
         if let Some(path) = &self.path
             && !path.get_ref().starts_with('/')
         {
@@ -307,20 +350,89 @@ impl RawModel {
                     let reason = format!("`devices`: device {number} of {node} is named twice");
                     return Err(at(named, reason));
                 }
+                if others.contains(&(index, number)) {
+                    let node = &nodes[index].name;
+                    let reason = format!(
+                        "`devices`: device {number} of {node} is another model's; each takes its own"
+                    );
+                    return Err(at(named, reason));
+                }
                 taken.push((number, device));
             }
         }
         let node_ranks = |index| chosen[&index].iter().map(move |(_, d)| (index, d.clone()));
         let ranks: Vec<_> = order.into_iter().flat_map(node_ranks).collect();
-        match ranks.len() {
-            0 => Err(at(&self.devices, "`devices`: name at least one node")),
-            count if count > MAX_WORLD_SIZE as usize => Err(at(&self.devices, too_many(count))),
-            _ => Ok(ModelSpec {
-                name: self.name,
-                path: self.path.map(Spanned::into_inner),
-                ranks,
-            }),
+        let numbers = chosen.iter().flat_map(|(index, taken)| {
+            let numbers = taken.iter().map(|(number, _)| *number);
+            numbers.map(move |number| (*index, number))
+        });
+        others.extend(numbers);
+        if ranks.is_empty() {
+            return Err(at(&self.devices, "`devices`: name at least one node"));
         }
+        if ranks.len() > MAX_WORLD_SIZE as usize {
+            return Err(at(&self.devices, too_many(ranks.len())));
+        }
+        let model = ModelSpec {
+            names: self.names()?,
+            settings: self.settings(line)?,
+            path: self.path.map(Spanned::into_inner),
+            ranks,
+        };
+        fits_together(&model, nodes).map_err(|reason| at(&self.devices, reason))?;
+        Ok(model)
+    }
+
+    fn names(&self) -> Result<Vec<String>, Wrong> {
+        let Some(given) = &self.name else {
+            return Ok(Vec::new());
+        };
+        let texts = match given.get_ref() {
+            Value::Array(items) => items.iter().map(Value::as_str).collect(),
+            value => value.as_str().map(|text| vec![text]),
+        };
+        let texts: Option<Vec<&str>> = texts;
+        let texts = texts.filter(|texts| !texts.is_empty() && !texts.contains(&""));
+        let reason = "`name`: give a text, or a list of texts of which the first is shown";
+        let texts = texts.ok_or_else(|| at(given, reason))?;
+        Ok(texts.into_iter().map(str::to_owned).collect())
+    }
+
+    /// Flags of the command line that are this model's alone.
+    fn settings(&self, line: &dyn Fn(usize) -> usize) -> Result<Vec<Setting>, Wrong> {
+        let given = [
+            ("dtype", &self.dtype),
+            ("max_model_len", &self.max_model_len),
+            ("generation_config", &self.generation_config),
+            ("chat_template", &self.chat_template),
+            ("gpu_memory_utilization", &self.gpu_memory_utilization),
+            ("kv_cache_memory_bytes", &self.kv_cache_memory_bytes),
+            ("num_gpu_blocks_override", &self.num_gpu_blocks_override),
+            ("max_num_seqs", &self.max_num_seqs),
+            ("max_num_batched_tokens", &self.max_num_batched_tokens),
+            ("enforce_eager", &self.enforce_eager),
+        ];
+        let given = given
+            .into_iter()
+            .filter_map(|(key, value)| Some((key, value.as_ref()?)));
+        let setting = |(key, value): (&'static str, &Spanned<Value>)| {
+            let text = match value.get_ref() {
+                Value::String(text) => text.clone(),
+                Value::Integer(_) | Value::Float(_) | Value::Boolean(_) => {
+                    value.get_ref().to_string()
+                }
+                _ => {
+                    let reason = format!("`{key}`: give a text, a number, true or false");
+                    return Err(at(value, reason));
+                }
+            };
+            Ok(Setting {
+                key,
+                value: text,
+                line: line(value.span().start),
+            })
+        };
+        given.map(setting).collect()
     }
 }
 

@@ -3,12 +3,13 @@
 //! Pure: answers in, findings out. Invariant: `fail` only for what would keep a cluster from starting or
 //! from saying the same on all nodes.
 
-use super::nodes::{Place, Seen, groups};
+use super::nodes::{Digests, Place, Seen, groups};
 use super::{EVERYWHERE, Finding, Level};
+use std::collections::BTreeSet;
 use topology::examine::Speed;
 use topology::examine::host::{HostReport, Interface};
-use topology::examine::model::ModelDigest;
 use topology::fit::Bytes;
+use topology::manifest::MANIFEST_FILE;
 use topology::placement::Device;
 
 /// A clock that is further off puts lines of `cluster logs` in a wrong order.
@@ -63,7 +64,11 @@ pub(super) fn node(place: &Place, seen: &Seen) -> Vec<Finding> {
         let (level, text) = interface(place, &seen.host);
         findings.push(say(level, "interface", text));
     }
-    if let Some(Err(why)) = &seen.model {
+    for why in seen
+        .models
+        .values()
+        .filter_map(|digest| digest.as_ref().err())
+    {
         let text = format!("{why}; put the model there, or change `path` of [[model]]");
         findings.push(say(Level::Fail, "model", text));
     }
@@ -77,17 +82,25 @@ fn has_gpu(place: &Place) -> bool {
 
 fn device(place: &Place, host: &HostReport) -> (Level, String) {
     if has_gpu(place) {
+        let is_alone = place.devices.len() == 1 && !place.joins_nodes;
         return match &host.gpus {
             Err(why) => (Level::Fail, why.clone()),
-            Ok(gpus) => match gpus.memory_of(&place.devices) {
+            Ok(gpus) => match gpus.memory_of(&place.devices, is_alone) {
                 Err(why) => (Level::Fail, why),
                 Ok(bytes) => {
                     let driver = host.driver.as_deref().unwrap_or("of unknown version");
+                    let nccl = host.nccl.as_deref().map_or_else(
+                        |_| String::new(), // which is a finding of its own
+                        |version| format!(", NCCL {version}"),
+                    );
                     let least = Bytes(bytes.into_iter().min().unwrap_or_default());
                     let count = place.devices.len();
                     (
                         Level::Ok,
-                        format!("{count} GPUs of {least} or more, driver {driver}"),
+                        format!(
+                            "{count} of {} GPUs taken, {least} or more each, driver {driver}{nccl}",
+                            gpus.gpus.len()
+                        ),
                     )
                 }
             },
@@ -242,32 +255,37 @@ fn interface(place: &Place, host: &HostReport) -> (Level, String) {
     (Level::Ok, text)
 }
 
-/// What is to be said of all nodes together. `own` is the model of this machine, if it is none of them.
-pub(super) fn together(nodes: &[(&Place, &Seen)], own: Option<&ModelDigest>) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    findings.extend(model(nodes, own));
+/// What is to be said of all nodes together. `own` are models of this machine that it was not asked for as one
+/// of them.
+pub(super) fn together(nodes: &[(&Place, &Seen)], own: &Digests) -> Vec<Finding> {
+    let directories = nodes.iter().flat_map(|(_, seen)| seen.models.keys());
+    let directories: BTreeSet<&String> = directories.collect();
+    let models = directories.iter().filter_map(|it| model(nodes, own, it));
+    let mut findings: Vec<_> = models.collect();
+    if directories.is_empty() {
+        let text = "the built-in one, a part of the program";
+        findings.push(Finding::new(Level::Ok, EVERYWHERE, "model", text));
+    }
     findings.extend(libraries(nodes));
     findings.extend(all_reduce(nodes));
     findings
 }
 
-fn model(nodes: &[(&Place, &Seen)], own: Option<&ModelDigest>) -> Option<Finding> {
-    let say = |level, text: String| Some(Finding::new(level, EVERYWHERE, "model", text));
-    let digests = nodes.iter().map(|(place, seen)| {
-        let digest = seen.model.as_ref()?.as_ref().ok()?;
+/// Whether a model is the same wherever it is read; `None` where it cannot be read somewhere, which is a
+/// finding already.
+fn model(nodes: &[(&Place, &Seen)], own: &Digests, directory: &str) -> Option<Finding> {
+    let say = |level, text: String| {
+        let text = format!("{directory}: {text}");
+        Some(Finding::new(level, EVERYWHERE, "model", text))
+    };
+    let here = own.get(directory).map(|digest| ("this machine", digest));
+    let there = nodes.iter().filter_map(|(place, seen)| {
+        let digest = seen.models.get(directory)?;
         Some((place.name.as_str(), digest))
     });
-    let own = own.map(|own| Some(("this machine", own)));
-    let digests = own.into_iter().chain(digests);
-    let Some(digests) = digests.collect::<Option<Vec<_>>>() else {
-        let is_built_in = nodes.iter().all(|(_, seen)| seen.model.is_none());
-        return is_built_in.then(|| {
-            say(
-                Level::Ok,
-                "the built-in one, a part of the program".to_owned(),
-            )
-        })?;
-    };
+    let digests = here.into_iter().chain(there);
+    let digests = digests.map(|(name, digest)| Some((name, digest.as_ref().ok()?)));
+    let digests = digests.collect::<Option<Vec<_>>>()?;
     let (first, rest) = digests.split_first()?;
     let differing = rest.iter().filter_map(|(name, digest)| {
         let files = first.1.differences(digest);
@@ -276,7 +294,12 @@ fn model(nodes: &[(&Place, &Seen)], own: Option<&ModelDigest>) -> Option<Finding
     let differing: Vec<_> = differing.collect();
     if differing.is_empty() {
         let (count, summary) = (first.1.files.len(), first.1.summary());
-        let text = format!("the same on every node: {count} files, {summary}");
+        let listed = if first.1.files.contains_key(MANIFEST_FILE) {
+            ", with a SHA256SUMS"
+        } else {
+            ""
+        };
+        let text = format!("the same on every node: {count} files, {summary}{listed}");
         return say(Level::Ok, text);
     }
     let text = format!(
@@ -326,11 +349,13 @@ fn libraries(nodes: &[(&Place, &Seen)]) -> Vec<Finding> {
 
 fn all_reduce(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
     let say = |level, text: String| Some(Finding::new(level, EVERYWHERE, "all-reduce", text));
-    if nodes.len() == 1 && nodes[0].0.address.is_some() {
-        let text = "all ranks are on one host and share its memory".to_owned();
+    let joined = nodes.iter().filter(|(place, _)| place.joins_nodes);
+    let joined: Vec<_> = joined.collect();
+    if joined.is_empty() && nodes.iter().all(|(place, _)| place.address.is_some()) {
+        let text = "the ranks of each model are on one host and share its memory".to_owned();
         return say(Level::Ok, text);
     }
-    let results = nodes
+    let results = joined
         .iter()
         .map(|(place, seen)| (place, seen.all_reduce.as_ref()));
     let mut slowest: Option<Speed> = None;
@@ -355,7 +380,7 @@ fn all_reduce(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
     let speed = slowest?;
     let text = format!(
         "over {} nodes: {:.3} ms for 1 KiB, {:.0} MB/s for 4 MiB",
-        nodes.len(),
+        joined.len(),
         speed.latency_seconds * 1e3,
         speed.bytes_per_second / 1e6
     );

@@ -2,7 +2,10 @@
 
 use super::*;
 use std::collections::BTreeMap;
+use topology::examine::model::ModelDigest;
 use topology::gpus::{Gpu, GpuHost};
+
+const MODEL: &str = "/m";
 
 fn place(name: &str, device: Device) -> Place {
     Place {
@@ -10,6 +13,7 @@ fn place(name: &str, device: Device) -> Place {
         address: Some([10, 0, 0, 1].into()),
         interface: Some("eth0".into()),
         devices: vec![device.clone(), device],
+        joins_nodes: true,
         ..Place::here()
     }
 }
@@ -53,9 +57,12 @@ fn seen() -> Seen {
             carrier: Some("eth0".into()),
         },
         clock: (0.001, 0.002),
-        model: Some(Ok(ModelDigest {
-            files: BTreeMap::from([("config.json".into(), "a".into())]),
-        })),
+        models: Digests::from([(
+            MODEL.into(),
+            Ok(ModelDigest {
+                files: BTreeMap::from([("config.json".into(), "a".into())]),
+            }),
+        )]),
         reach: Some(Ok(0.0002)),
         all_reduce: Some(Ok(Speed {
             latency_seconds: 1e-4,
@@ -70,7 +77,10 @@ fn found(device: &Device, spoil: impl FnOnce(&mut Place, &mut Seen)) -> Vec<Find
     let (seen_one, mut seen_other) = (seen(), seen());
     spoil(&mut other, &mut seen_other);
     let mut findings = node(&other, &seen_other);
-    findings.extend(together(&[(&one, &seen_one), (&other, &seen_other)], None));
+    findings.extend(together(
+        &[(&one, &seen_one), (&other, &seen_other)],
+        &Digests::new(),
+    ));
     findings.retain(|finding| finding.level != Level::Ok);
     findings
 }
@@ -78,7 +88,14 @@ fn found(device: &Device, spoil: impl FnOnce(&mut Place, &mut Seen)) -> Vec<Find
 #[test]
 fn good_nodes_are_good() {
     assert_eq!(found(&cpu(), |_, _| {}), []);
-    assert_eq!(found(&Device::Gpu { index: 0, ranks: 1 }, |_, _| {}), []);
+    let gpu = Device::Gpu { index: 0, ranks: 1 };
+    assert_eq!(found(&gpu, |_, _| {}), []);
+    let findings = node(&place("a", gpu), &seen());
+    let device = findings.iter().find(|finding| finding.check == "device");
+    let said = &device.expect("GPUs were looked at").text;
+    for part in ["2 of 1 GPUs", "80.0 GiB", "driver 580.1", "NCCL 2.30.7"] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
 }
 
 /// Makes one thing wrong.
@@ -110,9 +127,12 @@ fn spoil(what: &str, place: &mut Place, seen: &mut Seen) {
         }
         "other model" => {
             let files = BTreeMap::from([("config.json".into(), "b".into())]);
-            seen.model = Some(Ok(ModelDigest { files }));
+            seen.models = Digests::from([(MODEL.into(), Ok(ModelDigest { files }))]);
         }
-        "no model" => seen.model = Some(Err("it has no config.json".into())),
+        "no model" => {
+            let missing = Err("it has no config.json".into());
+            seen.models = Digests::from([(MODEL.into(), missing)]);
+        }
         other => panic!("{other}"),
     }
 }
@@ -157,8 +177,8 @@ fn each_thing_that_is_wrong_is_one_finding_that_says_what_to_do() {
 fn the_coordinators_own_model_is_compared_too() {
     let node = place("a", cpu());
     let files = BTreeMap::from([("tokenizer.json".into(), "x".into())]);
-    let own = ModelDigest { files };
-    let findings = together(&[(&node, &seen())], Some(&own));
+    let own = Digests::from([(MODEL.into(), Ok(ModelDigest { files }))]);
+    let findings = together(&[(&node, &seen())], &own);
     let said = findings.iter().find(|finding| finding.check == "model");
     let said = said.expect("models were compared");
     assert_eq!(said.level, Level::Fail);

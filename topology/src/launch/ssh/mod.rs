@@ -8,6 +8,7 @@
 //! Invariants: no text of the operator is ever read by a shell as more than one word; a program that
 //! runs on a node is byte for byte this one, because its file's name is its hash.
 
+use super::environment::Variable;
 use super::errand::Errand;
 use super::local::{self, Started};
 use super::{LaunchError, within};
@@ -39,8 +40,22 @@ const COPY: &str = r#"umask 077 && mkdir -p -- "$1" && cd -- "$1" || exit 1
 new=".$2.$$"
 trap 'rm -f -- "$new"' EXIT
 cat > "$new" && [ "$(sha256sum < "$new")" = "$3  -" ] && chmod 700 "$new" && mv -f -- "$new" "$2""#;
-/// Becomes the shard. `$1`: the program, `$2`: what it logs.
-const SHARD: &str = r#"exec "$1" shard --log "$2""#;
+/// Becomes the shard. `$1`: the program, `$2`: what it logs, the rest: variables, as `NAME=VALUE`, or as
+/// `NAME?=VALUE` where the node's own environment comes first.
+const SHARD: &str = r#"program=$1 log=$2
+shift 2
+for variable
+do
+    shift
+    case "$variable" in
+    *\?=*)
+        name="${variable%%\?*}"
+        if printenv "$name" > /dev/null; then continue; fi
+        variable="$name=${variable#*\?=}" ;;
+    esac
+    set -- "$@" "$variable"
+done
+exec env "$@" "$program" shard --log "$log""#;
 /// Becomes the process that answers questions about the node. `$1`: the program.
 const EXAMINE: &str = r#"exec "$1" shard --examine"#;
 /// Ends a process for good if it is that program. `$1`: its id, `$2`: the program's name.
@@ -235,8 +250,8 @@ pub struct Remote {
     target: Target,
     work_dir: String,
     image: Image,
-    /// Set once the program is there.
-    installed: OnceCell<()>,
+    /// Set once the program is there: whether it was copied.
+    installed: OnceCell<bool>,
 }
 
 impl Remote {
@@ -258,12 +273,18 @@ impl Remote {
         )
     }
 
-    /// Sees that the node has this very program, and copies it there if not. Whether it was copied.
+    /// Sees that the node has this very program, and copies it there if not. Whether it was copied. Once it is
+    /// there this does nothing.
     ///
     /// # Errors
     /// [`LaunchError`] with what to do: `ssh` is missing, the node does not let this user in, or its
     /// `work_dir` cannot be written.
     pub async fn install(&self) -> Result<bool, LaunchError> {
+        let install = async || self.copy_if_missing().await;
+        self.installed.get_or_try_init(install).await.copied()
+    }
+
+    async fn copy_if_missing(&self) -> Result<bool, LaunchError> {
         let program = self.program();
         let hash = (HASH, &[&*program][..]);
         let said = self.target.run(hash, Stdio::null(), COMMAND_LIMIT).await?;
@@ -293,10 +314,12 @@ impl Remote {
     ///
     /// # Errors
     /// [`LaunchError`] with what to do.
-    pub async fn start(&self, log: &str) -> Result<Started, LaunchError> {
-        let install = async || self.install().await.map(drop);
-        self.installed.get_or_try_init(install).await?;
-        let arguments = self.target.arguments(SHARD, &[&self.program(), log]);
+    pub async fn start(&self, log: &str, environment: &[Variable]) -> Result<Started, LaunchError> {
+        self.install().await?;
+        let (program, variables) = (self.program(), words(environment));
+        let words = [&*program, log].into_iter();
+        let words: Vec<&str> = words.chain(variables.iter().map(String::as_str)).collect();
+        let arguments = self.target.arguments(SHARD, &words);
         let started = local::start("ssh".as_ref(), arguments).await;
         started.map_err(|error| self.target.explain(error))
     }
@@ -321,6 +344,16 @@ impl Remote {
         self.target.run(kill, Stdio::null(), COMMAND_LIMIT).await?;
         Ok(())
     }
+}
+
+/// Variables as [`SHARD`] reads them.
+fn words(environment: &[Variable]) -> Vec<String> {
+    let word = |variable: &Variable| {
+        let Variable { name, value, .. } = variable;
+        let mark = if variable.is_proposal { "?=" } else { "=" };
+        format!("{name}{mark}{value}")
+    };
+    environment.iter().map(word).collect()
 }
 
 /// The node's `/proc/meminfo`, which a login shell may have put something before.
@@ -350,122 +383,4 @@ fn quote(word: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::random::{Random, seed};
-
-    fn target() -> Target {
-        Target {
-            host: "-oProxyCommand=touch /tmp/x".into(),
-            user: Some("someone".into()),
-            port: Some(2222),
-            identity: Some("/keys/a b".into()),
-            jump: Some("bastion".into()),
-            config: None,
-        }
-    }
-
-    #[test]
-    fn hosts_are_never_options_and_words_never_commands() {
-        let arguments = target().arguments(SHARD, &["/x y/$(id)/'`", "info; rm -rf /"]);
-        let text: Vec<_> = arguments.iter().map(|a| a.to_str().unwrap()).collect();
-        let [.., dashes, host, remote] = text.as_slice() else {
-            panic!("{text:?}");
-        };
-        assert_eq!((*dashes, *host), ("--", "-oProxyCommand=touch /tmp/x"));
-        assert!(
-            remote.ends_with(r"cluster '/x y/$(id)/'\''`' 'info; rm -rf /'"),
-            "{remote}"
-        );
-        for option in ["BatchMode=yes", "StrictHostKeyChecking=yes"] {
-            assert!(text.contains(&option), "{option}");
-        }
-        assert!(text.windows(2).any(|pair| pair == ["-i", "/keys/a b"]));
-        assert!(text.windows(2).any(|pair| pair == ["-J", "bastion"]));
-    }
-
-    #[test]
-    fn a_shell_reads_each_word_as_it_was() {
-        let seed = seed(21);
-        println!("seed {seed}");
-        let mut random = Random::new(seed);
-        for _ in 0..50 {
-            let marks = [
-                '\'', '"', '$', '`', '\\', ' ', '*', ';', '\n', '&', 'ä', 'x', '-', '!',
-            ];
-            let word: String = (0..random.below(20))
-                .map(|_| *random.pick(&marks))
-                .collect();
-            let script = format!(
-                "exec /bin/sh -c {} cluster {}",
-                quote("printf '%s|' \"$1\""),
-                quote(&word)
-            );
-            let output = std::process::Command::new("/bin/sh")
-                .args(["-c", &script])
-                .output();
-            let said = String::from_utf8(output.unwrap().stdout).unwrap();
-            assert_eq!(said, format!("{word}|"));
-        }
-    }
-
-    #[test]
-    fn the_copy_is_whole_or_not_there() {
-        let dir = tempfile::tempdir().unwrap();
-        let work_dir = dir.path().join("it's new/work");
-        let program = dir.path().join("program");
-        std::fs::write(&program, "#!/bin/sh\necho \"$@\"\n").unwrap();
-        let image = Image::read(&program).unwrap();
-        let run = |script: &str, words: &[&str], stdin: Stdio| {
-            let mut sh = std::process::Command::new("/bin/sh");
-            let sh = sh.args(["-c", script, "cluster"]).args(words).stdin(stdin);
-            let output = sh.output().unwrap();
-            (
-                output.status.success(),
-                String::from_utf8(output.stdout).unwrap(),
-            )
-        };
-        let place = work_dir.join(image.name());
-        let place = place.to_str().unwrap();
-        assert_eq!(run(HASH, &[place], Stdio::null()), (true, "none\n".into()));
-        let name = image.name();
-        let words = [work_dir.to_str().unwrap(), &name, &image.hash];
-        // Broken off: nothing stays.
-        assert!(!run(COPY, &words, Stdio::null()).0);
-        assert_eq!(std::fs::read_dir(&work_dir).unwrap().count(), 0);
-        assert!(run(COPY, &words, File::open(&program).unwrap().into()).0);
-        assert!(
-            run(COPY, &words, File::open(&program).unwrap().into()).0,
-            "again"
-        );
-        assert_eq!(std::fs::read_dir(&work_dir).unwrap().count(), 1);
-        let (_, hash) = run(HASH, &[place], Stdio::null());
-        assert!(hash.starts_with(&image.hash), "{hash}");
-        let (_, said) = run(SHARD, &[place, "a b"], Stdio::null());
-        assert_eq!(said, "shard --log a b\n");
-    }
-
-    #[test]
-    fn refusals_say_what_to_do() {
-        for (wrote, said) in [
-            ("Host key verification failed.", "known_hosts"),
-            (
-                "root@x: Permission denied (publickey).",
-                "does not accept this user's key",
-            ),
-            ("ssh: connect to host x port 22: Connection refused", "sshd"),
-            ("ssh: Could not resolve hostname x", "check `host`"),
-            ("exec: /w/cluster-1: Permission denied", "noexec"),
-            ("something new", "something new"),
-        ] {
-            let error = LaunchError::Handshake(wrote.to_owned());
-            let error = target().explain(error).to_string();
-            assert!(
-                error.contains(said) && error.contains("someone@"),
-                "{error}"
-            );
-        }
-        let error = no_ssh(&io::ErrorKind::NotFound.into()).to_string();
-        assert!(error.contains("openssh-client"));
-    }
-}
+mod tests;

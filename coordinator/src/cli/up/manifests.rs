@@ -1,0 +1,88 @@
+//! Models on other nodes are what the coordinator's manifest says: each node reads its own files.
+//!
+//! Asks nodes before any shard is started there, and only for models that have a `SHA256SUMS` here, whose files
+//! the coordinator has checked already. Invariant: on every node, the files that shards read are those that
+//! were checked here.
+
+use crate::cli::args::Up;
+use crate::cli::prepare::{Prepared, PreparedModel};
+use crate::cli::progress::{Meter, Notes};
+use crate::fleet::RankSite;
+use anyhow::{Context, Result, bail, ensure};
+use futures_util::future::try_join_all;
+use std::sync::Arc;
+use std::time::Duration;
+use topology::examine::{Answer, Question};
+use topology::launch::ssh::Remote;
+use topology::manifest::MANIFEST_FILE;
+use topology::wire::ModelLocation;
+
+/// How long a node may say nothing while it reads: a disk that has to wake up, or a network's.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Has every node with ranks of a model check its files; `sites` are by model.
+///
+/// # Errors
+/// A sentence that names the node and the file.
+pub(super) async fn verify(up: &Up, prepared: &Prepared, sites: &[Vec<RankSite>]) -> Result<()> {
+    let Some(topology) = &prepared.topology else {
+        return Ok(());
+    };
+    let mut checks = Vec::new();
+    for ((model, spec), sites) in prepared.models.iter().zip(&topology.models).zip(sites) {
+        let (Some(manifest), ModelLocation::Directory(directory)) =
+            (&model.model.manifest, &model.model.location)
+        else {
+            continue;
+        };
+        let mut first = 0; // ranks of a node are side by side, and share the way to it
+        for (node, ranks) in spec.hosts() {
+            if let Some(remote) = &sites[first].remote {
+                let node = topology.nodes[node].name.as_str();
+                checks.push(check(up, (node, remote), model, (directory, manifest)));
+            }
+            first += ranks;
+        }
+    }
+    try_join_all(checks).await?;
+    Ok(())
+}
+
+async fn check(
+    up: &Up,
+    (node, remote): (&str, &Arc<Remote>),
+    model: &PreparedModel,
+    (directory, manifest): (&str, &str),
+) -> Result<()> {
+    let name = model.model.name();
+    let asked = async {
+        remote.install().await?;
+        let mut errand = remote.examine()?;
+        let meter = Meter::new(
+            Notes(up.log_format),
+            format!("node {node}: checking {MANIFEST_FILE} of {name}"),
+        );
+        let question = Question::Model {
+            directory: directory.to_owned(),
+            deep: true,
+        };
+        let tell = |done, total| meter.tell(done, total);
+        errand.ask_and_watch(&question, SILENCE_LIMIT, &tell).await
+    };
+    let answer = asked.await.with_context(|| format!("node {node}"))?;
+    let digest = match answer {
+        Answer::Model(Ok(digest)) => digest,
+        Answer::Model(Err(why)) => bail!("node {node}: {why}"),
+        other => bail!("node {node} answers another question: {other:?}"),
+    };
+    let found = digest.files.get(MANIFEST_FILE);
+    ensure!(
+        found.is_some_and(|found| found == manifest),
+        "node {node}: {directory} has {} than this machine; copy the model anew",
+        match found {
+            Some(_) => format!("another {MANIFEST_FILE}"),
+            None => format!("no {MANIFEST_FILE}, other"),
+        }
+    );
+    Ok(())
+}
