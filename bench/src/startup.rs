@@ -97,7 +97,7 @@ async fn first_token(launched: &Launched, args: &Startup) -> anyhow::Result<Star
     let page = target.page().await.unwrap_or_default();
     let phases = page.samples("cluster_startup_seconds");
     let phases = phases.filter_map(|(labels, value)| {
-        let name = labels.strip_prefix("{phase=\"")?.strip_suffix("\"}")?;
+        let name = labels.split_once("phase=\"")?.1.split_once('"')?.0;
         Some((name.to_owned(), value))
     });
     Ok(Start {

@@ -119,7 +119,10 @@ fn a_killed_coordinator_is_followed_by_one_that_loads_nothing() {
         took.push(clock::since(begun));
         assert_eq!(cluster.shards, shards, "shards keep their processes");
         let (_, said) = status(name);
-        assert_eq!(said["queue"]["running"], 0, "nothing is half alive: {said}");
+        assert_eq!(
+            said["models"][0]["queue"]["running"], 0,
+            "nothing is half alive: {said}"
+        );
         assert_eq!(round(cluster.address, 16, 60), golden);
         // A fault after that is one like any other.
         if kill + 1 == kills {
