@@ -20,9 +20,12 @@ use topology::partition::{Partition, world_sizes};
 use topology::quantization::at_load;
 use topology::wire::Load;
 
-/// Relative to the row's largest logit. A backend that also rounds activations is further from the reference, which
-/// does not; this is what would have to give way for it.
+/// Relative to the row's largest logit, where codes are floats.
 const TOLERANCE: f32 = 1e-4;
+
+/// The same where they are integers: activations are then rounded to 8 bits, which the reference's are not, and random
+/// weights have nothing to spare. A layout that is misread is off by the size of the logits.
+const INTEGER_TOLERANCE: f32 = 0.2;
 
 fn fixtures() -> Vec<PathBuf> {
     let root = fixture_root().join("quantised");
@@ -46,8 +49,12 @@ fn every_layout_is_read_as_its_format_says_at_every_size() {
             let (worst, tokens) = compare::<CpuBackend>(&files, &load, &reference);
             println!("{case}: off by {worst:e}");
             the_fit_was_right(&files, &load, &case);
-            assert!(worst < TOLERANCE, "{case}: off by {worst}");
-            assert_eq!(tokens, reference.greedy, "{case}");
+            if case.contains("fp8") {
+                assert!(worst < TOLERANCE, "{case}: off by {worst}");
+                assert_eq!(tokens, reference.greedy, "{case}");
+            } else {
+                assert!(worst < INTEGER_TOLERANCE, "{case}: off by {worst}");
+            }
             tested.push(world_size);
         }
     }
