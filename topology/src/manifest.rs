@@ -197,7 +197,7 @@ fn check(
             hash_file(&path, &mut hash, read_on).map_err(|source| ModelFileError::Io {
                 file: name.clone(),
                 source,
-            })?
+            })?;
         }
         None => hash.update(files.read(name)?),
     }

@@ -137,7 +137,7 @@ fn nodes_with(topology: &Topology, wanted: impl Fn(&Device) -> bool) -> BTreeSet
 fn ask_all<T>(
     topology: &Topology,
     nodes: &BTreeSet<usize>,
-    ask: impl AsyncFn(&Node) -> Result<T>,
+    ask: &impl AsyncFn(&Node) -> Result<T>,
 ) -> Result<BTreeMap<usize, T>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -159,7 +159,7 @@ fn ask_all<T>(
 /// A sentence that names the node and says what to change.
 pub fn free_memory(topology: &Topology) -> Result<BTreeMap<usize, u64>> {
     let nodes = nodes_with(topology, |device| matches!(device, Device::Cpu { .. }));
-    ask_all(topology, &nodes, async |node| {
+    ask_all(topology, &nodes, &async |node: &Node| {
         let memory = match &node.ssh {
             None => HostMemory::read().context("ask for free memory")?,
             Some(target) => {
@@ -182,7 +182,7 @@ pub fn gpus(topology: &Topology) -> Result<BTreeMap<usize, GpuHost>> {
     let is_remote = |node: &usize| topology.nodes[*node].ssh.is_some();
     let image = nodes.iter().any(is_remote).then(|| Image::read(&program));
     let image = image.transpose()?;
-    ask_all(topology, &nodes, async |node| {
+    ask_all(topology, &nodes, &async |node: &Node| {
         let mut errand = match node.ssh.as_ref().zip(image.as_ref()) {
             None => Errand::start(program.as_ref(), ["shard", "--examine"])?,
             Some((target, image)) => {
