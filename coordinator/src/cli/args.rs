@@ -97,7 +97,7 @@ pub struct Status {
 /// Flags of `cluster logs`.
 #[derive(Args, Clone, Debug)]
 pub struct Logs {
-    /// One rank's; without it, all in the order of their times.
+    /// One shard's, by its number in `cluster status` (with one model, its rank); without it, all in the order of their times.
     #[arg(value_name = "SHARD")]
     pub shard: Option<u32>,
     /// Go on with what is printed from now, until the cluster has ended.

@@ -90,7 +90,8 @@ pub fn of_models(up: &Up, topology: &Topology) -> Result<Vec<Up>> {
             None => given.iter().map(|model| (*model).to_owned()).collect(),
         };
         own.model_positional = None;
-        if own.served_model_name.is_empty() {
+        // Who types a directory means that one's name, or says another.
+        if own.served_model_name.is_empty() && given.is_empty() {
             own.served_model_name.clone_from(&model.names);
         }
         Ok(own)
@@ -239,6 +240,71 @@ pub fn sites(topology: &Topology, program: &Path) -> Result<Vec<Vec<RankSite>>> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The flags of `up --topology` with these, on a file of this text.
+    fn own(text: &str, more: &[&str]) -> Result<Vec<Up>, String> {
+        let argv = [&["cluster", "up", "--topology", "c.toml"], more].concat();
+        let command = layers::parse(argv.into_iter().map(Into::into))
+            .unwrap()
+            .command;
+        let crate::cli::args::Command::Up(up) = command else {
+            panic!("it is up");
+        };
+        let topology = Topology::parse(Path::new("c.toml"), text).unwrap();
+        of_models(&up, &topology).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_models_table_goes_before_the_flags_for_all_and_is_not_contradicted() {
+        let head = "coordinator.address = \"10.0.0.1\"\n[[node]]\nname = \"a\"\naddress = \"10.0.0.1\"\n\
+                    cpus = 2\nshards = 2\n";
+        let two = format!(
+            "{head}[[model]]\nname = [\"x\", \"y\"]\npath = \"/x\"\ndevices = [\"a:0\"]\nmax_model_len = 7\n\
+             [[model]]\ndevices = [\"a:1\"]\n"
+        );
+        let ups = own(&two, &["--max-model-len", "9", "--dtype", "float16"]).unwrap();
+        let lengths: Vec<_> = ups.iter().map(|up| up.max_model_len.to_string()).collect();
+        assert_eq!(lengths, ["7", "9"]);
+        assert!(ups.iter().all(|up| up.dtype.name() == "float16"));
+        assert_eq!(
+            (&*ups[0].model, &*ups[0].served_model_name),
+            (
+                &["/x".to_owned()][..],
+                &["x".to_owned(), "y".to_owned()][..]
+            )
+        );
+        assert!(ups[1].model.is_empty() && ups[1].served_model_name.is_empty());
+
+        let whole = own(head, &["--model", "n=/m"]).unwrap();
+        assert_eq!(whole[0].model, ["n=/m"]);
+        let named = format!("{head}[[model]]\nname = \"x\"\ndevices = [\"a\"]\n");
+        assert_eq!(own(&named, &[]).unwrap()[0].served_model_name, ["x"]);
+        assert!(
+            own(&named, &["/m"]).unwrap()[0]
+                .served_model_name
+                .is_empty()
+        );
+        let pathed = format!("{named}path = \"/x\"\n");
+        let wrong = two.replace("max_model_len = 7", "dtype = \"int3\"");
+        for (text, more, said) in [
+            (&pathed, &["/m"][..], "keep one of them"),
+            (
+                &head.to_owned(),
+                &["--model", "/a", "--model", "/b"],
+                "give it a [[model]]",
+            ),
+            (&two, &["/m"], "what its 2 models are; leave out --model"),
+            (
+                &two,
+                &["--served-model-name", "z"],
+                "give each [[model]] a `name`",
+            ),
+            (&wrong, &[], "c.toml:11: `dtype`: invalid value 'int3'"),
+        ] {
+            let refused = own(text, more).unwrap_err();
+            assert!(refused.contains(said), "{more:?}: {refused}");
+        }
+    }
 
     const TEXT: &str = include_str!("../../../scripts/cluster.toml");
 

@@ -212,13 +212,15 @@ pub fn topology(data: &[u8]) {
     };
     match Topology::parse(Path::new("f.toml"), text) {
         Ok(topology) => {
-            assert!(!topology.nodes.is_empty() && !topology.model.ranks.is_empty());
+            assert!(!topology.nodes.is_empty() && !topology.models.is_empty());
+            assert!(topology.models.iter().all(|model| !model.ranks.is_empty()));
+            let ranks = || topology.models.iter().flat_map(|model| &model.ranks);
             for (index, node) in topology.nodes.iter().enumerate() {
-                let ranks = topology.model.ranks.iter();
+                let ranks = ranks();
                 let taken = ranks.filter(|(its, _)| *its == index).count();
                 assert!(taken <= node.devices.len(), "a device is taken twice");
             }
-            for (node, device) in &topology.model.ranks {
+            for (node, device) in ranks() {
                 assert!(topology.nodes[*node].devices.contains(device));
             }
             for (index, node) in topology.nodes.iter().enumerate() {

@@ -65,7 +65,8 @@ impl Group {
         let span = if is_one {
             Span::none()
         } else {
-            tracing::info_span!("model", name)
+            // Of the highest level: whatever is logged is logged with it.
+            tracing::error_span!("model", name)
         };
         Self {
             metrics: Arc::new(Metrics::new(registry.clone(), &subject)),

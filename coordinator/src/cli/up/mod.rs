@@ -1,7 +1,7 @@
 //! `cluster up`: from a command line to served models, and from a signal to no process left.
 //!
-//! Wires the parts together and decides nothing about requests or shards: [`group`] is one model,
-//! [`door`] the API of all, this the frame around them. Independent things happen
+//! Wires the parts together and decides nothing about requests or shards: `group` is one model,
+//! `door` the API of all, this the frame around them. Independent things happen
 //! at the same time: shards start while tokenizers are read. Invariant: however it ends, shard
 //! processes are gone when the exit code is returned.
 

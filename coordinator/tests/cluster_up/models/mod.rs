@@ -1,8 +1,8 @@
 //! Several models in one cluster: each says what it says alone, and feels nothing of the others' faults.
 
+mod hosts;
+
 use crate::client::{Stream, endless, get, metric, request};
-use crate::hosts::listening;
-use crate::network::{Network, NodeText};
 use crate::process::{Cluster, is_running, run, send_signal, until};
 use crate::sockets::{socket_inodes, waiting};
 use crate::turn;
@@ -192,7 +192,29 @@ fn requests_are_routed_by_name_and_everything_tells_models_apart() {
     let _turn = turn();
     let pair = Pair::make();
     let cluster = pair.start(&["--max-model-len", "512"]);
-    let address = cluster.address;
+    routing(cluster.address, &pair);
+    for model in ["a", "b"] {
+        let address = cluster.address;
+        assert!(metric(address, "vllm:generation_tokens_total", &of(model)) > 1.5);
+        assert!((metric(address, "cluster_ranks_ready", &of(model)) - 2.0).abs() < 0.1);
+        assert!(metric(address, "cluster_rank_step_seconds_count", &of(model)) > 0.5);
+    }
+    operators_view(&cluster);
+    sockets(&cluster);
+
+    // Told to end, both finish what runs.
+    let mut streams = ["a", "b"].map(|model| long_stream(cluster.address, model));
+    for stream in &mut streams {
+        stream.next().expect("it streams");
+    }
+    cluster.signal(Signal::TERM);
+    for stream in streams {
+        assert_eq!(stream.read_to_end().1, "[DONE]");
+    }
+    assert_eq!(cluster.wait().0.code(), Some(0));
+}
+
+fn routing(address: SocketAddr, pair: &Pair) {
     let models: Value = serde_json::from_str(&get(address, "/v1/models")).expect("JSON");
     let ids = models["data"].as_array().expect("a list");
     let ids: Vec<_> = ids.iter().map(|model| model["id"].as_str()).collect();
@@ -218,26 +240,19 @@ fn requests_are_routed_by_name_and_everything_tells_models_apart() {
     );
     for (name, shown) in [("b", "b"), (dirs[0].as_str(), "a")] {
         let (status, text) = ask(Some(name));
-        assert!(
-            status == 200 && text.contains(&format!("\"model\":\"{shown}\"")),
-            "{text}"
-        );
+        let shown = format!("\"model\":\"{shown}\"");
+        assert!(status == 200 && text.contains(&shown), "{text}");
     }
     let (status, text) = request(address, "POST", "/tokenize", "{\"prompt\": \"x\"}");
     assert_eq!(status, 400, "{text}");
     let body = "{\"prompt\": \"x\", \"model\": \"b\"}";
     let (status, text) = request(address, "POST", "/tokenize", body);
-    assert!(
-        status == 200 && text.contains("\"max_model_len\":512"),
-        "{text}"
-    );
-    for model in ["a", "b"] {
-        assert!(metric(address, "vllm:generation_tokens_total", &of(model)) > 1.5);
-        assert!((metric(address, "cluster_ranks_ready", &of(model)) - 2.0).abs() < 0.1);
-        assert!(metric(address, "cluster_rank_step_seconds_count", &of(model)) > 0.5);
-    }
+    let length = "\"max_model_len\":512";
+    assert!(status == 200 && text.contains(length), "{text}");
+}
 
-    let port = address.port().to_string();
+fn operators_view(cluster: &Cluster) {
+    let port = cluster.address.port().to_string();
     let (code, table, _) = run(&["status", "--port", &port]);
     assert_eq!(code, 0, "{table}");
     for part in [
@@ -248,19 +263,24 @@ fn requests_are_routed_by_name_and_everything_tells_models_apart() {
     ] {
         assert!(table.contains(part), "{part} is not in:\n{table}");
     }
-    let row = format!("3      b      1     localhost  {}", cluster.shards[3]);
-    assert!(table.contains(&row), "{row} is not in:\n{table}");
+    let rows = table.lines().map(|row| row.split_whitespace().collect());
+    let rows: Vec<Vec<&str>> = rows.collect();
+    let last = cluster.shards[3].to_string();
+    let row = ["3", "b", "1", "localhost", &last, "ready"];
+    assert!(rows.iter().any(|it| it.starts_with(&row)), "{table}");
     let (_, logs, _) = run(&["logs", "--port", &port]);
     assert!(logs.contains("[0 a] ") && logs.contains("[3 b] "), "{logs}");
     let (_, logs, _) = run(&["logs", "--port", &port, "3"]);
     assert!(
-        logs.contains(&format!("process {} was started", cluster.shards[3])),
+        logs.contains(&format!("process {last} was started")),
         "{logs}"
     );
+}
 
-    // One control plane for each model, and nothing else.
+/// One control plane for each model, and nothing else.
+fn sockets(cluster: &Cluster) {
     let sockets = socket_inodes(cluster.pid());
-    assert_eq!(waiting("tcp", "0A", &sockets), [address]);
+    assert_eq!(waiting("tcp", "0A", &sockets), [cluster.address]);
     let control = waiting("udp", "07", &sockets);
     assert_eq!(control.len(), 2, "{control:?}");
     assert!(
@@ -272,21 +292,10 @@ fn requests_are_routed_by_name_and_everything_tells_models_apart() {
         assert_eq!(waiting("tcp", "0A", &own), []);
         assert_eq!(waiting("udp", "07", &own).len(), 1);
     }
-
-    // Told to end, both finish what runs.
-    let mut streams = ["a", "b"].map(|model| Stream::open(address, COMPLETIONS, body_of(model)));
-    for stream in &mut streams {
-        stream.next().expect("it streams");
-    }
-    cluster.signal(Signal::TERM);
-    for stream in streams {
-        assert_eq!(stream.read_to_end().1, "[DONE]");
-    }
-    assert_eq!(cluster.wait().0.code(), Some(0));
 }
 
-fn body_of(model: &str) -> Value {
-    body(model, 0, 400)
+fn long_stream(address: SocketAddr, model: &str) -> Stream {
+    Stream::open(address, COMPLETIONS, body(model, 0, 400))
 }
 
 #[test]
@@ -295,7 +304,7 @@ fn a_model_that_is_given_up_ends_the_process_after_the_others_have_finished() {
     let pair = Pair::make();
     let cluster = pair.start(&["--max-recovery-attempts", "0"]);
     let address = cluster.address;
-    let mut streams = ["a", "b"].map(|model| Stream::open(address, COMPLETIONS, body_of(model)));
+    let mut streams = ["a", "b"].map(|model| long_stream(address, model));
     for stream in &mut streams {
         stream.next().expect("it streams");
     }
@@ -341,166 +350,4 @@ fn models_that_do_not_go_together_are_refused_with_the_reason() {
         assert!(text.to_lowercase().contains(model), "{text}");
     }
     assert_eq!(text.matches("rank 0: CPU, 1 thread").count(), 2, "{text}");
-}
-
-/// Model `a` on the first shard of each node, `b` on the second.
-fn topology(network: &Network, pair: &Pair) -> PathBuf {
-    let nodes = ["a", "b"].map(|name| NodeText { name, shards: 2 });
-    let file = network.topology(&nodes);
-    let mut text = fs::read_to_string(&file).expect("it was written");
-    for (number, model) in ["a", "b"].into_iter().enumerate() {
-        text += &format!(
-            "[[model]]\nname = \"{model}\"\npath = \"{}\"\ndevices = [\"a:{number}\", \"b:{number}\"]\n",
-            pair.path(model).display()
-        );
-    }
-    text += "max_model_len = 512\n";
-    fs::write(&file, text).expect("a file");
-    file
-}
-
-#[test]
-fn two_models_over_two_hosts_say_what_each_says_alone() {
-    let _turn = turn();
-    let Some(network) = Network::make() else {
-        return;
-    };
-    let pair = Pair::make();
-    let golden = pair.golden();
-    let file = topology(&network, &pair);
-    let file = file.to_str().expect("UTF-8");
-    let (code, findings, stderr) = run(&["doctor", "--topology", file]);
-    assert_eq!(code, 0, "{findings}{stderr}");
-    for model in ["a", "b"] {
-        let path = format!("{}: the same on every node", pair.path(model).display());
-        assert!(findings.contains(&path), "{path} is not in:\n{findings}");
-    }
-    assert!(findings.contains("a fits on 2 ranks") && findings.contains("; b fits on 2 ranks"));
-
-    let cluster = Cluster::start(&["--topology", file]);
-    let address = cluster.address;
-    assert_eq!(rounds(address), golden);
-    for node in ["a", "b"] {
-        let pids = network.shards(node);
-        assert_eq!(pids.len(), 2, "{node}");
-        assert_eq!(listening(pids[0]), [22], "{node}");
-    }
-    let models: Value = serde_json::from_str(&get(address, "/v1/models")).expect("JSON");
-    let lengths: Vec<_> = models["data"].as_array().expect("a list").iter().collect();
-    assert_eq!(lengths[0]["id"], "a");
-    assert_eq!(
-        (&lengths[1]["id"], &lengths[1]["max_model_len"]),
-        (&"b".into(), &512.into())
-    );
-
-    let (_, status, _) = run(&["status", "--json", "--port", &address.port().to_string()]);
-    let status: Value = serde_json::from_str(&status).expect("JSON");
-    let of_b = |rank: &&Value| rank["model"] == "b" && rank["host"] == "b";
-    let ranks = status["ranks"].as_array().expect("a list");
-    let victim = ranks.iter().find(of_b).expect("it has a rank there")["pid"].as_u64();
-    let victim = u32::try_from(victim.expect("a process")).expect("a process id");
-    let told = thread::spawn(move || rounds(address));
-    until("both stream", || {
-        metric(address, "vllm:num_requests_running", "") > 1.5
-    });
-    send_signal(victim, Signal::KILL);
-    assert_eq!(told.join().expect("a stream was lost"), golden);
-    until("b goes on", || recoveries(address, "b") > 0.5);
-    assert!(recoveries(address, "a") < 0.5, "nothing happened to it");
-    cluster.stop();
-}
-
-#[test]
-fn other_nodes_check_their_files_too_before_anything_is_started() {
-    let _turn = turn();
-    let Some(network) = Network::make() else {
-        return;
-    };
-    let pair = Pair::make();
-    let sums = |model: &str| {
-        let mut sums = std::process::Command::new("sh");
-        let sums = sums.args(["-c", "sha256sum *.json *.safetensors > SHA256SUMS"]);
-        let done = sums.current_dir(pair.path(model)).status();
-        assert!(done.expect("sha256sum runs").success());
-    };
-    sums("a");
-    let file = topology(&network, &pair);
-    let file = file.to_str().expect("UTF-8");
-    let up = || run(&["up", "--port", "0", "--topology", file]);
-    let cluster = Cluster::start(&["--topology", file]);
-    cluster.stop();
-
-    // Node b has other weights where a's should be, and no manifest.
-    network.mount("b", &pair.path("b"), &pair.path("a"));
-    let (code, _, stderr) = up();
-    assert!(code == 2 && stderr.contains("node b: "), "{code} {stderr}");
-    assert!(
-        stderr.contains("no SHA256SUMS, other than this machine"),
-        "{stderr}"
-    );
-    // With the manifest that belongs to them, they are all right by themselves, and still others.
-    sums("b");
-    let (code, _, stderr) = up();
-    assert!(
-        code == 2 && stderr.contains("another SHA256SUMS"),
-        "{code} {stderr}"
-    );
-    // With the right manifest they are found out by their digest, also by a deep look.
-    let right = pair.path("a").join("SHA256SUMS");
-    fs::copy(right, pair.path("b").join("SHA256SUMS")).expect("it is copied");
-    let said = "model.safetensors is not the file that SHA256SUMS lists";
-    let (code, _, stderr) = up();
-    assert!(
-        code == 2,
-        "the coordinator's own b is wrong now: {code} {stderr}"
-    );
-    fs::write(file, one_model(file)).expect("a file");
-    let (code, _, stderr) = up();
-    assert!(
-        code == 2 && stderr.contains("node b: ") && stderr.contains(said),
-        "{stderr}"
-    );
-    let (code, findings, _) = run(&["doctor", "--deep", "--topology", file]);
-    assert!(code == 1 && findings.contains(said), "{findings}");
-    assert!(network.shards("a").is_empty(), "nothing was started");
-}
-
-/// The file without its last model.
-fn one_model(file: &str) -> String {
-    let text = fs::read_to_string(file).expect("it was written");
-    let end = text.rfind("[[model]]").expect("there are two");
-    text[..end].to_owned()
-}
-
-#[test]
-fn nodes_without_gpus_say_so_and_nccl_needs_an_interface() {
-    let _turn = turn();
-    let Some(network) = Network::make() else {
-        return;
-    };
-    let nodes = ["a", "b"].map(|name| NodeText { name, shards: 1 });
-    let file = network.topology(&nodes);
-    let text = fs::read_to_string(&file).expect("it was written");
-    let text = text.replace("cpus = 1\nshards = 1\n", "gpus = \"0\"\n");
-    fs::write(&file, &text).expect("a file");
-    let name = file.to_str().expect("UTF-8");
-    let (code, _, stderr) = run(&["up", "--port", "0", "--topology", name]);
-    assert!(
-        code == 2 && stderr.contains("give node a an `interface`"),
-        "{stderr}"
-    );
-    let text = text.replace("gpus = ", "interface = \"eth0\"\ngpus = ");
-    fs::write(&file, text).expect("a file");
-    let (code, _, stderr) = run(&["up", "--port", "0", "--topology", name]);
-    assert!(
-        code == 2 && stderr.contains("its `gpus` cannot be used: "),
-        "{code} {stderr}"
-    );
-    let (code, findings, _) = run(&["doctor", "--topology", name]);
-    assert_eq!(code, 1, "{findings}");
-    assert!(
-        findings.contains("there is no eth0; change `interface`"),
-        "{findings}"
-    );
-    assert!(network.shards("a").is_empty(), "nothing was started");
 }
