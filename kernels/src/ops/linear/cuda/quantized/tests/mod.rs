@@ -10,7 +10,7 @@ use crate::backend::{Backend, Element, Precision};
 use crate::cuda::CudaBackend;
 use crate::cuda::testing::{each_element, read, values};
 use crate::ops::linear::tests::reference;
-use crate::quantized::{Code, HostQuantized, e4m3};
+use crate::quantized::{Code, HostQuantized};
 use crate::testing::{Rng, host_matrix, rounded};
 use bytes::Bytes;
 
