@@ -78,7 +78,11 @@ fn one(which: &Which, wanted: impl Fn(&Entry) -> bool) -> Result<Entry> {
                     },
                     format!("--port {}", state.address.port()),
                     state.models.join(", "),
-                    format!("process {}", state.pid),
+                    if entry.is_live {
+                        format!("process {}", state.pid)
+                    } else {
+                        "its shards wait for a process".to_owned()
+                    },
                 ]
             };
             let rows: Vec<_> = found.iter().map(row).collect();

@@ -115,6 +115,8 @@ fn difference(was: &Load, is: &Load) -> Option<String> {
 pub struct Legacy {
     /// Counts the coordinators of these shards, from 0.
     pub generation: u32,
+    /// Which run of the machine it is: process ids mean nothing in another.
+    pub boot: String,
     /// Under which the shards were started.
     pub terms: Terms,
     /// Memory before they were: what they hold is missing from it now.
@@ -139,9 +141,11 @@ pub struct Holder {
 }
 
 impl Legacy {
-    /// What lies in a cluster's directory; `None` if there is none, or another version's.
+    /// What lies in a cluster's directory; `None` if there is none, or another version's, or one from before the
+    /// machine was started.
     pub fn read(dir: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(dir.join(FILE)).ok()?).ok()
+        let legacy: Self = serde_json::from_slice(&fs::read(dir.join(FILE)).ok()?).ok()?;
+        (legacy.boot == boot()).then_some(legacy)
     }
 
     /// Removes it: shards that wait end.
@@ -173,6 +177,11 @@ impl Legacy {
             .and_then(|()| fs::rename(&new, &file));
         written.with_context(|| format!("cannot write {}", file.display()))
     }
+}
+
+/// What the kernel calls this run of the machine; empty where it does not say.
+fn boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 /// Keeps the file up to date.
@@ -223,6 +232,7 @@ impl Keeper {
             .and_then(|address| {
                 let legacy = Legacy {
                     generation: self.generation,
+                    boot: boot(),
                     terms: self.terms.clone(),
                     memory: self.memory.clone(),
                     hold_seconds: self.hold_seconds,
@@ -332,6 +342,16 @@ mod tests {
         let again = || Listener::bind_again(address, legacy.identity.load().unwrap(), []);
         assert!(again().is_err(), "the first one has the port");
         assert_eq!(legacy.identity, listener.identity().save());
+        let before = Legacy {
+            boot: "another".into(),
+            ..legacy
+        };
+        before.write(dir.path()).unwrap();
+        assert_eq!(
+            Legacy::read(dir.path()),
+            None,
+            "the machine was started since"
+        );
         Legacy::remove(dir.path());
         Legacy::remove(dir.path());
         assert_eq!(Legacy::read(dir.path()), None);
