@@ -25,17 +25,22 @@ ENGINE_LIMIT, SWEEP_LIMIT, START_LIMIT = 600, 1200, 300
 PORT = 18977
 
 
+def absolute(text):
+    # Not resolved: where links lead to is nobody's name, and a program in the working directory is still found.
+    return Path(text).absolute()
+
+
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--peers", default=[], type=lambda text: [p for p in text.split(",") if p])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="venvs and GGUF files")
-    parser.add_argument("--cluster", type=Path, required=True)
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--kernels", type=Path, required=True)
+    parser.add_argument("--model", type=absolute, required=True)
+    parser.add_argument("--folder", type=absolute, required=True, help="venvs and GGUF files")
+    parser.add_argument("--cluster", type=absolute, required=True)
+    parser.add_argument("--engine", type=absolute, required=True)
+    parser.add_argument("--kernels", type=absolute, required=True)
     parser.add_argument("--skip", action="append", default=[], metavar="PEER=WHY")
     return parser.parse_args()
 
@@ -237,7 +242,8 @@ class Versus:
             self.run(number, f"{server}, HTTP", "bf16", self.our_server(ranks), SWEEP_LIMIT)
         if "vllm" in self.peers:
             server = f"{table.PEERS['vllm']}, HTTP"
-            self.run(number, server, "bf16", self.vllm_server, SWEEP_LIMIT)
+            kind = "bf16" if table.has_bf16() else "f32"
+            self.run(number, server, kind, self.vllm_server, SWEEP_LIMIT)
 
 
 def without_first(command, flag):

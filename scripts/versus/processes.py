@@ -19,15 +19,18 @@ class Failed(Exception):
 
 def start(command, env, cores, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
     threads = {"OMP_NUM_THREADS": str(len(cores))}
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=os.environ | threads | env,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-        start_new_session=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
+    try:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            env=os.environ | threads | env,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+    except OSError as error:
+        raise Failed(f"does not start: {error}") from error
 
 
 def signal_group(process, number):

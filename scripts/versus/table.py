@@ -159,19 +159,22 @@ def ratios(records):
 
 def served(records):
     """Through HTTP: a row for each server and load."""
-    servers = sorted({line["server"] for line in records if line.get("what") == "sweep"})
+    sweeps = [line for line in records if line.get("what") == "sweep"]
+    servers = sorted({(line["server"], line["weights"]) for line in sweeps})
     rows = []
-    for server in servers:
-        sweeps = [line["points"] for line in select(records, server, "bf16", what="sweep")]
-        alone = [1e3 * line["seconds"] for line in select(records, server, "bf16", what="ttft_512")]
-        memory = [line["bytes"] / 1e9 for line in select(records, server, "bf16", what="memory")]
+    for server, weights in servers:
+        sweeps = [line["points"] for line in select(records, server, weights, what="sweep")]
+        alone = [1e3 * line["seconds"] for line in select(records, server, weights, what="ttft_512")]
+        memory = [line["bytes"] / 1e9 for line in select(records, server, weights, what="memory")]
         for points in zip(*sweeps):
             of = lambda name: [point[name] for point in points if point["completed"]]  # noqa: E731, B023
             keys = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms")
             cells = [cell(of(name)) for name in (*keys, "p99_itl_ms")]
             failed = sum(point["failed"] for point in points)
-            rows.append([server, str(points[0]["max_concurrency"]), *cells, str(failed)])
-        rows.append([server, "a prompt of 512 alone: TTFT (ms), memory (GB)", cell(alone), cell(memory), *[""] * 4])
+            name = f"{server}, {weights}"
+            rows.append([name, str(points[0]["max_concurrency"]), *cells, str(failed)])
+        alone = ["a prompt of 512 alone: TTFT (ms), memory (GB)", cell(alone), cell(memory)]
+        rows.append([f"{server}, {weights}", *alone, *[""] * 4])
     if not rows:
         return ""
     heads = ["64 in, 64 out", "at once", "output tokens/s", "TTFT p50 (ms)", "TTFT p99"]
@@ -179,5 +182,5 @@ def served(records):
 
 
 def reasons(failures):
-    lines = [f"- {server} {weights}: {why}".replace("  ", " ") for (server, weights), why in failures.items()]
+    lines = [f"- {' '.join(filter(None, row))}: {why}" for row, why in failures.items()]
     return "Not measured, or not to the end:\n\n" + "\n".join(lines) if lines else ""
