@@ -249,9 +249,8 @@ fn clusters_do_not_touch_and_a_crash_leaves_nothing_in_the_way() {
             "{path} over the network"
         );
     }
-    first.signal(Signal::KILL);
-    until("it is gone", || UnixStream::connect(&socket).is_err());
-    drop(first);
+    first.kill();
+    assert!(UnixStream::connect(&socket).is_err(), "it is gone");
     let (code, stdout, _) = run(&["status", "--name", "one"]);
     assert!(code == 1 && stdout.contains("one: orphaned"), "{stdout}");
     let again = Cluster::start(&one);
