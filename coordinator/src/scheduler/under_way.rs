@@ -17,7 +17,10 @@ use super::request::EventKind;
 use super::room::Room;
 use super::sequence::{Rank, Sequence, Tokens};
 use super::{BadAnswer, Scheduler};
-use topology::wire::{PlanRow, RowOutput, StepPlan};
+use topology::wire::{RowOutput, StepPlan};
+
+/// Why a row of the step before is found.
+const CHOSEN_BEFORE: &str = "only the step before chooses a token that is not known";
 
 /// A step that is under way: what its rows give.
 #[derive(Debug)]
@@ -26,12 +29,6 @@ pub(super) struct UnderWay {
 }
 
 impl UnderWay {
-    /// Which of the rows is that of `rank`.
-    fn row_of(&self, rank: Rank) -> Option<u32> {
-        let row = self.rows.binary_search_by_key(&rank, |row| row.rank).ok()?;
-        u32::try_from(row).ok()
-    }
-
     /// The sequences of all rows.
     pub(super) fn ranks(&self) -> impl Iterator<Item = Rank> {
         self.rows.iter().map(|row| row.rank)
@@ -39,8 +36,11 @@ impl UnderWay {
 
     /// Tokens and chosen tokens of the row of `rank`.
     pub(super) fn share_of(&self, rank: Rank) -> (usize, usize) {
-        let row = self.row_of(rank).map(|row| &self.rows[row as usize]);
-        row.map_or((0, 0), |row| (row.tokens, usize::from(row.samples)))
+        let row = self.rows.binary_search_by_key(&rank, |row| row.rank);
+        row.map_or((0, 0), |row| {
+            let row = &self.rows[row];
+            (row.tokens, usize::from(row.samples))
+        })
     }
 
     /// Rows and tokens.
@@ -76,16 +76,20 @@ impl Scheduler {
     /// The shares that sequences were given become a step under way, if there are any.
     pub(super) fn send(&mut self) -> Option<StepPlan> {
         let block_size = self.config.block_size as usize;
-        let before = self.under_way.back();
-        let row = |sequence: &Sequence| -> PlanRow {
+        // Sequences and rows are in order of service, so each search goes on where the last one ended.
+        let mut before = self.under_way.back().map_or(&[][..], |step| &step.rows);
+        let all = before.len();
+        let mut rows = Vec::with_capacity(self.running.len());
+        let mut promises = Vec::with_capacity(self.running.len());
+        for sequence in self.running.iter().filter(|sequence| sequence.share > 0) {
             let last_from = sequence.awaits_token().then(|| {
-                let row = before.and_then(|before| before.row_of(sequence.rank()));
-                row.expect("only the step before chooses a token that is not known")
+                let rank = sequence.rank();
+                while before.split_off_first().expect(CHOSEN_BEFORE).rank != rank {}
+                u32::try_from(all - before.len() - 1).expect("at most max_num_seqs rows")
             });
-            plan::row(sequence, last_from, block_size)
-        };
-        let shares = || self.running.iter().filter(|sequence| sequence.share > 0);
-        let (rows, promises): (Vec<_>, Vec<_>) = shares().map(|s| (row(s), Promise::of(s))).unzip();
+            rows.push(plan::row(sequence, last_from, block_size));
+            promises.push(Promise::of(sequence));
+        }
         if rows.is_empty() {
             return None;
         }

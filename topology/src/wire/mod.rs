@@ -25,6 +25,7 @@
 
 pub mod codec;
 pub mod plan;
+mod words;
 
 use crate::ids::{Epoch, Rank, Step};
 use bincode::{Decode, Encode};

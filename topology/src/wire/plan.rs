@@ -5,8 +5,13 @@
 //! shard is the token that the step before chose ([`PlanRow::last_from`]), so that a step can be sent
 //! while the one before it is computed. Parameters that are off cost a byte.
 
+use super::words;
 use crate::ids::{BlockId, Epoch, Step};
-use bincode::{Decode, Encode};
+use bincode::de::Decoder;
+use bincode::enc::Encoder;
+use bincode::error::{DecodeError, EncodeError};
+use bincode::{Decode, Encode, impl_borrow_decode};
+use std::convert::identity;
 
 /// SHA-256 of the encoded plan, shortened to 16 bytes.
 pub type PlanDigest = [u8; 16];
@@ -30,7 +35,7 @@ impl StepPlan {
 }
 
 /// One sequence's share of a step.
-#[derive(Clone, Debug, Default, PartialEq, Encode, Decode)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PlanRow {
     /// Tokens to compute, at positions `position..position + tokens.len()`. Never empty.
     pub tokens: Vec<u32>,
@@ -50,6 +55,44 @@ pub struct PlanRow {
     /// [`Load::async_scheduling`](super::Load::async_scheduling).
     pub last_from: Option<u32>,
 }
+
+impl Encode for PlanRow {
+    fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
+        let Self {
+            tokens,
+            position,
+            blocks,
+            sampling,
+            targets,
+            target_alternatives,
+            last_from,
+        } = self;
+        words::encode(tokens, identity, encoder)?;
+        words::encode(blocks, |block: BlockId| block.0, encoder)?;
+        words::encode(targets, identity, encoder)?;
+        (position, sampling, target_alternatives, last_from).encode(encoder)
+    }
+}
+
+impl<Context> Decode<Context> for PlanRow {
+    fn decode<D: Decoder<Context = Context>>(decoder: &mut D) -> Result<Self, DecodeError> {
+        let tokens = words::decode(identity, decoder)?;
+        let blocks = words::decode(BlockId, decoder)?;
+        let targets = words::decode(identity, decoder)?;
+        let (position, sampling, target_alternatives, last_from) = Decode::decode(decoder)?;
+        Ok(Self {
+            tokens,
+            position,
+            blocks,
+            sampling,
+            targets,
+            target_alternatives,
+            last_from,
+        })
+    }
+}
+
+impl_borrow_decode!(PlanRow);
 
 /// How to choose the next token. The fields have the names and neutral values of `vllm`.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
