@@ -24,7 +24,7 @@ use topology::ids::{Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, KvDtype, ModelShape};
 use topology::partition::Partition;
-use topology::quantization::at_load;
+use topology::quantization::{at_load, head_at_load};
 use topology::wire::{Load, Loaded, Ran, StepPlan, StepTimings, digest_of_tokens};
 
 /// Why a step gave no result.
@@ -70,6 +70,8 @@ pub struct Place {
     pub rank: Rank,
     /// Where `--kv-cache-dtype` is `auto`. `None`: as the weights.
     pub kv_element: Option<Element>,
+    /// Whether what is quantised at load has a quantised head, see [`head_at_load`].
+    pub quantises_head: bool,
     /// This host's address on the network between the hosts; `None` where the group is on one host.
     pub interface: Option<IpAddr>,
 }
@@ -138,8 +140,9 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
 
         let at_load = at_load(&load.quantization, &shape).map_err(anyhow::Error::msg)?;
         let kv_element = kv_element(&load.kv_cache_dtype, place, dtype)?;
-        let kept = (dtype, at_load);
-        let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, kept)?;
+        let head = head_at_load(at_load).filter(|_| place.quantises_head);
+        let codes = (at_load, head);
+        let weights = DecoderWeights::find(files, &checkpoint, &shape, &partition, dtype, codes)?;
         weights.refuse_unknown_codes(&backend.name(), |code| backend.takes(code))?;
         let weight_bytes = weights.bytes();
         let workspace_bytes = Decoder::workspace_bytes(&backend, &shape, &partition, size);

@@ -124,6 +124,7 @@ async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
                 // What the CPU computes in. Rounding keys and values to 16 bits would let texts of
                 // different tensor-parallel sizes drift apart for no speed.
                 kv_element: Some(Element::F32),
+                quantises_head: true,
                 interface: launch.interface,
             };
             let parent = (launch, identity, parent);
@@ -137,6 +138,7 @@ async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
             let place = Place {
                 rank: launch.rank,
                 kv_element: None,
+                quantises_head: false,
                 interface: None,
             };
             let make = move || CudaBackend::new(index as usize);

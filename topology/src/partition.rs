@@ -12,7 +12,7 @@ use crate::ids::Rank;
 use crate::model_shape::ModelShape;
 use std::ops::Range;
 
-pub use crate::tensors::{Axis, Split, TensorSpec, tensors};
+pub use crate::tensors::{Axis, HEAD, Split, TensorSpec, tensors};
 
 /// Largest number of ranks in a group.
 pub const MAX_WORLD_SIZE: u32 = 1024;

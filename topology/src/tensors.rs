@@ -50,6 +50,9 @@ pub struct TensorSpec {
     pub scheme: Option<Scheme>,
 }
 
+/// The head where it is not the embedding.
+pub const HEAD: &str = "lm_head.weight";
+
 impl TensorSpec {
     /// Whether it is the matrix of a linear layer, which can be quantised at load. Embedding and head are not.
     pub fn is_linear(&self) -> bool {
@@ -100,11 +103,7 @@ pub fn tensors(shape: &ModelShape) -> Vec<TensorSpec> {
         Split::Replicated,
     ));
     if !shape.tie_word_embeddings {
-        specs.push(weight(
-            "lm_head.weight".to_owned(),
-            [vocab, hidden],
-            Split::Vocab,
-        ));
+        specs.push(weight(HEAD.to_owned(), [vocab, hidden], Split::Vocab));
     }
     if let Some(quantization) = &shape.quantization {
         for spec in specs.iter_mut().filter(|spec| !spec.is_vector) {

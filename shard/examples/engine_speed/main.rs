@@ -109,6 +109,7 @@ fn measure<B: Backend, C: Comm<B>>(
     let place = Place {
         rank: Rank(rank),
         kv_element,
+        quantises_head: kv_element.is_some(),
         interface: None,
     };
     let begun = Instant::now();

@@ -20,14 +20,18 @@ use std::fs::File;
 use topology::checkpoint::{Checkpoint, StoredDtype, StoredTensor};
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, ModelShape};
+use topology::partition::HEAD;
 use topology::partition::{Partition, TensorSpec, tensors};
 use topology::quantization::{Code, Scheme};
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
 
 impl DecoderWeights<HostWeight> {
     /// Finds this rank's part of every weight. Reads nothing but the files' maps.
     ///
     /// Matrices are stored as `dtype`, but those of linear layers that the checkpoint has as codes, or that become codes
-    /// `at_load`; norms and biases in f32, which costs nothing and keeps what the checkpoint says.
+    /// `at_load`, and the head where that becomes some; norms and biases in f32, which costs nothing and keeps what the
+    /// checkpoint says.
     ///
     /// # Errors
     /// If a file cannot be mapped or is shorter than `checkpoint` says.
@@ -36,7 +40,8 @@ impl DecoderWeights<HostWeight> {
         checkpoint: &Checkpoint,
         shape: &ModelShape,
         partition: &Partition,
-        (dtype, at_load): (Dtype, Option<Code>),
+        dtype: Dtype,
+        (at_load, head_at_load): (Option<Code>, Option<Code>),
     ) -> Result<Self> {
         let finder = Finder {
             checkpoint,
@@ -51,12 +56,14 @@ impl DecoderWeights<HostWeight> {
         };
         let layers = (0..shape.num_layers).map(|layer| finder.layer(shape, layer));
         Ok(Self {
-            embedding: finder.vocab("model.embed_tokens.weight")?,
+            embedding: finder.vocab(EMBEDDING, None)?,
             layers: layers.collect::<Result<_>>()?,
             final_norm: finder.vector(&["model.norm.weight".to_owned()])?,
-            head: (!shape.tie_word_embeddings)
-                .then(|| finder.vocab("lm_head.weight"))
-                .transpose()?,
+            head: match (shape.tie_word_embeddings, head_at_load) {
+                (false, _) => Some(finder.vocab(HEAD, head_at_load)?),
+                (true, Some(_)) => Some(finder.vocab(EMBEDDING, head_at_load)?),
+                (true, None) => None,
+            },
         })
     }
 }
@@ -162,7 +169,7 @@ impl Finder<'_> {
     }
 
     fn matrix(&self, names: &[String]) -> Result<HostWeight> {
-        let parts = names.iter().map(|name| self.part(name));
+        let parts = names.iter().map(|name| self.part(name, self.at_load));
         self.weight(parts.collect::<Result<_>>()?)
     }
 
@@ -175,8 +182,8 @@ impl Finder<'_> {
     }
 
     /// Rows of embedding or head, padded with zeros so that all ranks have as many.
-    fn vocab(&self, name: &str) -> Result<HostWeight> {
-        let present = self.part(name)?;
+    fn vocab(&self, name: &str, at_load: Option<Code>) -> Result<HostWeight> {
+        let present = self.part(name, at_load)?;
         let [rows, cols] = present.shape();
         let padding = self.partition.vocab_width as usize - rows;
         let zeros = match &present {
@@ -221,15 +228,14 @@ impl Finder<'_> {
         spec.with_context(|| format!("the model has no tensor {name}"))
     }
 
-    /// This rank's part of one matrix.
-    fn part(&self, name: &str) -> Result<Part> {
+    /// This rank's part of one matrix. Where it is stored as numbers it becomes codes `at_load`.
+    fn part(&self, name: &str, at_load: Option<Code>) -> Result<Part> {
         let spec = self.spec(name)?;
         if let Some(scheme) = &spec.scheme {
             let codes = self.codes(spec, scheme)?;
             return Ok(Part::Codes(Codes(Source::Stored(Box::new(codes)))));
         }
         let matrix = self.numbers(spec)?;
-        let at_load = self.at_load.filter(|_| spec.is_linear());
         Ok(match at_load {
             Some(code) => Part::Codes(Codes(Source::Numbers {
                 matrix,

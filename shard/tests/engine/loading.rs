@@ -19,6 +19,7 @@ pub(crate) fn load_rank(files: &ModelFiles, load: &Load, rank: u32) -> anyhow::R
     let place = Place {
         rank: Rank(rank),
         kv_element: Some(Element::F32),
+        quantises_head: true,
         interface: None,
     };
     let (mut last, mut total) = (0, 0);

@@ -17,7 +17,7 @@ use topology::ids::Rank;
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, KvDtype, ModelShape};
 use topology::partition::{Partition, world_sizes};
-use topology::quantization::at_load;
+use topology::quantization::{at_load, head_at_load};
 use topology::wire::Load;
 
 /// Relative to the row's largest logit, where codes are floats.
@@ -69,9 +69,11 @@ fn every_layout_is_read_as_its_format_says_at_every_size() {
 fn the_fit_was_right(files: &ModelFiles, load: &Load, case: &str) {
     let config = files.read_json("config.json").expect("a config.json");
     let shape = ModelShape::from_config(&config).expect("it is supported");
+    let at_load = at_load(&load.quantization, &shape).expect("a format");
     let elements = Elements {
         dtype: shape.dtype,
-        at_load: at_load(&load.quantization, &shape).expect("a format"),
+        at_load,
+        head_at_load: head_at_load(at_load),
         compute: Dtype::Float32,
         kv: KvDtype::Float(Dtype::Float32),
     };
@@ -183,8 +185,14 @@ fn what_a_flag_or_a_device_does_not_take_is_a_sentence() {
     let (files, shape) = open(&fixture_root().join("quantised/awq"));
     let checkpoint = Checkpoint::open(&files).expect("a good file");
     let partition = Partition::new(&shape, Rank(0), 1).expect("one rank");
-    let weights =
-        DecoderWeights::find(&files, &checkpoint, &shape, &partition, (shape.dtype, None));
+    let weights = DecoderWeights::find(
+        &files,
+        &checkpoint,
+        &shape,
+        &partition,
+        shape.dtype,
+        (None, None),
+    );
     let weights = weights.expect("they are there");
     weights
         .refuse_unknown_codes("the device", |_| true)

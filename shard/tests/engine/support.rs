@@ -116,6 +116,7 @@ impl<B: Tested> Group<B> {
                     let place = Place {
                         rank: Rank(rank),
                         kv_element: B::KV_ELEMENT,
+                        quantises_head: B::KV_ELEMENT.is_some(),
                         interface: None,
                     };
                     let mut engine = Engine::load(B::open(), place, (files, load), &mut |_, _| ())

@@ -9,7 +9,7 @@
 
 use crate::ids::Rank;
 use crate::model_shape::{Dtype, KvDtype, ModelShape};
-use crate::partition::{Partition, Split, TensorSpec, tensors};
+use crate::partition::{HEAD, Partition, Split, TensorSpec, tensors};
 use crate::quantization::{Code, Grouping, device_bytes};
 use crate::wire::Loaded;
 use serde::{Deserialize, Serialize};
@@ -49,6 +49,8 @@ pub struct Elements {
     pub dtype: Dtype,
     /// What the matrices of linear layers become at load.
     pub at_load: Option<Code>,
+    /// What the head becomes at load.
+    pub head_at_load: Option<Code>,
     /// Activations.
     pub compute: Dtype,
     /// Keys and values.
@@ -79,9 +81,17 @@ impl RankNeeds {
         elements: Elements,
         sizes: &Sizes,
     ) -> Self {
-        let weights = tensors(shape)
-            .into_iter()
-            .map(|spec| weight_bytes(&spec, partition, elements));
+        let mut weights = tensors(shape);
+        if shape.tie_word_embeddings && elements.head_at_load.is_some() {
+            let embedding = weights.iter().find(|spec| spec.split == Split::Vocab);
+            let head = embedding.map(|spec| TensorSpec {
+                name: HEAD.to_owned(),
+                ..spec.clone()
+            });
+            weights.extend(head);
+        }
+        let weights = weights.iter();
+        let weights = weights.map(|spec| weight_bytes(spec, partition, elements));
         let kv_width = u64::from(partition.local_kv_heads()) * u64::from(shape.head_dim);
         // Keys and values, for each token of a block in each layer.
         let block_elements = kv_width
@@ -132,7 +142,10 @@ fn weight_bytes(spec: &TensorSpec, partition: &Partition, elements: Elements) ->
         _ => part.rows.len() as u64,
     };
     let shape = [rows, part.cols.len() as u64];
-    let at_load = elements.at_load.filter(|_| spec.is_linear());
+    let at_load = match spec.name.as_str() {
+        HEAD => elements.head_at_load,
+        _ => elements.at_load.filter(|_| spec.is_linear()),
+    };
     let (code, groups) = match (&spec.scheme, at_load) {
         (Some(scheme), _) => (scheme.code, scheme.groups_in(&part.cols, spec.cols)),
         (None, Some(code)) => (code, Grouping::at_load(code).groups_in(&part.cols)),

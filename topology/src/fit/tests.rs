@@ -1,6 +1,7 @@
 //! The arithmetic of memory: what is given, what is refused, and with which words.
 
 use super::*;
+use crate::quantization::head_at_load;
 use crate::random::{Random, seed};
 use crate::testing::random_shape;
 
@@ -132,6 +133,7 @@ fn elements(kv: Dtype, at_load: Option<Code>) -> Elements {
     Elements {
         dtype: Dtype::Bfloat16,
         at_load,
+        head_at_load: head_at_load(at_load),
         compute: kv,
         kv: KvDtype::Float(kv),
     }
@@ -218,25 +220,31 @@ fn quantised_weights_count_their_bits_scales_and_zeros() {
         let partitions = Partition::all(&shape, world_size).unwrap();
         RankNeeds::estimate(&shape, &partitions[0], elements, &SIZES).weight_bytes
     };
-    let dense = 2 * u64::from(shape.vocab_size) * 64 + 4 * 3 * 64;
+    let embedding = u64::from(shape.vocab_size) * 64;
+    let dense = 2 * embedding + 4 * 3 * 64;
+    // The embedding once more, in 8 bits and with a scale for each token.
+    let head = |vocab: u64| vocab * (64 + 4);
     // Rows of q, k, v, o, gate and up have 64 inputs, those of down 320: three groups of 128.
     let (wide, down) = (64 + 32 + 32 + 64 + 2 * 320, 64);
     let elements = wide * 64 + down * 320;
     assert_eq!(bytes(None, 1), dense + 2 * elements);
     assert_eq!(
         bytes(Some(Code::Int8), 1),
+        dense + head(shape.vocab_size.into()) + elements + 4 * (wide + down)
+    );
+    assert_eq!(
+        bytes(Some(Code::Fp8), 1),
         dense + elements + 4 * (wide + down)
     );
-    assert_eq!(bytes(Some(Code::Fp8), 1), bytes(Some(Code::Int8), 1));
     assert_eq!(
         bytes(Some(Code::Int4), 1),
-        dense + elements / 2 + 5 * (wide + 3 * down)
+        dense + head(shape.vocab_size.into()) + elements / 2 + 5 * (wide + 3 * down)
     );
     // The first of two ranks has 160 inputs of down: two groups.
     let half = elements / 4 + 5 * ((wide - 64) / 2 + 64 + 2 * down);
     let vocab = u64::from(shape.vocab_size.div_ceil(2));
     assert_eq!(
         bytes(Some(Code::Int4), 2),
-        2 * vocab * 64 + 4 * 3 * 64 + half
+        2 * vocab * 64 + head(vocab) + 4 * 3 * 64 + half
     );
 }

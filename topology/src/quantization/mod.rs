@@ -223,6 +223,18 @@ pub fn at_load(asked: &str, shape: &ModelShape) -> Result<Option<Code>, String> 
     }
 }
 
+/// What the head becomes on a CPU where linear layers become `at_load`.
+///
+/// A step of few rows takes the time to read the weights, and where the vocabulary is large the head is half of
+/// them. In 8 bits with a scale for each token it chooses as before. A head that is the embedding, too, is kept twice
+/// then. GPUs multiply many rows in the numbers' own type: they would have to make numbers of it in every step.
+pub fn head_at_load(at_load: Option<Code>) -> Option<Code> {
+    match at_load? {
+        Code::Int8 | Code::Int4 => Some(Code::Int8),
+        Code::Fp8 => None,
+    }
+}
+
 /// Bytes of codes, scales and zeros of a matrix on a device.
 pub fn device_bytes(code: Code, [rows, cols]: [u64; 2], groups: u64) -> u64 {
     const SCALE_BYTES: u64 = 4;

@@ -24,7 +24,7 @@ use topology::ids::Rank;
 use topology::model_shape::{Dtype, KvDtype, ModelShape};
 use topology::partition::Partition;
 use topology::placement::{Device, DeviceRequest, Placement, Placements, place};
-use topology::quantization::at_load;
+use topology::quantization::{at_load, head_at_load};
 use topology::spec::cluster::Topology;
 use topology::wire::{Load, Loaded};
 
@@ -405,9 +405,11 @@ fn elements(up: &Up, shape: &ModelShape, on_gpus: bool) -> Result<Elements> {
     // CPU shards compute in 32 bits, GPUs in the weights' type; keys and values are kept as they are computed.
     let compute = if on_gpus { dtype } else { Dtype::Float32 };
     let kv = KvDtype::parse(&up.kv_cache_dtype).map_err(anyhow::Error::msg)?;
+    let at_load = at_load(quantization(up), shape).map_err(anyhow::Error::msg)?;
     Ok(Elements {
         dtype,
-        at_load: at_load(quantization(up), shape).map_err(anyhow::Error::msg)?,
+        at_load,
+        head_at_load: head_at_load(at_load).filter(|_| !on_gpus),
         compute,
         kv: kv.unwrap_or(KvDtype::Float(compute)),
     })
