@@ -78,10 +78,9 @@ fn wanted(
 ) -> Result<Result<PreparedModel, String>> {
     let names = drafts.names();
     let Some(name) = names.get(index) else {
-        let models = names.len();
+        let number = index + 1;
         return Ok(Err(format!(
-            "they serve {} models or more, and {models} are to be served",
-            index + 1
+            "model number {number} is not to be served any more"
         )));
     };
     let model = drafts.model(index, legacy.memory.clone())?;
@@ -208,8 +207,9 @@ fn keeper(
 ) -> Result<Keeper> {
     let shards = (0..).zip(&claim.state().ranks);
     let own = shards.filter(|(_, shard)| shard.model == index);
-    let (numbers, logs): (Vec<u32>, Vec<PathBuf>) =
-        own.map(|(number, shard)| (number, shard.log.clone())).unzip();
+    let (numbers, logs): (Vec<u32>, Vec<PathBuf>) = own
+        .map(|(number, shard)| (number, shard.log.clone()))
+        .unzip();
     let first_shard = numbers.first().copied().unwrap_or_default();
     Ok(Keeper {
         dir: claim.dir().to_owned(),

@@ -1,5 +1,6 @@
 //! Several models in one cluster: each says what it says alone, and feels nothing of the others' faults.
 
+mod adopt;
 mod hosts;
 
 use crate::client::{Stream, endless, get, metric, request};
