@@ -1,5 +1,6 @@
 //! One `cluster up` process under test: started on a free port, watched, and never left behind.
 
+use crate::sockets::nothing_else_listens;
 use coordinator::clock;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
@@ -77,12 +78,18 @@ impl Cluster {
         let address = address.expect("the report has an address").parse();
         let pid = |part: &str| part.split(')').next().expect("a number").parse();
         let shards = report.split("(process ").skip(1).map(pid);
-        Self {
+        let cluster = Self {
             child,
             address: address.expect("it is an address"),
             shards: shards.collect::<Result<_, _>>().expect("process ids"),
             stderr,
-        }
+        };
+        let is_here = !arguments.contains(&"--topology");
+        let shards = if is_here { &*cluster.shards } else { &[] };
+        let names = report.split(" served at ").next().unwrap_or_default();
+        let models = names.matches(", ").count() + 1;
+        nothing_else_listens((cluster.pid(), cluster.address), shards, models);
+        cluster
     }
 
     /// The coordinator's process id.

@@ -156,40 +156,45 @@ fn random_kills_under_64_streams_lose_nothing() {
     cluster.stop();
 }
 
-/// Disturbs a running round of 8 streams and expects the text of an undisturbed one.
-pub(crate) fn undisturbed_by(arguments: &[&str], disturb: impl FnOnce(&Cluster)) {
+/// Disturbs running rounds of 8 streams, each in one way, and expects the text of an undisturbed one.
+pub(crate) fn undisturbed_by(arguments: &[&str], disturbances: &[&dyn Fn(&Cluster)]) {
     let cluster = Cluster::start(arguments);
     let golden = round(cluster.address, 8, 400);
     let address = cluster.address;
-    let told = thread::spawn(move || round(address, 8, 400));
-    until("it streams", || {
-        metric(address, "vllm:num_requests_running", "") > 7.5
-    });
-    disturb(&cluster);
-    assert_eq!(told.join().expect("a stream was lost"), golden);
-    assert!(recoveries(&cluster) > 0.5, "it was disturbed");
-    until("it is ready", || {
-        request(address, "GET", "/ready", "").0 == 200
-    });
+    for disturb in disturbances {
+        let before = recoveries(&cluster);
+        let told = thread::spawn(move || round(address, 8, 400));
+        until("it streams", || {
+            metric(address, "vllm:num_requests_running", "") > 7.5
+        });
+        disturb(&cluster);
+        assert_eq!(told.join().expect("a stream was lost"), golden);
+        assert!(recoveries(&cluster) > before, "it was disturbed");
+        until("it is ready", || {
+            request(address, "GET", "/ready", "").0 == 200
+        });
+    }
     cluster.stop();
 }
 
 #[test]
 fn all_shards_but_one_may_die_at_once_and_all_too() {
     let _turn = turn();
-    for spared in [1, 0] {
-        undisturbed_by(&["--tensor-parallel-size", "4"], |cluster| {
-            for shard in &cluster.children()[spared..] {
-                send_signal(*shard, Signal::KILL);
-            }
-        });
-    }
+    let kill_all_but = |cluster: &Cluster, spared: usize| {
+        for shard in &cluster.children()[spared..] {
+            send_signal(*shard, Signal::KILL);
+        }
+    };
+    undisturbed_by(
+        &["--tensor-parallel-size", "4"],
+        &[&|it| kill_all_but(it, 1), &|it| kill_all_but(it, 0)],
+    );
 }
 
 #[test]
 fn a_replacement_may_die_too() {
     let _turn = turn();
-    undisturbed_by(&["--tensor-parallel-size", "2"], |cluster| {
+    let kill_replacements = |cluster: &Cluster| {
         let mut known = cluster.children();
         send_signal(known[0], Signal::KILL);
         for _ in 0..3 {
@@ -203,7 +208,8 @@ fn a_replacement_may_die_too() {
             known.push(new);
             send_signal(new, Signal::KILL);
         }
-    });
+    };
+    undisturbed_by(&["--tensor-parallel-size", "2"], &[&kill_replacements]);
 }
 
 #[test]
