@@ -78,7 +78,7 @@ fn two_hosts_say_what_one_says_and_a_killed_rank_comes_back_where_it_was() {
             let before = recoveries(&cluster);
             let (survivors, victim) = (network.shards("a"), network.shards("b")[0]);
             if let Some(signal) = disturbance {
-                send_signal(victim, signal);
+                send_signal(victim, *signal);
             } else {
                 let begun = clock::now();
                 network.set_link("b", "down");
