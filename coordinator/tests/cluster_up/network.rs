@@ -6,11 +6,6 @@ use std::fs;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
-
-/// The program as the first nodes got it through `ssh`. Later ones find it in place, as on the second start of a
-/// cluster: it is large in a debug build.
-static PROGRAM: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// A bridge, and nodes `a` and `b` on it.
 pub(crate) struct Network {
@@ -130,12 +125,6 @@ impl Network {
         ] {
             assert!(ip(&[&["-n", &namespace], rest].concat()));
         }
-        let program = PROGRAM.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((program, name)) = program.as_ref().and_then(|it| Some((it, it.file_name()?))) {
-            fs::create_dir(self.work_dir(node)).expect("a directory");
-            link(program, &self.work_dir(node).join(name)).expect("it is put there");
-        }
-        drop(program);
         let key = self.path(&format!("host-{node}"));
         keygen(&key);
         let public = fs::read_to_string(key.with_extension("pub")).expect("a file");
@@ -232,35 +221,8 @@ impl Network {
     }
 }
 
-impl Network {
-    /// Keeps the program that a node was given, for the next network.
-    fn keep_program(&self) -> Option<()> {
-        let mut program = PROGRAM.lock().unwrap_or_else(PoisonError::into_inner);
-        if program.is_none() {
-            let entries = fs::read_dir(self.work_dir("a")).ok()?.flatten();
-            let mut files = entries.map(|entry| entry.path());
-            let name = |file: &PathBuf| Some(file.file_name()?.to_str()?.to_owned());
-            let copied = files.find(|it| name(it).is_some_and(|it| it.starts_with("cluster-")))?;
-            let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("node");
-            let _ = fs::remove_dir_all(&dir); // an older program's
-            fs::create_dir_all(&dir).ok()?;
-            let kept = dir.join(copied.file_name()?);
-            link(&copied, &kept).ok()?;
-            *program = Some(kept);
-        }
-        Some(())
-    }
-}
-
-/// The same file under another name, or a copy where the name is on another disk.
-fn link(file: &Path, name: &Path) -> std::io::Result<()> {
-    fs::hard_link(file, name).or_else(|_| fs::copy(file, name).map(drop))
-}
-
 impl Drop for Network {
     fn drop(&mut self) {
-        // Without it the next one copies the program again.
-        let _ = self.keep_program();
         for server in &mut self.servers {
             let _ = server.kill();
             let _ = server.wait();

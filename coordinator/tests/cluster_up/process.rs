@@ -5,9 +5,10 @@ use coordinator::clock;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -27,9 +28,25 @@ pub(crate) struct Cluster {
 /// The run directory of all clusters of these tests.
 pub(crate) const RUN_DIR: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/run");
 
+/// The binary, a third of its size where there is a `strip`: tests have it hashed, and copied to hosts, many times.
+fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let whole = PathBuf::from(env!("CARGO_BIN_EXE_cluster"));
+        let small = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cluster");
+        let mut strip = Command::new("strip");
+        let strip = strip.args(["--strip-debug", "-o"]).args([&small, &whole]);
+        let is_small = strip
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|it| it.success());
+        if is_small { small } else { whole }
+    })
+}
+
 /// The binary with these arguments, its environment free of settings.
 pub(crate) fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cluster"));
+    let mut command = Command::new(program());
     command.args(arguments);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("CLUSTER_") {
