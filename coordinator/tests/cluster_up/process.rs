@@ -151,12 +151,14 @@ impl Cluster {
         for pid in &shards {
             assert!(!is_running(*pid), "shard {pid} was left behind");
         }
+        self.shards.clear();
         let stderr = self.stderr.lock().expect("not poisoned").clone();
         (status.expect("it has ended"), stderr)
     }
 
     /// Kills the coordinator alone.
     pub(crate) fn kill(mut self) {
+        self.shards.clear();
         self.child.kill().expect("it is our child");
         self.child.wait().expect("it is our child");
     }
@@ -175,8 +177,9 @@ impl Drop for Cluster {
         if thread::panicking() {
             println!("it said: {}", self.stderr.lock().expect("not poisoned"));
         }
-        // For tests that fail half-way. Shards would wait for another coordinator.
-        let shards = self.children();
+        // For tests that fail half-way. Shards would wait for another coordinator, and those that were taken over
+        // are nobody's children.
+        let shards = [self.children(), std::mem::take(&mut self.shards)].concat();
         let _ = self.child.kill();
         let _ = self.child.wait();
         for shard in shards {
