@@ -22,6 +22,9 @@ const STREAMS: usize = 64;
 /// What the project promises from a kill to the next token, for 99 of 100.
 const RESUME_LIMIT: Duration = Duration::from_secs(2);
 
+/// What it promises from a fault to `/health` telling of it.
+const HEALTH_LIMIT: Duration = Duration::from_secs(3);
+
 /// What it promises where a shard does not die but freezes, which takes time to notice.
 const FREEZE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -247,14 +250,13 @@ fn a_frozen_shard_is_replaced_and_health_tells_the_truth() {
     }
     noticed.sort();
     resumed.sort();
-    let (noticed, p99) = (
-        noticed[noticed.len() / 2],
-        resumed[resumed.len() * 99 / 100],
-    );
+    let last = noticed.len() * 99 / 100;
+    let (noticed, resumed) = (noticed[last], resumed[last]);
     println!(
-        "0 lost, 0 repeated; noticed after {noticed:.1?} (median), next token after {p99:.1?} (p99)"
+        "0 lost, 0 repeated; noticed after {noticed:.1?}, next token after {resumed:.1?} (p99)"
     );
-    assert!(p99 < FREEZE_LIMIT, "{p99:?}");
+    assert!(noticed < HEALTH_LIMIT, "{noticed:?}");
+    assert!(resumed < FREEZE_LIMIT, "{resumed:?}");
     cluster.stop();
 }
 
