@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 use topology::launch::child::{Lease, Parent};
 use topology::launch::process::Watched;
 use topology::launch::{Hold, Launch};
-use topology::link::{self, Connected, Identity, LinkError};
+use topology::link::{Connected, Dialer, Identity, LinkError};
 use topology::wire::{FromShard, Hello};
 
 /// Pause between two tries to reach a successor.
@@ -90,13 +90,13 @@ async fn find(seat: &Seat, hold: &Hold, last: u32) -> Result<Connected> {
         ..
     } = &seat.launch;
     let until = Instant::now() + Duration::from_secs(hold.seconds.into());
+    let dialer = Dialer::new(*coordinator, certificate, &seat.identity)?;
     while Instant::now() < until {
         if !hold.legacy.exists() {
             bail!("its coordinator left nothing for another one");
         }
         // An error says nothing: nobody is there yet, or a stranger has the address now.
-        if let Ok(dialed) = link::dial(*coordinator, certificate, &seat.identity, DIAL_LIMIT).await
-        {
+        if let Ok(dialed) = dialer.dial(DIAL_LIMIT).await {
             match dialed.greet(seat.hello.clone(), GREET_LIMIT).await {
                 Ok(link) if link.generation > last => return Ok(link),
                 Ok(link) => {

@@ -5,7 +5,7 @@
 //!   lock          held by the process for as long as it lives: an entry nobody holds is over
 //!   state.json    what this file calls State
 //!   admin.sock    the admin socket
-//!   legacy.json   what a successor needs to take over the shards; see `fleet::Legacy`
+//!   legacy-N.json what a successor needs to take over the shards of model N; see `fleet::Legacy`
 //!   logs/         what shards print
 //! ```
 //!
@@ -259,25 +259,27 @@ impl Entry {
 }
 
 fn orphans(dir: &Path) -> usize {
-    Legacy::read(dir).map_or(0, |legacy| legacy.alive().count())
+    let legacies = Legacy::read(dir).into_values();
+    legacies.map(|legacy| legacy.alive().count()).sum()
 }
 
-/// Ends the shards that wait for a successor of the process that held the entry; how many they were.
+/// Ends the shards, of models that are not `kept`, that wait for a successor of the process that held the entry;
+/// how many they were.
 ///
 /// # Errors
 /// If a process holds it now, or a shard does not end.
-pub fn end_orphans(dir: &Path) -> Result<usize> {
+pub fn end_orphans(dir: &Path, kept: impl Fn(usize) -> bool) -> Result<usize> {
     let lock = lock_in(dir, LOCK)?;
     ensure!(
         is_locked_within(&lock, GLANCE_LIMIT),
         "another process has just taken over the shards of {}",
         dir.display()
     );
-    let Some(legacy) = Legacy::read(dir) else {
-        return Ok(0);
-    };
-    let alive: Vec<_> = legacy.alive().map(|(_, holder)| holder.process).collect();
-    Legacy::remove(dir);
+    let mut legacies = Legacy::read(dir);
+    legacies.retain(|model, _| !kept(*model));
+    let alive = legacies.values().flat_map(Legacy::alive);
+    let alive: Vec<_> = alive.map(|(_, holder)| holder.process).collect();
+    Legacy::remove(dir, kept);
     let begun = crate::clock::now();
     for process in &alive {
         process.kill();

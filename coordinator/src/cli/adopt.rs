@@ -6,12 +6,13 @@
 
 use super::args::Up;
 use super::find;
-use super::prepare::Prepared;
+use super::prepare::{Drafts, Prepared, PreparedModel};
 use crate::admin::entry::{self, Claim, Entry};
 use crate::fleet::{
     Fault, Fleet, Keeper, Legacy, LocalHost, Program, ProgramFile, Ready, Setup, StartEvent, Terms,
 };
 use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +21,7 @@ use topology::examine::model::ModelDigest;
 use topology::launch::process::ProcessId;
 use topology::wire::{Loaded, ModelLocation};
 
-/// Shards that wait, and are wanted.
+/// Shards of one model that wait, and are wanted.
 #[derive(Debug)]
 pub(super) struct Heirs {
     dir: PathBuf,
@@ -29,35 +30,71 @@ pub(super) struct Heirs {
     only: bool,
 }
 
-/// Checks flags, files and memory, and finds shards to take over.
+/// Those of all models that have some, by number.
+pub(super) type AllHeirs = BTreeMap<usize, Heirs>;
+
+/// Checks flags, files and memory, and finds shards to take over, model by model.
 ///
 /// # Errors
 /// As [`Prepared::new`]; with `--adopt`, a sentence if there is nothing to take over.
-pub(super) fn prepare(up: &Up) -> Result<(Prepared, Option<Heirs>)> {
-    let Some((dir, legacy)) = find(up)? else {
-        return Ok((Prepared::new(up)?, None));
+pub(super) fn prepare(up: &Up) -> Result<(Prepared, AllHeirs)> {
+    let Some((dir, left)) = find(up)? else {
+        return Ok((Prepared::new(up)?, AllHeirs::new()));
     };
-    let prepared = Prepared::with_memory(up, Some(legacy.memory.clone()))?;
-    let disagreement = if prepared.models.len() > 1 {
-        Some("several models are to be served".to_owned())
-    } else {
-        legacy.terms.disagreement(&terms(up, &prepared)?)
-    };
-    let Some(why) = disagreement else {
-        let only = up.adopt;
-        return Ok((prepared, Some(Heirs { dir, legacy, only })));
-    };
-    ensure!(
-        !up.adopt,
-        "the shards that wait cannot be taken over: {why}; give the settings they were started with, or \
-         leave out --adopt to end them and start afresh"
-    );
-    give_up(&dir, &why)?;
-    Ok((Prepared::new(up)?, None))
+    let drafts = Drafts::new(up)?;
+    let (mut known, mut heirs, mut refused) = (BTreeMap::new(), AllHeirs::new(), Vec::new());
+    for (index, legacy) in left {
+        // Where all have died there is nothing to keep.
+        if legacy.alive().next().is_none() {
+            continue;
+        }
+        match wanted(&drafts, (index, &legacy))? {
+            Ok(model) => {
+                let (dir, only) = (dir.clone(), up.adopt);
+                heirs.insert(index, Heirs { dir, legacy, only });
+                known.insert(index, model);
+            }
+            Err(why) => refused.push(why),
+        }
+    }
+    if let Some(why) = refused.first() {
+        ensure!(
+            !up.adopt,
+            "the shards that wait cannot be taken over: {why}; give the settings they were started with, or \
+             leave out --adopt to end them and start afresh"
+        );
+        let ended = entry::end_orphans(&dir, |model| heirs.contains_key(&model))?;
+        let why = refused.join("; ");
+        tracing::warn!("{ended} shards of a process that was killed are ended: {why}");
+    }
+    // What is free is asked for now, when those that are not wanted hold none of it any more.
+    Ok((drafts.prepared(known)?, heirs))
 }
 
-/// The directory of a cluster of this name whose process was killed and whose shards wait.
-fn find(up: &Up) -> Result<Option<(PathBuf, Legacy)>> {
+/// The model that the shards of `legacy` serve, if it is still number `index`; or why they are of no use.
+fn wanted(
+    drafts: &Drafts,
+    (index, legacy): (usize, &Legacy),
+) -> Result<Result<PreparedModel, String>> {
+    let names = drafts.names();
+    let Some(name) = names.get(index) else {
+        let number = index + 1;
+        return Ok(Err(format!(
+            "model number {number} is not to be served any more"
+        )));
+    };
+    let model = drafts.model(index, legacy.memory.clone())?;
+    let now = terms(&model, drafts.first_shard(index))?;
+    Ok(match legacy.terms.disagreement(&now) {
+        None => Ok(model),
+        Some(why) if names.len() == 1 => Err(why),
+        Some(why) => Err(format!("model {name}: {why}")),
+    })
+}
+
+/// The directory of a cluster of this name whose process was killed and whose shards wait, and what that left
+/// to a successor, by model.
+fn find(up: &Up) -> Result<Option<(PathBuf, BTreeMap<usize, Legacy>)>> {
     let places = find::places(up.run_dir.as_deref());
     let place = places.first().context("there is no run directory")?;
     let name = up.name.clone().unwrap_or_else(|| up.port.to_string());
@@ -82,25 +119,20 @@ fn find(up: &Up) -> Result<Option<(PathBuf, Legacy)>> {
         }
     }
     let waiting = entry.filter(|entry| entry.orphans > 0);
-    Ok(waiting.and_then(|entry| Some((entry.dir.clone(), Legacy::read(&entry.dir)?))))
+    Ok(waiting.map(|entry| (entry.dir.clone(), Legacy::read(&entry.dir))))
 }
 
-fn give_up(dir: &Path, why: &str) -> Result<()> {
-    let ended = entry::end_orphans(dir)?;
-    tracing::warn!("{ended} shards of a process that was killed are ended: {why}");
-    Ok(())
-}
-
-/// What must not have changed.
-fn terms(up: &Up, prepared: &Prepared) -> Result<Terms> {
-    let prepared = prepared.first();
+/// What must not have changed; `first_shard` is the number of the model's first.
+fn terms(prepared: &PreparedModel, first_shard: u32) -> Result<Terms> {
     Ok(Terms {
         version: super::long_version().to_owned(),
         program: ProgramFile::own()?,
         model: model(&prepared.load.model)?,
         load: prepared.load.clone(),
-        kv_cache: (up.num_gpu_blocks_override, up.kv_cache_memory_bytes),
+        kv_cache: prepared.kv_cache_asked(),
         devices: prepared.placement.devices.clone(),
+        cpu_isa: prepared.cpu_isa().to_owned(),
+        first_shard,
     })
 }
 
@@ -122,7 +154,7 @@ fn model(location: &ModelLocation) -> Result<String> {
     Ok(text)
 }
 
-/// What a cluster takes from the one before it, and leaves to the one after.
+/// What a model takes from the cluster before this one, and leaves to the one after.
 #[derive(Debug, Default)]
 pub(super) struct Succession {
     /// Shards to take over.
@@ -131,52 +163,63 @@ pub(super) struct Succession {
     pub(super) keeper: Option<Keeper>,
 }
 
-/// Takes `heirs`, if nobody else has, and keeps shards of one model on this machine; `claim` is this process's.
+/// Takes `heirs`, if nobody else has, and keeps shards on this machine; `claim` is this process's. One for each
+/// model.
 ///
 /// # Errors
-/// If the shards that were found are another process's now, or the model cannot be read any more.
-pub(super) fn succession(
+/// If the shards that were found are another process's now, or a model cannot be read any more.
+pub(super) fn successions(
     (up, prepared): (&Up, &Prepared),
     claim: &Claim,
-    heirs: Option<Heirs>,
-) -> Result<Succession> {
-    if let Some(heirs) = &heirs {
-        ensure!(
-            Legacy::read(&heirs.dir).as_ref() == Some(&heirs.legacy),
-            "the shards that waited were taken over by another process just now"
-        );
-    } else {
-        Legacy::remove(claim.dir());
-    }
+    mut heirs: AllHeirs,
+) -> Result<Vec<Succession>> {
+    let left = Legacy::read(claim.dir());
+    let is_theirs = |(index, heirs): (&usize, &Heirs)| left.get(index) == Some(&heirs.legacy);
+    ensure!(
+        heirs.iter().all(is_theirs),
+        "the shards that waited were taken over by another process just now"
+    );
+    Legacy::remove(claim.dir(), |model| heirs.contains_key(&model));
     // Through `ssh` a shard ends with its connection.
     let is_remote = prepared.topology.as_ref().is_some_and(|topology| {
         let mut nodes = topology.nodes.iter();
         nodes.any(|node| node.ssh.is_some())
     });
-    if up.shard_grace_period == 0 || is_remote || prepared.models.len() > 1 {
-        return Ok(Succession {
+    let is_kept = up.shard_grace_period > 0 && !is_remote;
+    let successions = prepared.models.iter().enumerate().map(|(index, model)| {
+        let heirs = heirs.remove(&index);
+        let legacy = heirs.as_ref().map(|heirs| &heirs.legacy);
+        let keeper = is_kept.then(|| keeper(up, (index, model), claim, legacy));
+        Ok(Succession {
+            keeper: keeper.transpose()?,
             heirs,
-            keeper: None,
-        });
-    }
-    let ranks = claim.state().ranks.iter();
-    let legacy = heirs.as_ref().map(|heirs| &heirs.legacy);
-    let model = prepared.first();
-    let keeper = Keeper {
+        })
+    });
+    successions.collect()
+}
+
+/// Keeps the shards of model number `index`, the first of which are those of `legacy`.
+fn keeper(
+    up: &Up,
+    (index, model): (usize, &PreparedModel),
+    claim: &Claim,
+    legacy: Option<&Legacy>,
+) -> Result<Keeper> {
+    let shards = (0..).zip(&claim.state().ranks);
+    let own = shards.filter(|(_, shard)| shard.model == index);
+    let (numbers, logs): (Vec<u32>, Vec<PathBuf>) = own
+        .map(|(number, shard)| (number, shard.log.clone()))
+        .unzip();
+    let first_shard = numbers.first().copied().unwrap_or_default();
+    Ok(Keeper {
         dir: claim.dir().to_owned(),
-        logs: ranks.map(|rank| rank.log.clone()).collect(),
-        terms: terms(up, prepared)?,
+        model: index,
+        terms: terms(model, first_shard)?,
         memory: model.memory.clone(),
         hold_seconds: up.shard_grace_period,
         generation: legacy.map_or(0, |legacy| legacy.generation + 1),
-        ranks: legacy.map_or_else(
-            || vec![None; model.placement.devices.len()],
-            |legacy| legacy.ranks.clone(),
-        ),
-    };
-    Ok(Succession {
-        keeper: Some(keeper),
-        heirs,
+        ranks: legacy.map_or_else(|| vec![None; logs.len()], |legacy| legacy.ranks.clone()),
+        logs,
     })
 }
 

@@ -41,7 +41,7 @@ pub(super) fn run(flags: &Down) -> ExitCode {
 }
 
 fn end_orphans(entry: &Entry) -> Result<String> {
-    let ended = entry::end_orphans(&entry.dir)?;
+    let ended = entry::end_orphans(&entry.dir, |_| false)?;
     let (name, pid) = (&entry.state.name, entry.state.pid);
     Ok(format!(
         "cluster {name}: its process {pid} was gone; {ended} shards that waited for another one are ended\n"

@@ -67,23 +67,25 @@ fn orphaned(entry: &Entry) -> Status {
         entry.state.pid,
         waiting.len()
     );
-    from_entry(entry, Stand::Orphaned, why, |rank| {
-        waiting.contains_key(&rank)
+    from_entry(entry, Stand::Orphaned, why, |shard| {
+        waiting.contains_key(&shard)
     })
 }
 
-/// The ranks whose shards wait, and for how many more seconds, where they have said so.
+/// The shards that wait, and for how many more seconds, where they have said so.
 fn waiting(entry: &Entry) -> BTreeMap<u32, Option<u64>> {
-    let Some(legacy) = Legacy::read(&entry.dir) else {
-        return BTreeMap::new();
-    };
-    let left = |rank: u32| {
-        let log = &entry.state.ranks.get(rank as usize)?.log;
+    let left = |shard: u32| {
+        let log = &entry.state.ranks.get(shard as usize)?.log;
         let until = fs::read_to_string(notice(log)).ok()?;
         Some(until.parse::<u64>().ok()?.saturating_sub(unix_seconds()))
     };
-    let alive = legacy.alive().map(|(rank, _)| (rank.0, left(rank.0)));
-    alive.collect()
+    let mut waiting = BTreeMap::new();
+    for legacy in Legacy::read(&entry.dir).values() {
+        let first = legacy.terms.first_shard;
+        let shards = legacy.alive().map(|(rank, _)| first + rank.0);
+        waiting.extend(shards.map(|shard| (shard, left(shard))));
+    }
+    waiting
 }
 
 fn from_entry(entry: &Entry, stand: Stand, why: String, lives: impl Fn(u32) -> bool) -> Status {

@@ -8,6 +8,9 @@ use super::fault::{Cause, Fault};
 use super::inbox::{Heard, Outlet, Source};
 use super::witness::Witness;
 use futures_util::future::select_all;
+use rustix::process::Signal;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -15,12 +18,16 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use topology::ids::Rank;
+use topology::launch::LaunchError;
 use topology::launch::local::Process;
 use topology::launch::process::Watched;
 use topology::link::Certificate;
 
 /// How long the system may take to end a process that was killed.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// What `ssh` exits with where it is not the exit code of what it ran.
+const SSH_FAILED: i32 = 255;
 
 /// How long the last lines of a process that is gone are waited for.
 const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
@@ -30,6 +37,8 @@ const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
 pub(super) enum Body {
     /// A child of this process.
     Started(Box<Process>),
+    /// The `ssh` of a shard on another node: it ends with the shard, or with the way to it.
+    Reached(Box<Process>),
     /// A process of this machine whose parent is gone.
     Adopted(Adopted),
 }
@@ -109,7 +118,7 @@ impl Body {
     /// What it prints, where that comes here. Taken once.
     fn lines(&mut self) -> Option<mpsc::Receiver<String>> {
         match self {
-            Self::Started(process) => process.lines.take(),
+            Self::Started(process) | Self::Reached(process) => process.lines.take(),
             // It writes its file by itself.
             Self::Adopted(_) => None,
         }
@@ -118,7 +127,7 @@ impl Body {
     /// 0 where nobody needs it.
     fn pid(&self) -> u32 {
         match self {
-            Self::Started(process) => process.pid().unwrap_or_default(),
+            Self::Started(process) | Self::Reached(process) => process.pid().unwrap_or_default(),
             Self::Adopted(_) => 0,
         }
     }
@@ -126,10 +135,8 @@ impl Body {
     /// How it ended, when it has. Cancel-safe.
     async fn wait(&mut self) -> String {
         match self {
-            Self::Started(process) => {
-                let status = process.wait().await;
-                status.map_or_else(|error| error.to_string(), |status| status.to_string())
-            }
+            Self::Started(process) => told(process.wait().await, false),
+            Self::Reached(process) => told(process.wait().await, true),
             Self::Adopted(process) => {
                 process.0.ended().await;
                 "how, only the coordinator that had started it could tell".to_owned()
@@ -139,10 +146,32 @@ impl Body {
 
     fn kill(&mut self) {
         match self {
-            Self::Started(process) => process.kill(),
+            Self::Started(process) | Self::Reached(process) => process.kill(),
             Self::Adopted(process) => process.0.kill(),
         }
     }
+}
+
+/// How a process ended that this one did not end, and who may have done it. Of a shard on another node `ssh` tells
+/// its exit code, but not its signal.
+fn told(status: Result<ExitStatus, LaunchError>, by_ssh: bool) -> String {
+    let status = match status {
+        Ok(status) => status,
+        Err(error) => return error.to_string(),
+    };
+    if by_ssh && status.code() == Some(SSH_FAILED) {
+        return format!(
+            "{status} of ssh: the connection broke, or a signal ended the shard; the kernel of its node sends one \
+             when memory runs out, see `dmesg` there"
+        );
+    }
+    if !by_ssh && status.signal() == Some(Signal::KILL.as_raw()) {
+        return format!(
+            "{status}, not sent by the coordinator: the kernel does so when memory runs out, see `dmesg` and the \
+             memory limit of its cgroup"
+        );
+    }
+    status.to_string()
 }
 
 /// Waits until one of `children` has ended. Cancel-safe.
@@ -262,5 +291,26 @@ fn log_line(rank: Rank, line: &str) {
         "TRACE" => tracing::trace!(target: "shard", rank, "{text}"),
         // Not a log line: a panic, or a library that prints.
         _ => tracing::warn!(target: "shard", rank, "{line}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_may_be_for_want_of_memory_says_so() {
+        // As `wait` encodes them: a signal in the low byte, an exit code in the next.
+        let status = |raw| Ok(ExitStatus::from_raw(raw));
+        let killed = told(status(9), false);
+        assert!(killed.starts_with("signal: 9"), "{killed}");
+        assert!(killed.contains("memory limit of its cgroup"), "{killed}");
+        let lost = told(status(255 << 8), true);
+        assert!(lost.starts_with("exit status: 255 of ssh"), "{lost}");
+        assert!(lost.contains("see `dmesg` there"), "{lost}");
+        for (raw, by_ssh) in [(15, false), (255 << 8, false), (4 << 8, true), (9, true)] {
+            let plain = told(status(raw), by_ssh);
+            assert_eq!(plain, ExitStatus::from_raw(raw).to_string());
+        }
     }
 }

@@ -1,14 +1,15 @@
-//! What a coordinator leaves to its successor, in a file of the run directory.
+//! What a coordinator leaves to its successor: a file of the run directory for each model.
 //!
 //! Written when shards come, so that it is there whenever the process is killed; removed when the cluster
 //! ends in order. With it a coordinator that is started on the same machine finds the shards, proves itself to
 //! them by the same key, and tells whether it wants them. Decides nothing.
 //!
-//! Invariants: the file is never half written and nobody else's to read; its generation grows with every
+//! Invariants: a file is never half written and nobody else's to read; its generation grows with every
 //! coordinator before that one speaks to a shard.
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -22,8 +23,8 @@ use topology::link::{Certificate, Listener, SavedIdentity};
 use topology::placement::Device;
 use topology::wire::Load;
 
-/// The file's name in a cluster's directory.
-const FILE: &str = "legacy.json";
+/// How the files' names begin and end in a cluster's directory; between them is the number of the model.
+const FILE: (&str, &str) = ("legacy-", ".json");
 
 /// Everything that must be the same before and after, or shards cannot be taken over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +41,10 @@ pub struct Terms {
     pub kv_cache: (Option<u32>, Option<u64>),
     /// What ranks compute on, in order.
     pub devices: Vec<Device>,
+    /// `--cpu-isa`.
+    pub cpu_isa: String,
+    /// Number of the model's first shard among all of the cluster's: their logs are called after it.
+    pub first_shard: u32,
 }
 
 /// A file, told from others without reading it.
@@ -91,6 +96,13 @@ impl Terms {
         if self.model != now.model {
             return Some("the model's files have changed since they were loaded".to_owned());
         }
+        if self.cpu_isa != now.cpu_isa {
+            let (was, is) = (&self.cpu_isa, &now.cpu_isa);
+            return Some(format!("--cpu-isa was {was}, and is {is}"));
+        }
+        if self.first_shard != now.first_shard {
+            return Some("the models before it have other numbers of ranks".to_owned());
+        }
         let asked = "--num-gpu-blocks-override or --kv-cache-memory-bytes is another".to_owned();
         (self.kv_cache != now.kv_cache).then_some(asked)
     }
@@ -141,20 +153,27 @@ pub struct Holder {
 }
 
 impl Legacy {
-    /// What lies in a cluster's directory; `None` if there is none, or another version's, or one from before the
-    /// machine was started.
-    pub fn read(dir: &Path) -> Option<Self> {
-        let legacy: Self = serde_json::from_slice(&fs::read(dir.join(FILE)).ok()?).ok()?;
-        (legacy.boot == boot()).then_some(legacy)
+    /// What lies in a cluster's directory, by number of the model; without what is another version's, or from
+    /// before the machine was started.
+    pub fn read(dir: &Path) -> BTreeMap<usize, Self> {
+        let legacies = files(dir).into_iter().filter_map(|model| {
+            let legacy = fs::read(file(dir, model)).ok()?;
+            let legacy: Self = serde_json::from_slice(&legacy).ok()?;
+            (legacy.boot == boot()).then_some((model, legacy))
+        });
+        legacies.collect()
     }
 
-    /// Removes it: shards that wait end.
-    pub fn remove(dir: &Path) {
-        match fs::remove_file(dir.join(FILE)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!("cannot remove {}: {error}", dir.join(FILE).display());
+    /// Removes those of models that are not `kept`: their shards that wait end.
+    pub fn remove(dir: &Path, kept: impl Fn(usize) -> bool) {
+        for model in files(dir).into_iter().filter(|model| !kept(*model)) {
+            let file = file(dir, model);
+            match fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!("cannot remove {}: {error}", file.display());
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
 
@@ -165,8 +184,8 @@ impl Legacy {
         known.filter(|(_, holder)| holder.process.is_running())
     }
 
-    fn write(&self, dir: &Path) -> Result<()> {
-        let (new, file) = (dir.join("legacy.new"), dir.join(FILE));
+    fn write(&self, file: &Path) -> Result<()> {
+        let new = file.with_extension("new");
         let text = serde_json::to_vec_pretty(self).context("write down the legacy")?;
         let mut options = OpenOptions::new();
         let options = options.create(true).write(true).truncate(true).mode(0o600);
@@ -174,9 +193,26 @@ impl Legacy {
         let written = options
             .open(&new)
             .and_then(|mut out| out.write_all(&text))
-            .and_then(|()| fs::rename(&new, &file));
+            .and_then(|()| fs::rename(&new, file));
         written.with_context(|| format!("cannot write {}", file.display()))
     }
+}
+
+/// The file of a model.
+fn file(dir: &Path, model: usize) -> PathBuf {
+    let (begin, end) = FILE;
+    dir.join(format!("{begin}{model}{end}"))
+}
+
+/// The models that have one.
+fn files(dir: &Path) -> Vec<usize> {
+    let (begin, end) = FILE;
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let models = entries.filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        name.strip_prefix(begin)?.strip_suffix(end)?.parse().ok()
+    });
+    models.collect()
 }
 
 /// What the kernel calls this run of the machine; empty where it does not say.
@@ -184,11 +220,13 @@ fn boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
-/// Keeps the file up to date.
+/// Keeps the file of one model up to date.
 #[derive(Debug)]
 pub struct Keeper {
     /// The cluster's directory.
     pub dir: PathBuf,
+    /// The model's number.
+    pub model: usize,
     /// Files of shards' log lines, by rank.
     pub logs: Vec<PathBuf>,
     /// See [`Legacy::terms`].
@@ -208,7 +246,7 @@ impl Keeper {
     pub(super) fn hold(&self, rank: Rank) -> Option<Hold> {
         Some(Hold {
             seconds: self.hold_seconds,
-            legacy: self.dir.join(FILE),
+            legacy: file(&self.dir, self.model),
             log: self.logs.get(rank.index())?.clone(),
         })
     }
@@ -240,7 +278,7 @@ impl Keeper {
                     identity: listener.identity().save(),
                     ranks: self.ranks.clone(),
                 };
-                legacy.write(&self.dir)
+                legacy.write(&file(&self.dir, self.model))
             });
         if let Err(error) = written {
             tracing::warn!("if this process dies, its shards cannot be taken over: {error:#}");
@@ -278,6 +316,8 @@ mod tests {
                 threads: 1,
                 cores: vec![0],
             }],
+            cpu_isa: "auto".into(),
+            first_shard: 2,
         }
     }
 
@@ -285,7 +325,7 @@ mod tests {
     fn every_term_counts_and_is_named() {
         let old = terms();
         assert_eq!(old.disagreement(&terms()), None);
-        let changes: [(Change, &str); 8] = [
+        let changes: [(Change, &str); 10] = [
             (|t| t.version = "2".into(), "this is 2"),
             (|t| t.program.inode += 1, "program is another one"),
             (|t| t.model.push('4'), "model's files have changed"),
@@ -306,6 +346,11 @@ mod tests {
                 |t| t.devices[0] = Device::Gpu { index: 3, ranks: 1 },
                 "ranks were on cpu",
             ),
+            (
+                |t| t.cpu_isa = "avx2".into(),
+                "--cpu-isa was auto, and is avx2",
+            ),
+            (|t| t.first_shard = 1, "other numbers of ranks"),
         ];
         for (change, said) in changes {
             let mut new = terms();
@@ -321,6 +366,7 @@ mod tests {
         let listener = Listener::bind(std::net::Ipv4Addr::LOCALHOST.into()).unwrap();
         let mut keeper = Keeper {
             dir: dir.path().to_owned(),
+            model: 1,
             logs: vec![dir.path().join("rank-0.log")],
             terms: terms(),
             memory: Memory::Shared { free_bytes: 5 },
@@ -331,9 +377,10 @@ mod tests {
         assert!(keeper.hold(Rank(0)).is_some() && keeper.hold(Rank(1)).is_none());
         keeper.admitted(Rank(1), listener.certificate().clone(), std::process::id());
         keeper.write(&listener);
-        let mode = fs::metadata(dir.path().join(FILE)).unwrap().mode();
+        let mode = fs::metadata(file(dir.path(), 1)).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600);
-        let legacy = Legacy::read(dir.path()).unwrap();
+        let read = || Legacy::read(dir.path());
+        let legacy = read().remove(&1).unwrap();
         assert_eq!((legacy.generation, &legacy.ranks[0]), (3, &None));
         let alive: Vec<_> = legacy.alive().map(|(rank, _)| rank).collect();
         assert_eq!(alive, [Rank(1)]);
@@ -346,14 +393,17 @@ mod tests {
             boot: "another".into(),
             ..legacy
         };
-        before.write(dir.path()).unwrap();
+        before.write(&file(dir.path(), 0)).unwrap();
         assert_eq!(
-            Legacy::read(dir.path()),
-            None,
-            "the machine was started since"
+            read().into_keys().collect::<Vec<_>>(),
+            [1],
+            "the machine was started since the other"
         );
-        Legacy::remove(dir.path());
-        Legacy::remove(dir.path());
-        assert_eq!(Legacy::read(dir.path()), None);
+        Legacy::remove(dir.path(), |model| model == 1);
+        assert_eq!(files(dir.path()), [1]);
+        for _ in 0..2 {
+            Legacy::remove(dir.path(), |_| false);
+            assert!(read().is_empty() && files(dir.path()).is_empty());
+        }
     }
 }

@@ -169,7 +169,11 @@ impl LocalHost {
         // Those that did start are killed when they are dropped with the others' fault.
         let processes: Result<Vec<_>, Fault> = join_all(launches).await.into_iter().collect();
         let child = |(source, (certificate, process)): (&Source, (Certificate, Process))| {
-            let body = Body::Started(Box::new(process));
+            let process = Box::new(process);
+            let body = match self.program.sites[source.rank.index()].remote {
+                None => Body::Started(process),
+                Some(_) => Body::Reached(process),
+            };
             let watched = Child::watch(*source, body, outlet.clone(), self.program.watchers());
             watched.with(certificate)
         };

@@ -28,29 +28,29 @@ fn start(name: &str, more: &[&str]) -> Cluster {
     Cluster::start(&[&named, more].concat())
 }
 
-/// How often weights were loaded, by rank.
-fn loads(name: &str) -> Vec<usize> {
+/// How often weights were loaded, by shard.
+pub(crate) fn loads(name: &str, shards: u32) -> Vec<usize> {
     let rank = |rank| {
         let log = format!("{RUN_DIR}/{name}/logs/rank-{rank}.log");
         let log = fs::read_to_string(log).unwrap_or_default();
         log.matches(" is loaded").count()
     };
-    (0..2).map(rank).collect()
+    (0..shards).map(rank).collect()
 }
 
 /// A new name, so that no test finds what another one left.
-fn forget(name: &str) {
+pub(crate) fn forget(name: &str) {
     // It may not be there.
     let _ = fs::remove_dir_all(Path::new(RUN_DIR).join(name));
 }
 
-fn status(name: &str) -> (i32, Value) {
+pub(crate) fn status(name: &str) -> (i32, Value) {
     let (code, stdout, stderr) = run(&["status", "--json", "--name", name]);
     let status = serde_json::from_str(&stdout);
     (code, status.unwrap_or_else(|_| panic!("{stdout}{stderr}")))
 }
 
-fn all_gone(shards: &[u32]) {
+pub(crate) fn all_gone(shards: &[u32]) {
     until("no shard is left behind", || {
         !shards.iter().any(|pid| is_running(*pid))
     });
@@ -140,7 +140,11 @@ fn a_killed_coordinator_is_followed_by_one_that_loads_nothing() {
         took.len()
     );
     assert!(took[took.len() - 1] < READY_LIMIT, "{took:?}");
-    assert_eq!(loads(name), [1, 2], "only what was killed was loaded again");
+    assert_eq!(
+        loads(name, 2),
+        [1, 2],
+        "only what was killed was loaded again"
+    );
     cluster.stop();
     all_gone(&shards);
 }
@@ -175,7 +179,7 @@ fn status_tells_of_shards_that_wait_and_down_ends_them() {
     forget(name);
     let cluster = start(name, &[]);
     let (pid, shards) = (cluster.pid(), cluster.shards.clone());
-    let file = fs::metadata(Path::new(RUN_DIR).join(name).join("legacy.json"));
+    let file = fs::metadata(Path::new(RUN_DIR).join(name).join("legacy-0.json"));
     let mode = file.expect("it is there").permissions().mode();
     assert_eq!(mode & 0o777, 0o600, "there is a key in it");
     cluster.kill();
@@ -296,7 +300,7 @@ fn a_shard_that_died_too_is_replaced_and_the_other_keeps_its_weights() {
     assert_eq!(cluster.shards[1], shards[1]);
     assert_ne!(cluster.shards[0], shards[0]);
     assert_eq!(round(cluster.address, 8, 50), golden);
-    assert_eq!(loads(name), [2, 1]);
+    assert_eq!(loads(name, 2), [2, 1]);
     // Both are taken over again, the one without a pipe and the one with.
     let shards = cluster.shards.clone();
     cluster.kill();

@@ -10,6 +10,7 @@ mod doctor;
 mod hostile;
 mod hosts;
 mod lifecycle;
+mod memory;
 mod models;
 mod network;
 mod operator;

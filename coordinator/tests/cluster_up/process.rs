@@ -1,12 +1,14 @@
 //! One `cluster up` process under test: started on a free port, watched, and never left behind.
 
+use crate::sockets::nothing_else_listens;
 use coordinator::clock;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -26,9 +28,25 @@ pub(crate) struct Cluster {
 /// The run directory of all clusters of these tests.
 pub(crate) const RUN_DIR: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/run");
 
+/// The binary, a third of its size where there is a `strip`: tests have it hashed, and copied to hosts, many times.
+fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let whole = PathBuf::from(env!("CARGO_BIN_EXE_cluster"));
+        let small = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cluster");
+        let mut strip = Command::new("strip");
+        let strip = strip.args(["--strip-debug", "-o"]).args([&small, &whole]);
+        let is_small = strip
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|it| it.success());
+        if is_small { small } else { whole }
+    })
+}
+
 /// The binary with these arguments, its environment free of settings.
 pub(crate) fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cluster"));
+    let mut command = Command::new(program());
     command.args(arguments);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("CLUSTER_") {
@@ -77,12 +95,18 @@ impl Cluster {
         let address = address.expect("the report has an address").parse();
         let pid = |part: &str| part.split(')').next().expect("a number").parse();
         let shards = report.split("(process ").skip(1).map(pid);
-        Self {
+        let cluster = Self {
             child,
             address: address.expect("it is an address"),
             shards: shards.collect::<Result<_, _>>().expect("process ids"),
             stderr,
-        }
+        };
+        let is_here = !arguments.contains(&"--topology");
+        let shards = if is_here { &*cluster.shards } else { &[] };
+        let names = report.split(" served at ").next().unwrap_or_default();
+        let models = names.matches(", ").count() + 1;
+        nothing_else_listens((cluster.pid(), cluster.address), shards, models);
+        cluster
     }
 
     /// The coordinator's process id.
@@ -127,12 +151,14 @@ impl Cluster {
         for pid in &shards {
             assert!(!is_running(*pid), "shard {pid} was left behind");
         }
+        self.shards.clear();
         let stderr = self.stderr.lock().expect("not poisoned").clone();
         (status.expect("it has ended"), stderr)
     }
 
     /// Kills the coordinator alone.
     pub(crate) fn kill(mut self) {
+        self.shards.clear();
         self.child.kill().expect("it is our child");
         self.child.wait().expect("it is our child");
     }
@@ -151,8 +177,9 @@ impl Drop for Cluster {
         if thread::panicking() {
             println!("it said: {}", self.stderr.lock().expect("not poisoned"));
         }
-        // For tests that fail half-way. Shards would wait for another coordinator.
-        let shards = self.children();
+        // For tests that fail half-way. Shards would wait for another coordinator, and those that were taken over
+        // are nobody's children.
+        let shards = [self.children(), std::mem::take(&mut self.shards)].concat();
         let _ = self.child.kill();
         let _ = self.child.wait();
         for shard in shards {

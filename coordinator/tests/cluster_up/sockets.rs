@@ -2,14 +2,16 @@
 //! socket in the run directory.
 
 use crate::client::get;
-use crate::process::{Cluster, RUN_DIR};
+use crate::process::{Cluster, RUN_DIR, send_signal, until};
+use crate::recovery::recoveries;
 use crate::turn;
+use rustix::process::Signal;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 /// Inodes of the sockets that a process has open.
-pub(crate) fn socket_inodes(pid: u32) -> BTreeSet<String> {
+fn socket_inodes(pid: u32) -> BTreeSet<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
     let links = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
     let inode = |link: std::path::PathBuf| {
@@ -21,7 +23,7 @@ pub(crate) fn socket_inodes(pid: u32) -> BTreeSet<String> {
 
 /// Local addresses of these sockets that wait for anyone: TCP in state LISTEN (0A), UDP without a
 /// peer (07).
-pub(crate) fn waiting(table: &str, state: &str, inodes: &BTreeSet<String>) -> Vec<SocketAddr> {
+fn waiting(table: &str, state: &str, inodes: &BTreeSet<String>) -> Vec<SocketAddr> {
     let text = fs::read_to_string(format!("/proc/net/{table}")).expect("the kernel lists sockets");
     let rows = text
         .lines()
@@ -56,31 +58,31 @@ fn waiting_here(inodes: &BTreeSet<String>) -> Vec<String> {
         .collect()
 }
 
-#[test]
-fn nothing_listens_but_the_api_and_the_control_plane_on_loopback() {
-    let _turn = turn();
-    let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
-    get(cluster.address, "/health");
-    let coordinator = socket_inodes(cluster.pid());
-    assert_eq!(waiting("tcp", "0A", &coordinator), [cluster.address]);
-    let admin = format!("{RUN_DIR}/{}/admin.sock", cluster.address.port());
-    assert_eq!(waiting_here(&coordinator), [admin]);
-    let control = waiting("udp", "07", &coordinator);
-    assert_eq!(
-        control.len(),
-        1,
-        "one socket of the control plane: {control:?}"
+/// Asserts what listens of a cluster whose shards are on this host, or of its coordinator alone. Every cluster of
+/// these tests is looked at this way when it has begun to serve.
+pub(crate) fn nothing_else_listens(
+    (coordinator, api): (u32, SocketAddr),
+    shards: &[u32],
+    models: usize,
+) {
+    let own = socket_inodes(coordinator);
+    assert_eq!(waiting("tcp", "0A", &own), [api]);
+    let admin = waiting_here(&own);
+    assert!(
+        admin.len() == 1 && admin[0].ends_with("/admin.sock"),
+        "{admin:?}"
     );
-    let mut all = coordinator;
-    for shard in &cluster.shards {
+    let control = waiting("udp", "07", &own);
+    assert_eq!(control.len(), models, "one for each model: {control:?}");
+    let mut all = own;
+    for shard in shards {
+        // One that was taken over lets go of its old link within seconds.
+        until("a shard has one socket, its link's", || {
+            waiting("udp", "07", &socket_inodes(*shard)).len() == 1
+        });
         let own = socket_inodes(*shard);
         assert_eq!(waiting("tcp", "0A", &own), [], "a shard listens on TCP");
         assert_eq!(waiting_here(&own), [""; 0]);
-        assert_eq!(
-            waiting("udp", "07", &own).len(),
-            1,
-            "a shard has one socket, its link's"
-        );
         all.extend(own);
     }
     for table in ["tcp6", "udp6"] {
@@ -88,8 +90,25 @@ fn nothing_listens_but_the_api_and_the_control_plane_on_loopback() {
             assert_eq!(waiting(table, state, &all), [], "{table}");
         }
     }
-    for address in waiting("udp", "07", &all) {
-        assert!(address.ip().is_loopback(), "{address} is not on loopback");
+    if !shards.is_empty() {
+        for address in waiting("udp", "07", &all) {
+            assert!(address.ip().is_loopback(), "{address} is not on loopback");
+        }
     }
+}
+
+#[test]
+fn nothing_listens_but_the_api_and_the_control_plane_on_loopback() {
+    let _turn = turn();
+    let cluster = Cluster::start(&["--tensor-parallel-size", "2"]);
+    let address = cluster.address;
+    get(address, "/health");
+    let before = recoveries(&cluster);
+    send_signal(cluster.shards[1], Signal::KILL);
+    until("it is replaced", || recoveries(&cluster) > before);
+    // Also after a fault, and with clients there.
+    nothing_else_listens((cluster.pid(), address), &cluster.children(), 1);
+    let admin = format!("{RUN_DIR}/{}/admin.sock", address.port());
+    assert_eq!(waiting_here(&socket_inodes(cluster.pid())), [admin]);
     cluster.stop();
 }

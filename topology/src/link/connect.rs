@@ -8,7 +8,7 @@ use super::{
     IDLE_LIMIT, LinkError, LinkReceiver, LinkSender, Streams, endpoint, pair, setup, transport,
 };
 use crate::wire::{FromShard, Hello, Preamble, ToShard};
-use quinn::Connection;
+use quinn::{Connection, Endpoint};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,20 +51,57 @@ pub async fn connect(
         .unwrap_or(Err(LinkError::TimedOut(limit)))
 }
 
-/// Only connects. What goes wrong here says nothing about the coordinator, which may not be there or
-/// have another in its place; what goes wrong afterwards is its own word.
-///
-/// # Errors
-/// [`LinkError`] if nobody with the coordinator's key is reached within `limit`.
-pub async fn dial(
+/// Tries to reach a coordinator, as often as it takes, from one socket: each try that came to nothing occupies
+/// its own for seconds.
+#[derive(Debug)]
+pub struct Dialer {
     address: SocketAddr,
-    coordinator: &Certificate,
-    identity: &Identity,
-    limit: Duration,
-) -> Result<Dialed, LinkError> {
-    timeout(limit, reach(address, coordinator, identity))
-        .await
-        .unwrap_or(Err(LinkError::TimedOut(limit)))
+    config: quinn::ClientConfig,
+    endpoint: Endpoint,
+}
+
+impl Dialer {
+    /// For the coordinator with this certificate, which is to be at `address`.
+    ///
+    /// # Errors
+    /// [`LinkError`] if there is no socket to be had.
+    pub fn new(
+        address: SocketAddr,
+        coordinator: &Certificate,
+        identity: &Identity,
+    ) -> Result<Self, LinkError> {
+        let crypto = tls::client(identity, coordinator)?;
+        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+        config.transport_config(transport(address.ip(), IDLE_LIMIT, None));
+        let ip: IpAddr = match address.ip() {
+            ip if ip.is_loopback() => ip,
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        Ok(Self {
+            address,
+            config,
+            endpoint: endpoint(SocketAddr::new(ip, 0), None)?,
+        })
+    }
+
+    /// Only connects. What goes wrong here says nothing about the coordinator, which may not be there or
+    /// have another in its place; what goes wrong afterwards is its own word.
+    ///
+    /// # Errors
+    /// [`LinkError`] if nobody with the coordinator's key is reached within `limit`.
+    pub async fn dial(&self, limit: Duration) -> Result<Dialed, LinkError> {
+        timeout(limit, self.reach())
+            .await
+            .unwrap_or(Err(LinkError::TimedOut(limit)))
+    }
+
+    async fn reach(&self) -> Result<Dialed, LinkError> {
+        let config = self.config.clone();
+        let connecting = self.endpoint.connect_with(config, self.address, NAME);
+        // The endpoint lives on behind the connection.
+        Ok(Dialed(connecting.map_err(|e| setup(&e))?.await?))
+    }
 }
 
 impl Dialed {
@@ -87,27 +124,9 @@ pub(super) async fn greet(
     hello: Hello,
     preamble: Preamble,
 ) -> Result<Connected, LinkError> {
-    let Dialed(connection) = reach(address, coordinator, identity).await?;
+    let dialer = Dialer::new(address, coordinator, identity)?;
+    let Dialed(connection) = dialer.reach().await?;
     introduce(connection, hello, preamble).await
-}
-
-async fn reach(
-    address: SocketAddr,
-    coordinator: &Certificate,
-    identity: &Identity,
-) -> Result<Dialed, LinkError> {
-    let crypto = tls::client(identity, coordinator)?;
-    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport(address.ip(), IDLE_LIMIT, None));
-    let ip: IpAddr = match address.ip() {
-        ip if ip.is_loopback() => ip,
-        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    // The endpoint lives on behind the connection.
-    let endpoint = endpoint(SocketAddr::new(ip, 0), None)?;
-    let connecting = endpoint.connect_with(config, address, NAME);
-    Ok(Dialed(connecting.map_err(|e| setup(&e))?.await?))
 }
 
 async fn introduce(

@@ -18,7 +18,7 @@ mod tests;
 #[cfg(test)]
 mod weather;
 
-pub use connect::{Connected, Dialed, connect, dial};
+pub use connect::{Connected, Dialed, Dialer, connect};
 pub use frame::Frame;
 pub use listener::{Admitted, Listener};
 pub use tls::{Certificate, Identity, SavedIdentity};

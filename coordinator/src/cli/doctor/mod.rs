@@ -21,7 +21,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use topology::examine::model::ModelDigest;
 use topology::placement::Device;
-use topology::spec::cluster::{Node, Topology};
+use topology::spec::cluster::{ModelSpec, Node, Topology};
 
 /// How bad something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -118,12 +118,17 @@ fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
     let own = own_models(&places, &asking);
+    let groups = topology.as_ref().map_or_else(Vec::new, groups);
     let (asked, own) = runtime.block_on(async {
         let own = tokio::task::spawn_blocking(own);
-        (nodes::ask_all(&places, &asking).await, own.await)
+        (nodes::ask_all(&places, &groups, &asking).await, own.await)
     });
     runtime.shutdown_background();
-    let (mut findings, seen) = asked?;
+    let nodes::Asked {
+        mut findings,
+        seen,
+        measured,
+    } = asked?;
     let own = own.context("reading the models panicked")?;
     for why in own.values().filter_map(|digest| digest.as_ref().err()) {
         let text = format!("{why}; the coordinator reads it too: put it here as well");
@@ -137,7 +142,11 @@ fn examine(flags: &Doctor) -> Result<Vec<Finding>> {
     for (place, seen) in &reached {
         findings.extend(judge::node(place, seen));
     }
-    findings.extend(judge::together(&reached, &own));
+    findings.extend(judge::together(&reached, (&own, &measured)));
+    if topology.is_some() && groups.is_empty() {
+        let text = "the ranks of each model are on one host and share its memory";
+        findings.push(Finding::new(Level::Ok, EVERYWHERE, "all-reduce", text));
+    }
     // By node, each in the order of its checks; what concerns all comes last.
     let order = |finding: &Finding| places.iter().position(|p| p.name == finding.place);
     findings.sort_by_key(|finding| order(finding).unwrap_or(usize::MAX));
@@ -189,6 +198,24 @@ fn as_up(flags: &Doctor) -> Result<Up> {
         Command::Up(up) => Ok(*up),
         _ => anyhow::bail!("the command line is not read as `up`"),
     }
+}
+
+/// The nodes between which ranks of a model exchange activations, by number among those of [`of_file`]: a group
+/// for each set of nodes that any model has.
+fn groups(topology: &Topology) -> Vec<Vec<usize>> {
+    let taken = topology.models.iter().flat_map(ModelSpec::hosts);
+    let taken: BTreeSet<usize> = taken.map(|(node, _)| node).collect();
+    let joined = topology.models.iter().filter(|model| !model.is_one_host());
+    let groups = joined.map(|model| {
+        let nodes: BTreeSet<usize> = model.hosts().into_iter().map(|(node, _)| node).collect();
+        let places = taken.iter().enumerate();
+        let own = places.filter(|(_, node)| nodes.contains(node));
+        own.map(|(place, _)| place).collect()
+    });
+    groups
+        .collect::<BTreeSet<Vec<usize>>>()
+        .into_iter()
+        .collect()
 }
 
 /// The nodes that take part; `ups` are the flags of each model.

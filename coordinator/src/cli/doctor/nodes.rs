@@ -89,26 +89,39 @@ pub(super) struct Seen {
     pub(super) models: Digests,
     /// Seconds there and back to the coordinator.
     pub(super) reach: Option<Result<f64, String>>,
-    /// Its all-reduce with all others, where there are others and all came.
-    pub(super) all_reduce: Option<Result<Speed, String>>,
 }
 
-/// Asks all. Findings about the way to them, and what each answered, in their order.
+/// An all-reduce over the nodes of one model.
+#[derive(Debug)]
+pub(super) struct Measured {
+    /// What each node's rank measured, by the name of the node.
+    pub(super) speeds: Vec<(String, Result<Speed, String>)>,
+}
+
+/// What all nodes answered.
+#[derive(Debug)]
+pub(super) struct Asked {
+    /// About the way to them.
+    pub(super) findings: Vec<Finding>,
+    /// In the order of places; `None` for one that did not answer.
+    pub(super) seen: Vec<Option<Seen>>,
+    /// One for each group of nodes all of which answered.
+    pub(super) measured: Vec<Measured>,
+}
+
+/// Asks all of `places`, and has each of `groups` of them, by number, form the sums that its ranks will form.
 pub(super) async fn ask_all(
     places: &[Place],
+    groups: &[Vec<usize>],
     asking: &Asking,
-) -> Result<(Vec<Finding>, Vec<Option<Seen>>)> {
+) -> Result<Asked> {
     let path = std::env::current_exe().context("cannot find this program's own file")?;
     let mut findings = Vec::new();
-    let echo = match asking.coordinator {
+    let echo = match asking.coordinator.map(Echo::start) {
         None => None,
-        Some(address) => match Echo::start(address).await {
+        Some(started) => match started.await {
             Ok(echo) => Some(echo),
-            Err(error) => {
-                let text = format!(
-                    "cannot listen on {address}: {error}; `address` of [coordinator] must be one of this \
-                     machine's"
-                );
+            Err(text) => {
                 findings.push(Finding::new(Level::Fail, EVERYWHERE, "coordinator", text));
                 None
             }
@@ -149,20 +162,21 @@ pub(super) async fn ask_all(
         });
         seen.push(answered);
     }
-    // The nodes between which ranks exchange activations, if all came.
-    if seen.iter().all(Option::is_some) {
-        let joined = || places.iter().map(|place| place.joins_nodes);
-        let group = places.iter().zip(&mut errands).zip(joined());
-        let group = group.filter_map(|((place, errand), joined)| {
-            Some((place, errand.as_mut().filter(|_| joined)?))
-        });
-        let speeds = all_reduce(group.collect()).await;
-        let seen = seen.iter_mut().flatten().zip(joined());
-        for ((seen, _), speed) in seen.filter(|(_, joined)| *joined).zip(speeds) {
-            seen.all_reduce = Some(speed);
+    let mut measured = Vec::new();
+    // One after the other: side by side they would measure each other.
+    for group in groups {
+        if group.iter().all(|place| seen[*place].is_some()) {
+            let nodes = places.iter().zip(&mut errands).enumerate();
+            let members = nodes.filter(|(place, _)| group.contains(place));
+            let members = members.filter_map(|(_, (place, node))| Some((place, node.as_mut()?)));
+            measured.push(measure(members.collect()).await);
         }
     }
-    Ok((findings, seen))
+    Ok(Asked {
+        findings,
+        seen,
+        measured,
+    })
 }
 
 /// A process on the node, and a line about the way to it.
@@ -247,7 +261,6 @@ async fn ask(
         clock,
         models,
         reach,
-        all_reduce: None,
     })
 }
 
@@ -268,6 +281,15 @@ async fn clock(errand: &mut Errand) -> Result<(f64, f64), LaunchError> {
         }
     }
     Ok(best.unwrap_or_default())
+}
+
+async fn measure(group: Vec<(&Place, &mut Errand)>) -> Measured {
+    let names = group.iter().map(|(place, _)| place.name.clone());
+    let names: Vec<String> = names.collect();
+    let speeds = all_reduce(group).await;
+    Measured {
+        speeds: names.into_iter().zip(speeds).collect(),
+    }
 }
 
 /// The same sum on all nodes of `group` at once; what each measured.
@@ -319,9 +341,14 @@ struct Echo {
 }
 
 impl Echo {
-    async fn start(address: IpAddr) -> std::io::Result<Self> {
-        let socket = UdpSocket::bind((address, 0)).await?;
-        let address = socket.local_addr()?;
+    async fn start(address: IpAddr) -> Result<Self, String> {
+        let refused = |error: std::io::Error| {
+            format!(
+                "cannot listen on {address}: {error}; `address` of [coordinator] must be one of this machine's"
+            )
+        };
+        let socket = UdpSocket::bind((address, 0)).await.map_err(refused)?;
+        let address = socket.local_addr().map_err(refused)?;
         let (nonce, _) = uuid::Uuid::new_v4().as_u64_pair();
         let task = tokio::spawn(async move {
             let mut datagram = [0; 16];

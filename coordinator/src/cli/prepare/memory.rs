@@ -82,7 +82,7 @@ pub(super) fn gpus_of(
 ///
 /// # Errors
 /// A sentence with the arithmetic where models do not fit on a host beside each other.
-pub(super) fn of_models(topology: Option<&Topology>, drafts: &[Draft]) -> Result<Vec<Memory>> {
+pub(super) fn of_models(topology: Option<&Topology>, drafts: &[&Draft]) -> Result<Vec<Memory>> {
     let free = match topology {
         // GPUs have memory of their own.
         _ if drafts.iter().all(|draft| draft.gpus.is_some()) => BTreeMap::new(),
@@ -111,7 +111,7 @@ pub(super) fn of_models(topology: Option<&Topology>, drafts: &[Draft]) -> Result
             shares.insert((*host, model), part);
         }
     }
-    let memory = |(index, draft): (usize, &Draft)| {
+    let memory = |(index, draft): (usize, &&Draft)| {
         if let Some(gpus) = &draft.gpus {
             return Ok(gpus.usable());
         }
@@ -147,7 +147,7 @@ pub(super) fn place(topology: Option<&Topology>, host: usize) -> String {
 fn too_much(
     place: &str,
     free: u64,
-    drafts: &[Draft],
+    drafts: &[&Draft],
     (models, claims): (&[usize], &[u64]),
 ) -> anyhow::Error {
     let claims = models.iter().zip(claims);

@@ -15,6 +15,7 @@ use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::text::TextModel;
 use anyhow::{Context, Result, bail, ensure};
 use model::Model;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use topology::fit::{
     Asked, Elements, FitError, FitReport, GpuMemory, Memory, RankNeeds, Sizes, fit,
@@ -81,14 +82,31 @@ impl Prepared {
     /// # Errors
     /// A sentence that says what to change.
     pub fn new(up: &Up) -> Result<Self> {
-        Self::with_memory(up, None)
+        Drafts::new(up)?.prepared(BTreeMap::new())
     }
 
-    /// The same where `memory` was free before the one model was loaded, if that is known better than by looking.
+    /// The model whose name is shown where there is room for one.
+    pub fn first(&self) -> &PreparedModel {
+        &self.models[0]
+    }
+}
+
+/// What is to be started, before anybody asked for memory that is free.
+#[derive(Debug)]
+pub struct Drafts {
+    models: Vec<Draft>,
+    topology: Option<Topology>,
+    warnings: Vec<String>,
+    keys: Vec<String>,
+    address: SocketAddr,
+}
+
+impl Drafts {
+    /// Checks flags and files.
     ///
     /// # Errors
-    /// As [`Self::new`].
-    pub fn with_memory(up: &Up, memory: Option<Memory>) -> Result<Self> {
+    /// A sentence that says what to change.
+    pub fn new(up: &Up) -> Result<Self> {
         let keys = access::keys(up)?;
         let address = access::address(up, !keys.is_empty())?;
         let topology = nodes::read(up)?;
@@ -120,23 +138,8 @@ impl Prepared {
             drafts.push(Draft::new(up, placement, (hosts, gpus))?);
         }
         tell_apart(&mut drafts)?;
-        let is_one = drafts.len() == 1;
-        let memories = match memory.filter(|_| is_one) {
-            Some(known) => vec![known],
-            None => memory::of_models(topology, &drafts)?,
-        };
-        let models = drafts.into_iter().zip(memories).map(|(draft, memory)| {
-            let name = draft.model.name().to_owned();
-            let prepared = draft.with(memory);
-            // Where there is one, everybody knows which is meant.
-            if is_one {
-                prepared
-            } else {
-                prepared.with_context(|| format!("model {name}"))
-            }
-        });
         Ok(Self {
-            models: models.collect::<Result<_>>()?,
+            models: drafts,
             topology: topology.cloned(),
             warnings: placed.warnings,
             keys,
@@ -144,9 +147,52 @@ impl Prepared {
         })
     }
 
-    /// The model whose name is shown where there is room for one.
-    pub fn first(&self) -> &PreparedModel {
-        &self.models[0]
+    /// Names of the models, in the operator's order.
+    pub fn names(&self) -> Vec<&str> {
+        self.models.iter().map(|draft| draft.model.name()).collect()
+    }
+
+    /// Number of the first shard of model `index`, among those of all models.
+    pub fn first_shard(&self, index: usize) -> u32 {
+        let before = self.models.iter().take(index);
+        before.map(|draft| draft.placement.world_size()).sum()
+    }
+
+    /// Model number `index`, where `memory` was free before it was loaded.
+    ///
+    /// # Errors
+    /// A sentence with the arithmetic.
+    pub fn model(&self, index: usize, memory: Memory) -> Result<PreparedModel> {
+        let draft = self.models[index].clone();
+        let name = draft.model.name().to_owned();
+        let prepared = draft.with(memory);
+        // Where there is one, everybody knows which is meant.
+        if self.models.len() == 1 {
+            prepared
+        } else {
+            prepared.with_context(|| format!("model {name}"))
+        }
+    }
+
+    /// All models: those that are `known` by number, and the others with what is free beside them now.
+    ///
+    /// # Errors
+    /// A sentence with the arithmetic.
+    pub fn prepared(self, mut known: BTreeMap<usize, PreparedModel>) -> Result<Prepared> {
+        let others = (0..self.models.len()).filter(|index| !known.contains_key(index));
+        let others: Vec<usize> = others.collect();
+        let drafts: Vec<&Draft> = others.iter().map(|index| &self.models[*index]).collect();
+        let memories = memory::of_models(self.topology.as_ref(), &drafts)?;
+        for (index, memory) in others.into_iter().zip(memories) {
+            known.insert(index, self.model(index, memory)?);
+        }
+        Ok(Prepared {
+            models: known.into_values().collect(),
+            topology: self.topology,
+            warnings: self.warnings,
+            keys: self.keys,
+            address: self.address,
+        })
     }
 }
 
@@ -279,6 +325,17 @@ impl Draft {
 }
 
 impl PreparedModel {
+    /// `--num-gpu-blocks-override` and `--kv-cache-memory-bytes`, as this model has them.
+    pub fn kv_cache_asked(&self) -> (Option<u32>, Option<u64>) {
+        let up = &self.up;
+        (up.num_gpu_blocks_override, up.kv_cache_memory_bytes)
+    }
+
+    /// `--cpu-isa`.
+    pub fn cpu_isa(&self) -> &'static str {
+        self.up.cpu_isa.name()
+    }
+
     /// How many KV blocks each rank gets, now that shards have said what they took; in rank order.
     ///
     /// # Errors

@@ -30,6 +30,8 @@ const MAX_ANSWER_BYTES: usize = 64 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause, also where the server asks for a longer one.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// Longest pause where nobody is there: whoever comes next has nothing else to do.
+const MAX_ABSENCE: Duration = Duration::from_secs(1);
 /// How often a request may fail on the server, or take its connection along, before that is its answer: it may
 /// be the request's own fault.
 const MAX_FAILURES: u32 = 10;
@@ -175,6 +177,7 @@ impl Asker {
                 }
                 Miss::Absent(error) => {
                     self.open = None;
+                    wait = pause.min(MAX_ABSENCE);
                     error
                 }
             };

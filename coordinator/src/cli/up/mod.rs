@@ -9,7 +9,7 @@ mod door;
 mod group;
 mod manifests;
 
-use super::adopt::{self, Heirs, Succession};
+use super::adopt::{self, AllHeirs, Succession};
 use super::args::Up;
 use super::prepare::Prepared;
 use super::presence;
@@ -28,7 +28,6 @@ use door::Door;
 use futures_util::future::try_join_all;
 use group::{Group, Started, Yard};
 use std::io::{self, Write};
-use std::iter;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -84,7 +83,7 @@ pub fn run(up: &Up) -> ExitCode {
 
 async fn serve(
     up: &Up,
-    (prepared, heirs): (&Prepared, Option<Heirs>),
+    (prepared, heirs): (&Prepared, AllHeirs),
     (begun, alive): (Instant, mpsc::Sender<()>),
 ) -> Result<(), Failure> {
     for warning in &prepared.warnings {
@@ -105,7 +104,7 @@ async fn serve(
         .map(|model| Group::new(model, &registry, is_one))
         .collect();
     let claim = presence::claim(up, prepared, address).map_err(Failure::Input)?;
-    let succession = adopt::succession((up, prepared), &claim, heirs).map_err(Failure::Input)?;
+    let successions = adopt::successions((up, prepared), &claim, heirs).map_err(Failure::Input)?;
     let socket = claim.socket();
     let watched = groups.iter().map(|group| {
         let state = group.readiness.subscribe();
@@ -128,7 +127,7 @@ async fn serve(
         address,
     };
     let ended = frame
-        .attend(groups, (listener, registry), (alive, succession), signals)
+        .attend(groups, (listener, registry), (alive, successions), signals)
         .await;
     board.close(&how(&ended, board.unfinished()));
     ended
@@ -164,7 +163,7 @@ impl Frame<'_> {
         &self,
         groups: Vec<Group>,
         (listener, registry): (TcpListener, Arc<Registry>),
-        shards: (mpsc::Sender<()>, Succession),
+        shards: (mpsc::Sender<()>, Vec<Succession>),
         mut signals: Signals,
     ) -> Result<(), Failure> {
         let engines = groups.iter().map(|group| group.handle.clone()).collect();
@@ -207,7 +206,7 @@ impl Frame<'_> {
     async fn start(
         &self,
         groups: &[Group],
-        (alive, succession): (mpsc::Sender<()>, Succession),
+        (alive, successions): (mpsc::Sender<()>, Vec<Succession>),
     ) -> Result<Vec<Started>, Failure> {
         let yard = Yard::new(self.up, self.prepared, (alive, self.board.clone())).await;
         let yard = yard.map_err(Failure::Input)?;
@@ -215,8 +214,6 @@ impl Frame<'_> {
         let names = models.map(|model| (model.model.name(), model.placement.world_size()));
         let progress = Progress::new(&names.collect::<Vec<_>>(), Notes(self.up.log_format));
         let models = self.prepared.models.iter().enumerate().zip(groups);
-        // Only one model alone is handed on.
-        let successions = iter::once(succession).chain(iter::repeat_with(Succession::default));
         let starts = models.zip(successions).map(|((model, group), succession)| {
             group.start(self.up, model, (&yard, &progress), succession)
         });

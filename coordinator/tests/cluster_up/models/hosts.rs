@@ -49,6 +49,8 @@ fn two_models_over_two_hosts_say_what_each_says_alone() {
         let path = format!("{}: the same on every node", pair.path(model).display());
         assert!(findings.contains(&path), "{path} is not in:\n{findings}");
     }
+    // Both go over the same nodes: that is one path.
+    assert_eq!(findings.matches("over 2 nodes (a, b): ").count(), 1);
     assert!(findings.contains("a fits on 2 ranks") && findings.contains("; b fits on 2 ranks"));
 
     let cluster = Cluster::start(&["--topology", file]);

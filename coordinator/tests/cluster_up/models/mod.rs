@@ -1,10 +1,11 @@
 //! Several models in one cluster: each says what it says alone, and feels nothing of the others' faults.
 
+mod adopt;
 mod hosts;
 
 use crate::client::{Stream, endless, get, metric, request};
 use crate::process::{Cluster, is_running, run, send_signal, until};
-use crate::sockets::{socket_inodes, waiting};
+use crate::sockets::nothing_else_listens;
 use crate::turn;
 use coordinator::clock;
 use rustix::process::Signal;
@@ -200,7 +201,7 @@ fn requests_are_routed_by_name_and_everything_tells_models_apart() {
         assert!(metric(address, "cluster_rank_step_seconds_count", &of(model)) > 0.5);
     }
     operators_view(&cluster);
-    sockets(&cluster);
+    nothing_else_listens((cluster.pid(), cluster.address), &cluster.shards, 2);
 
     // Told to end, both finish what runs.
     let mut streams = ["a", "b"].map(|model| long_stream(cluster.address, model));
@@ -275,23 +276,6 @@ fn operators_view(cluster: &Cluster) {
         logs.contains(&format!("process {last} was started")),
         "{logs}"
     );
-}
-
-/// One control plane for each model, and nothing else.
-fn sockets(cluster: &Cluster) {
-    let sockets = socket_inodes(cluster.pid());
-    assert_eq!(waiting("tcp", "0A", &sockets), [cluster.address]);
-    let control = waiting("udp", "07", &sockets);
-    assert_eq!(control.len(), 2, "{control:?}");
-    assert!(
-        control.iter().all(|it| it.ip().is_loopback()),
-        "{control:?}"
-    );
-    for shard in &cluster.shards {
-        let own = socket_inodes(*shard);
-        assert_eq!(waiting("tcp", "0A", &own), []);
-        assert_eq!(waiting("udp", "07", &own).len(), 1);
-    }
 }
 
 fn long_stream(address: SocketAddr, model: &str) -> Stream {

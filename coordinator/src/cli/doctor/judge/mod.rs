@@ -3,7 +3,7 @@
 //! Pure: answers in, findings out. Invariant: `fail` only for what would keep a cluster from starting or
 //! from saying the same on all nodes.
 
-use super::nodes::{Digests, Place, Seen, groups};
+use super::nodes::{Digests, Measured, Place, Seen, groups};
 use super::{EVERYWHERE, Finding, Level};
 use std::collections::BTreeSet;
 use topology::examine::Speed;
@@ -257,7 +257,10 @@ fn interface(place: &Place, host: &HostReport) -> (Level, String) {
 
 /// What is to be said of all nodes together. `own` are models of this machine that it was not asked for as one
 /// of them.
-pub(super) fn together(nodes: &[(&Place, &Seen)], own: &Digests) -> Vec<Finding> {
+pub(super) fn together(
+    nodes: &[(&Place, &Seen)],
+    (own, measured): (&Digests, &[Measured]),
+) -> Vec<Finding> {
     let directories = nodes.iter().flat_map(|(_, seen)| seen.models.keys());
     let directories: BTreeSet<&String> = directories.collect();
     let models = directories.iter().filter_map(|it| model(nodes, own, it));
@@ -267,7 +270,12 @@ pub(super) fn together(nodes: &[(&Place, &Seen)], own: &Digests) -> Vec<Finding>
         findings.push(Finding::new(Level::Ok, EVERYWHERE, "model", text));
     }
     findings.extend(libraries(nodes));
-    findings.extend(all_reduce(nodes));
+    let with_gpus = nodes.iter().filter(|(place, _)| has_gpu(place));
+    let with_gpus: BTreeSet<&str> = with_gpus.map(|(place, _)| place.name.as_str()).collect();
+    findings.extend(measured.iter().filter_map(|group| {
+        let mut nodes = group.speeds.iter().map(|(node, _)| node.as_str());
+        all_reduce(group, nodes.all(|node| with_gpus.contains(node)))
+    }));
     findings
 }
 
@@ -347,24 +355,15 @@ fn libraries(nodes: &[(&Place, &Seen)]) -> Vec<Finding> {
     findings
 }
 
-fn all_reduce(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
+/// How the sums over the nodes of a model went.
+fn all_reduce(group: &Measured, on_gpus: bool) -> Option<Finding> {
     let say = |level, text: String| Some(Finding::new(level, EVERYWHERE, "all-reduce", text));
-    let joined = nodes.iter().filter(|(place, _)| place.joins_nodes);
-    let joined: Vec<_> = joined.collect();
-    if joined.is_empty() && nodes.iter().all(|(place, _)| place.address.is_some()) {
-        let text = "the ranks of each model are on one host and share its memory".to_owned();
-        return say(Level::Ok, text);
-    }
-    let results = joined
-        .iter()
-        .map(|(place, seen)| (place, seen.all_reduce.as_ref()));
     let mut slowest: Option<Speed> = None;
-    for (place, result) in results {
-        match result? {
+    for (node, result) in &group.speeds {
+        match result {
             Err(why) => {
                 let text = format!(
-                    "{}: {why}; let TCP through between the nodes' `address`es, on any port",
-                    place.name
+                    "{node}: {why}; let TCP through between the nodes' `address`es, on any port"
                 );
                 return say(Level::Fail, text);
             }
@@ -378,12 +377,19 @@ fn all_reduce(nodes: &[(&Place, &Seen)]) -> Option<Finding> {
         }
     }
     let speed = slowest?;
+    let names: Vec<&str> = group.speeds.iter().map(|(node, _)| node.as_str()).collect();
     let text = format!(
-        "over {} nodes: {:.3} ms for 1 KiB, {:.0} MB/s for 4 MiB",
-        joined.len(),
+        "over {} nodes ({}): {:.3} ms for 1 KiB, {:.0} MB/s for 4 MiB",
+        names.len(),
+        names.join(", "),
         speed.latency_seconds * 1e3,
         speed.bytes_per_second / 1e6
     );
+    if on_gpus {
+        // What it says is that the nodes reach each other.
+        let text = format!("{text}, by TCP and the CPU; GPUs will use NCCL on each `interface`");
+        return say(Level::Ok, text);
+    }
     if speed.latency_seconds > SLOW_SECONDS || speed.bytes_per_second < SLOW_BYTES_PER_SECOND {
         let advice =
             "every layer needs two of them: take a faster network (`address`), or fewer nodes";

@@ -64,22 +64,32 @@ fn seen() -> Seen {
             }),
         )]),
         reach: Some(Ok(0.0002)),
-        all_reduce: Some(Ok(Speed {
-            latency_seconds: 1e-4,
-            bytes_per_second: 1e9,
-        })),
     }
 }
 
+/// A sum over nodes `a` and `b`, whose second rank measured this.
+fn measured(speed: Result<f64, String>) -> Measured {
+    let of = |latency_seconds| Speed {
+        latency_seconds,
+        bytes_per_second: 1e9,
+    };
+    let speeds = vec![("a".into(), Ok(of(1e-4))), ("b".into(), speed.map(of))];
+    Measured { speeds }
+}
+
 /// What is found on two nodes of which the second is like this.
-fn found(device: &Device, spoil: impl FnOnce(&mut Place, &mut Seen)) -> Vec<Finding> {
+fn found(
+    device: &Device,
+    spoil: impl FnOnce(&mut Place, &mut Seen),
+    group: Measured,
+) -> Vec<Finding> {
     let (one, mut other) = (place("a", device.clone()), place("b", device.clone()));
     let (seen_one, mut seen_other) = (seen(), seen());
     spoil(&mut other, &mut seen_other);
     let mut findings = node(&other, &seen_other);
     findings.extend(together(
         &[(&one, &seen_one), (&other, &seen_other)],
-        &Digests::new(),
+        (&Digests::new(), &[group]),
     ));
     findings.retain(|finding| finding.level != Level::Ok);
     findings
@@ -87,9 +97,10 @@ fn found(device: &Device, spoil: impl FnOnce(&mut Place, &mut Seen)) -> Vec<Find
 
 #[test]
 fn good_nodes_are_good() {
-    assert_eq!(found(&cpu(), |_, _| {}), []);
+    let well = || measured(Ok(1e-4));
+    assert_eq!(found(&cpu(), |_, _| {}, well()), []);
     let gpu = Device::Gpu { index: 0, ranks: 1 };
-    assert_eq!(found(&gpu, |_, _| {}), []);
+    assert_eq!(found(&gpu, |_, _| {}, well()), []);
     let findings = node(&place("a", gpu), &seen());
     let device = findings.iter().find(|finding| finding.check == "device");
     let said = &device.expect("GPUs were looked at").text;
@@ -118,13 +129,6 @@ fn spoil(what: &str, place: &mut Place, seen: &mut Seen) {
         "no interface" => place.interface = Some("eth9".into()),
         "interface down" => host.interfaces[0].is_up = false,
         "other interface" => place.interface = Some("ib0".into()),
-        "cut off" => seen.all_reduce = Some(Err("no".into())),
-        "slow" => {
-            seen.all_reduce = Some(Ok(Speed {
-                latency_seconds: 0.02,
-                bytes_per_second: 1e9,
-            }));
-        }
         "other model" => {
             let files = BTreeMap::from([("config.json".into(), "b".into())]);
             seen.models = Digests::from([(MODEL.into(), Ok(ModelDigest { files }))]);
@@ -158,12 +162,11 @@ fn each_thing_that_is_wrong_is_one_finding_that_says_what_to_do() {
         (&cpu(), "no interface", Fail, "interface", "no eth9"),
         (&cpu(), "interface down", Fail, "interface", "is down"),
         (&cpu(), "other interface", Warn, "interface", "on eth0"),
-        (&cpu(), "cut off", Fail, "all-reduce", "let TCP through"),
-        (&cpu(), "slow", Warn, "all-reduce", "20.000 ms"),
         (&cpu(), "other model", Fail, "model", "b has another config"),
         (&cpu(), "no model", Fail, "model", "put the model there"),
     ] {
-        let findings = found(device, |place, seen| spoil(what, place, seen));
+        let well = measured(Ok(1e-4));
+        let findings = found(device, |place, seen| spoil(what, place, seen), well);
         let [finding] = findings.as_slice() else {
             panic!("{what}: {findings:?}");
         };
@@ -174,11 +177,47 @@ fn each_thing_that_is_wrong_is_one_finding_that_says_what_to_do() {
 }
 
 #[test]
+fn each_group_of_nodes_is_judged_by_itself() {
+    let gpu = Device::Gpu { index: 0, ranks: 1 };
+    for (device, group, said) in [
+        (&cpu(), measured(Ok(1e-4)), None),
+        (
+            &cpu(),
+            measured(Ok(0.02)),
+            Some((Level::Warn, "(a, b): 20.000 ms")),
+        ),
+        (&gpu, measured(Ok(0.02)), None), // which are not to use that path
+        (
+            &cpu(),
+            measured(Err("no".into())),
+            Some((Level::Fail, "b: no; let TCP through")),
+        ),
+    ] {
+        let findings = found(device, |_, _| {}, group);
+        let found = findings.iter().find(|it| it.check == "all-reduce");
+        assert_eq!(
+            found.map(|it| it.level),
+            said.map(|(level, _)| level),
+            "{findings:?}"
+        );
+        let text = found.map_or("", |it| it.text.as_str());
+        assert!(text.contains(said.map_or("", |(_, text)| text)), "{text}");
+    }
+    let (one, other) = (place("a", cpu()), place("b", cpu()));
+    let nodes = [(&one, &seen()), (&other, &seen())];
+    let groups = [measured(Ok(1e-4)), measured(Ok(0.02)), measured(Ok(1e-4))];
+    let findings = together(&nodes, (&Digests::new(), &groups));
+    let levels = findings.iter().filter(|it| it.check == "all-reduce");
+    let levels: Vec<Level> = levels.map(|it| it.level).collect();
+    assert_eq!(levels, [Level::Ok, Level::Warn, Level::Ok]);
+}
+
+#[test]
 fn the_coordinators_own_model_is_compared_too() {
     let node = place("a", cpu());
     let files = BTreeMap::from([("tokenizer.json".into(), "x".into())]);
     let own = Digests::from([(MODEL.into(), Ok(ModelDigest { files }))]);
-    let findings = together(&[(&node, &seen())], &own);
+    let findings = together(&[(&node, &seen())], (&own, &[]));
     let said = findings.iter().find(|finding| finding.check == "model");
     let said = said.expect("models were compared");
     assert_eq!(said.level, Level::Fail);
