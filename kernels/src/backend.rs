@@ -191,6 +191,20 @@ pub trait Backend: Send + 'static {
         precision: Precision,
     ) -> Result<Self::Tensor, DeviceError>;
 
+    /// [`Self::allocate`] for what collectives work on: from where other devices reach it directly, if there is such
+    /// memory. It may be dealt out in large pieces, so that few matrices should be had from here.
+    ///
+    /// # Errors
+    /// As [`Self::allocate`].
+    fn allocate_shared(
+        &self,
+        rows: usize,
+        width: usize,
+        precision: Precision,
+    ) -> Result<Self::Tensor, DeviceError> {
+        self.allocate(rows, width, precision)
+    }
+
     /// Puts the `parts`, stacked by rows, on the device. On the CPU a part may stay where it is; its bytes are
     /// read all the same, so that loading is over when this returns.
     ///

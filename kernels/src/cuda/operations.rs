@@ -5,7 +5,9 @@
 //!
 //! Invariant: an operation that was not queued is never taken for done: a step ends in one of those three.
 
-use super::{CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, graphs, load};
+use super::{
+    CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, TensorSource, graphs, load,
+};
 use crate::backend::{
     Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
     Precision,
@@ -23,6 +25,27 @@ impl CudaBackend {
             Precision::Compute => self.element,
             Precision::F32 => Element::F32,
         }
+    }
+
+    /// A matrix in memory of `source` where that has some, of the driver otherwise.
+    fn allocate_from(
+        &self,
+        source: Option<TensorSource>,
+        (rows, width): (usize, usize),
+        precision: Precision,
+    ) -> Result<CudaTensor, DeviceError> {
+        let element = self.element_of(precision);
+        let what = format!("an activation matrix [{rows}, {width}]");
+        let bytes = self.bytes(&what, &[rows, width, element.bytes()])?;
+        let sourced = match source {
+            Some(source) => self.device.allocate_from(source, bytes)?,
+            None => None,
+        };
+        let memory = match sourced {
+            Some(memory) => memory,
+            None => self.device.allocate(&what, bytes)?,
+        };
+        Ok(CudaTensor::new(memory, element, (rows, width)))
     }
 
     /// Product of sizes; an error where it is beyond any memory.
@@ -67,18 +90,16 @@ impl Backend for CudaBackend {
         width: usize,
         precision: Precision,
     ) -> Result<CudaTensor, DeviceError> {
-        let element = self.element_of(precision);
-        let what = format!("an activation matrix [{rows}, {width}]");
-        let bytes = self.bytes(&what, &[rows, width, element.bytes()])?;
-        let sourced = match self.source {
-            Some(source) => self.device.allocate_from(source, bytes)?,
-            None => None,
-        };
-        let memory = match sourced {
-            Some(memory) => memory,
-            None => self.device.allocate(&what, bytes)?,
-        };
-        Ok(CudaTensor::new(memory, element, (rows, width)))
+        self.allocate_from(None, (rows, width), precision)
+    }
+
+    fn allocate_shared(
+        &self,
+        rows: usize,
+        width: usize,
+        precision: Precision,
+    ) -> Result<CudaTensor, DeviceError> {
+        self.allocate_from(self.source, (rows, width), precision)
     }
 
     fn load(

@@ -2,7 +2,8 @@
 //!
 //! From NCCL 2.27 on, small collectives over such memory take a faster path. It must be of NCCL's own making and
 //! be registered by all ranks together. Where the GPUs or the operator (`NCCL_WIN_ENABLE=0`) do not allow
-//! it, NCCL answers without a window and collectives take the ordinary path over the same memory.
+//! it, NCCL answers without a window and collectives take the ordinary path over the same memory. Some versions round
+//! each piece of it up to what a multicast object takes, half a GB on some GPUs: only what is summed comes from here.
 //!
 //! Invariant: the place that NCCL writes a window to outlives the communicator.
 
