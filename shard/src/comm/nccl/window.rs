@@ -28,8 +28,7 @@ pub(super) const SOURCE: TensorSource = TensorSource { take, give_back };
 
 /// Whether to try. Ranks that share a GPU are an experiment of NCCL's as it is.
 pub(super) fn is_supported() -> bool {
-    let shares = std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|value| value == "1");
-    !shares && library::load().is_ok_and(|version| version >= OLDEST)
+    !library::shares_gpu() && library::load().is_ok_and(|version| version >= OLDEST)
 }
 
 fn take(bytes: usize) -> Option<u64> {
