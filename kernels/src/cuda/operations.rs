@@ -10,7 +10,7 @@ use super::{
 };
 use crate::backend::{
     Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
-    Precision,
+    Precision, Queued,
 };
 use crate::batch::Batch;
 use crate::cpu::element::{Stored, by_element};
@@ -153,8 +153,9 @@ impl Backend for CudaBackend {
 
     fn upload(&self, host: &Batch, device: &mut CudaBatch) -> Result<(), DeviceError> {
         self.check()?;
-        // The first step of all is not to be late.
-        self.blas.set_tries(device.uploads() > 0);
+        // The first step of all is not to be late. That it is counted from the last `forget` keeps ranks together, some of
+        // which may have computed before.
+        self.blas.set_tries(self.graphs.begin());
         device.upload(&self.device, host)
     }
 
@@ -171,8 +172,12 @@ impl Backend for CudaBackend {
         rows: usize,
         batch: &CudaBatch,
         ops: impl FnMut() -> Result<(), E>,
-    ) -> Result<(), E> {
+    ) -> Result<Queued, E> {
         self.queue_step(rows, batch, ops)
+    }
+
+    fn stop_recording(&self, rows: usize) {
+        self.graphs.end(rows);
     }
 
     fn is_recorded(&self, rows: usize) -> bool {
@@ -185,6 +190,7 @@ impl Backend for CudaBackend {
 
     fn forget(&self) {
         self.graphs.clear();
+        self.blas.forget();
     }
 
     fn take_notice(&self) -> Option<String> {

@@ -143,6 +143,15 @@ pub trait Comm<B: Backend>: Send + Sized + 'static {
         false
     }
 
+    /// Whether all ranks say yes, of which `mine` is this one's word. Asked in the same step on all, and rarely.
+    ///
+    /// # Errors
+    /// [`CommError`]
+    fn agree(&mut self, _backend: &B, mine: bool) -> Result<bool, CommError> {
+        assert!(self.world_size() == 1, "ranks that record have to agree");
+        Ok(mine)
+    }
+
     /// Calls `launch`, which queues collectives that were recorded, unless the group was aborted; it is not aborted
     /// meanwhile.
     ///

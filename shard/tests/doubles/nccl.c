@@ -2,7 +2,11 @@
  * double: `tests/processes` compiles and loads it where the kernels are emulated as well.
  *
  * As mean as the real one. Every call but the abort returns at once and leaves the work to a thread; a dead
- * peer is not noticed; what waits for it ends with the abort alone. Only one call may be under way.
+ * peer is not noticed; what waits for it ends with the abort alone. Only one call may be under way. An abort does not
+ * return before everything recorded that names the communicator is gone.
+ *
+ * What is called while the emulated device records is recorded with it, and done when that is replayed, by the thread
+ * that does so. Not every rank needs to record at the same time.
  *
  * Invariant: sums are in rank order and in f32, so all ranks hold the same bits.
  */
@@ -32,6 +36,13 @@ typedef struct {
 } shared;
 
 typedef struct {
+    const char *from;
+    char *to;
+    size_t bytes;
+    int type, gathers;
+} work;
+
+typedef struct {
     int rank, ranks;
     char name[128];
     shared *memory;
@@ -40,11 +51,20 @@ typedef struct {
     pthread_t thread;
     int threaded;
     /* The call that the thread works on. */
-    const char *from;
-    char *to;
-    size_t bytes;
-    int type, gathers;
+    work work;
+    /* Calls that are recorded. */
+    _Atomic int recorded;
 } communicator;
+
+/* A call that was recorded. */
+typedef struct {
+    communicator *comm;
+    work work;
+} record;
+
+/* The emulated device's recorder, which is the program's. */
+extern int cluster_emulation_is_recording(void);
+extern int cluster_emulation_queue(int (*run)(void *), void (*release)(void *), void *data);
 
 const char *ncclGetErrorString(int code) { return code == SUCCESS ? "no error" : "an error of the double"; }
 
@@ -110,34 +130,50 @@ static void narrow(float value, char *to, int type) {
     }
 }
 
-static void add_up(communicator *comm, size_t at, size_t bytes) {
-    size_t width = comm->type == FLOAT32 ? 4 : 2;
+static void add_up(communicator *comm, const work *work, size_t at, size_t bytes) {
+    size_t width = work->type == FLOAT32 ? 4 : 2;
     for (size_t i = 0; i < bytes; i += width) {
         float sum = 0;
         for (int rank = 0; rank < comm->ranks; rank++) {
-            sum += widen(comm->memory->slots[rank] + i, comm->type);
+            sum += widen(comm->memory->slots[rank] + i, work->type);
         }
-        narrow(sum, comm->to + at + i, comm->type);
+        narrow(sum, work->to + at + i, work->type);
     }
+}
+
+/* The call's work; 0 after an abort. */
+static int exchange(communicator *comm, const work *work) {
+    for (size_t at = 0; at < work->bytes; at += SLOT_BYTES) {
+        size_t bytes = work->bytes - at < SLOT_BYTES ? work->bytes - at : SLOT_BYTES;
+        memcpy(comm->memory->slots[comm->rank], work->from + at, bytes);
+        if (!barrier(comm)) return 0;
+        if (work->gathers) {
+            for (int rank = 0; rank < comm->ranks; rank++) {
+                memcpy(work->to + rank * work->bytes + at, comm->memory->slots[rank], bytes);
+            }
+        } else {
+            add_up(comm, work, at, bytes);
+        }
+        if (!barrier(comm)) return 0;
+    }
+    return 1;
 }
 
 static void *collective(void *argument) {
     communicator *comm = argument;
-    for (size_t at = 0; at < comm->bytes; at += SLOT_BYTES) {
-        size_t bytes = comm->bytes - at < SLOT_BYTES ? comm->bytes - at : SLOT_BYTES;
-        memcpy(comm->memory->slots[comm->rank], comm->from + at, bytes);
-        if (!barrier(comm)) return NULL;
-        if (comm->gathers) {
-            for (int rank = 0; rank < comm->ranks; rank++) {
-                memcpy(comm->to + rank * comm->bytes + at, comm->memory->slots[rank], bytes);
-            }
-        } else {
-            add_up(comm, at, bytes);
-        }
-        if (!barrier(comm)) return NULL;
-    }
-    atomic_store(&comm->state, SUCCESS);
+    if (exchange(comm, &comm->work)) atomic_store(&comm->state, SUCCESS);
     return NULL;
+}
+
+static int replay(void *argument) {
+    record *record = argument;
+    return exchange(record->comm, &record->work) ? SUCCESS : SYSTEM_ERROR;
+}
+
+static void forget(void *argument) {
+    record *record = argument;
+    atomic_fetch_sub(&record->comm->recorded, 1);
+    free(record);
 }
 
 static void *form(void *argument) {
@@ -182,6 +218,7 @@ int ncclCommGetAsyncError(communicator *comm, int *state) {
 int ncclCommAbort(communicator *comm) {
     atomic_store(&comm->abort, 1);
     if (comm->threaded) pthread_join(comm->thread, NULL);
+    while (atomic_load(&comm->recorded)) usleep(100);
     shm_unlink(comm->name);
     munmap(comm->memory, sizeof(shared));
     free(comm);
@@ -190,12 +227,13 @@ int ncclCommAbort(communicator *comm) {
 
 static int queue(communicator *comm, const void *from, void *to, size_t count, int type, int gathers) {
     if (atomic_load(&comm->state) == IN_PROGRESS) return INVALID_USAGE;
-    comm->from = from;
-    comm->to = to;
-    comm->bytes = count * (type == FLOAT32 ? 4 : 2);
-    comm->type = type;
-    comm->gathers = gathers;
-    return start(comm, collective);
+    comm->work = (work){from, to, count * (type == FLOAT32 ? 4 : 2), type, gathers};
+    if (!cluster_emulation_is_recording()) return start(comm, collective);
+    record *kept = malloc(sizeof *kept);
+    if (!kept) return SYSTEM_ERROR;
+    *kept = (record){comm, comm->work};
+    atomic_fetch_add(&comm->recorded, 1);
+    return cluster_emulation_queue(replay, forget, kept);
 }
 
 int ncclAllReduce(const void *from, void *to, size_t count, int type, int op, communicator *comm, void *stream) {

@@ -21,7 +21,7 @@ mod descriptions;
 use super::device::{Device, Memory};
 use super::libraries;
 use super::product::{Factors, Product};
-use super::trials::Trials;
+use super::trials::{TRIES, Trials};
 use crate::backend::{DeviceError, Element};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -79,6 +79,8 @@ enum Kind {
 struct Plan {
     problem: Problem,
     choice: Choice,
+    /// Products that could be tries since the last [`Blas::forget`]; `None` before its first product after it.
+    count: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -125,13 +127,22 @@ impl Blas {
         }
     }
 
-    /// Whether no more algorithms will be tried for products of `rows` rows. Depends on how many there were alone.
+    /// Counts products from here on. What was chosen is kept.
+    pub(crate) fn forget(&self) {
+        for plan in self.plans.borrow_mut().values_mut().flatten() {
+            plan.count = None;
+        }
+    }
+
+    /// Whether no more algorithms will be tried for products of `rows` rows, as far as follows from the products since the
+    /// last [`Self::forget`]: a rank that has chosen before waits for those that have not.
     pub(crate) fn has_chosen(&self, rows: usize) -> bool {
         let (plans, shared) = (self.plans.borrow(), bucket(rows));
         let mut plans = plans.iter();
         plans.all(|(shape, plan)| {
             let concerned = shape.rows == rows || shape.rows == shared;
-            !concerned || plan.as_ref().is_none_or(Plan::has_tried)
+            let count = plan.as_ref().and_then(|plan| plan.count);
+            !concerned || count.is_none_or(|count| count >= TRIES)
         })
     }
 
@@ -289,14 +300,11 @@ impl Plan {
             out,
         };
         let choice = Choice::Open(Trials::new(usable));
-        Ok(Self { problem, choice })
-    }
-
-    fn has_tried(&self) -> bool {
-        match &self.choice {
-            Choice::Open(trials) => trials.are_over(),
-            Choice::Made(_) => true,
-        }
+        Ok(Self {
+            problem,
+            choice,
+            count: None,
+        })
     }
 
     /// Makes the choice, if all that it depends on is known.
@@ -314,6 +322,7 @@ impl Plan {
         operands: &Product,
     ) -> Result<(), CublasError> {
         let tries = blas.tries.get();
+        *self.count.get_or_insert(0) += usize::from(tries);
         if tries {
             self.settle();
         }
