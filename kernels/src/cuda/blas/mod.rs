@@ -62,7 +62,7 @@ struct Shape {
     factors: Kind,
     out: Element,
     out_stride: usize,
-    /// Bytes; a power of two.
+    /// Bytes, of D and of the bias; a power of two.
     out_alignment: u32,
     biased: bool,
 }
@@ -194,8 +194,9 @@ fn not_supported(plan: Result<Plan, CublasError>) -> Result<Option<Plan>, Cublas
 impl Shape {
     fn of(product: &Product) -> Self {
         let (out, element) = product.out;
-        // What allocations have is as good as any.
-        let out_alignment = 1 << (out as usize).trailing_zeros().min(8);
+        // What allocations have is as good as any. Epilogues read the bias as they write D, several elements at once.
+        let addresses = out as usize | product.bias.map_or(0, |bias| bias as usize);
+        let out_alignment = 1 << addresses.trailing_zeros().min(8);
         Self {
             rows: product.rows,
             inputs: product.inputs,
@@ -262,11 +263,7 @@ impl Plan {
         let out = Layout::new(data_type(out), (outputs, rows), out_stride)?;
         let preference = Preference::new(out_alignment)?;
 
-        let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
-            std::array::from_fn(|_| {
-                // SAFETY: a structure of numbers, of which all zeros is one.
-                unsafe { std::mem::zeroed() }
-            });
+        let mut found: [_; CANDIDATES] = std::array::from_fn(|_| no_result());
         let (mut count, most) = (0, i32::try_from(CANDIDATES).unwrap_or(1));
         // SAFETY: all descriptors are alive, and there is room for `most` results.
         let status = unsafe {
@@ -334,6 +331,11 @@ impl Plan {
             Choice::Open(trials) => trials.run(device, tries, run),
         }
     }
+}
+
+fn no_result() -> sys::cublasLtMatmulHeuristicResult_t {
+    // SAFETY: a structure of numbers, of which all zeros is one.
+    unsafe { std::mem::zeroed() }
 }
 
 impl Problem {
