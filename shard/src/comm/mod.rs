@@ -40,6 +40,9 @@ pub enum CommError {
         /// The deadline.
         limit: Duration,
     },
+    /// Another rank is gone, or the way to it. What becomes of the group the coordinator says.
+    #[error("another rank was lost: {0}")]
+    Lost(String),
     /// Memory, device or library failed.
     #[error("the communicator failed: {0}")]
     Failed(String),

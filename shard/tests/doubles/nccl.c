@@ -5,14 +5,19 @@
  * peer is not noticed; what waits for it ends with the abort alone. Only one call may be under way. An abort does not
  * return before everything recorded that names the communicator is gone.
  *
+ * With NCCL_DOUBLE_NOTICES set a dead peer is noticed after all, as the real one does over sockets: looks at a call
+ * that is under way then say so.
+ *
  * What is called while the emulated device records is recorded with it, and done when that is replayed, by the thread
  * that does so. Not every rank needs to record at the same time.
  *
  * Invariant: sums are in rank order and in f32, so all ranks hold the same bits.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -21,7 +26,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, IN_PROGRESS = 7 };
+enum { SUCCESS = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7 };
 enum { FLOAT16 = 6, FLOAT32 = 7, BFLOAT16 = 9 };
 enum { SLOT_BYTES = 4 << 20, MAX_RANKS = 8 };
 
@@ -32,6 +37,7 @@ typedef struct { size_t size; unsigned magic, version; int blocking; } config;
 typedef struct {
     _Atomic int joined;
     _Atomic unsigned arrived;
+    _Atomic int processes[MAX_RANKS];
     char slots[MAX_RANKS][SLOT_BYTES];
 } shared;
 
@@ -178,6 +184,7 @@ static void forget(void *argument) {
 
 static void *form(void *argument) {
     communicator *comm = argument;
+    atomic_store(&comm->memory->processes[comm->rank], getpid());
     atomic_fetch_add(&comm->memory->joined, 1);
     while (atomic_load(&comm->memory->joined) < comm->ranks) {
         if (atomic_load(&comm->abort)) return NULL;
@@ -212,6 +219,11 @@ int ncclCommInitRankConfig(communicator **out, int ranks, unique_id id, int rank
 
 int ncclCommGetAsyncError(communicator *comm, int *state) {
     *state = atomic_load(&comm->state);
+    if (*state != IN_PROGRESS || !getenv("NCCL_DOUBLE_NOTICES")) return SUCCESS;
+    for (int rank = 0; rank < comm->ranks; rank++) {
+        int process = atomic_load(&comm->memory->processes[rank]);
+        if (process && kill(process, 0) && errno == ESRCH) *state = REMOTE_ERROR;
+    }
     return SUCCESS;
 }
 
