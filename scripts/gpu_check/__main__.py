@@ -45,6 +45,8 @@ class Checks:
         # Wherever the machine's own NCCL is, this one is what is being proved.
         os.environ["CLUSTER_NCCL_SO_PATH"] = str(self.programs / "lib/libnccl.so.2")
         os.environ["CLUSTER_TEST_FIXTURES"] = str(ROOT / "fixtures")
+        # A failed test's sentence is enough.
+        os.environ["RUST_BACKTRACE"] = "0"
         # PyTorch brings cuBLASLt; its folder is found even where this Python is not the first on the PATH.
         packages = importlib.util.find_spec("nvidia")
         places = [Path(place) / "cu13/lib" for place in packages.submodule_search_locations] if packages else []
@@ -80,13 +82,15 @@ class Checks:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             output, _ = process.communicate()
-            raise RuntimeError(f"not done after {limit:.0f} s: {tail(output)}") from None
+            raise RuntimeError(f"not done after {limit:.0f} s: {brief(output)}") from None
         (self.work / "log.txt").open("a").write(f"$ {' '.join(map(str, command))}\n{output}\n")
         if process.returncode != 0:
-            raise RuntimeError(f"exit code {process.returncode}: {tail(output)}")
+            raise RuntimeError(f"exit code {process.returncode}: {brief(output)}")
         return output
 
     def python(self, module, *arguments, seconds=150):
+        if not importlib.util.find_spec("torch"):
+            raise RuntimeError(f"{sys.executable} has no PyTorch; name a Python that has it, with transformers, in PYTHON")
         output = self.run([sys.executable, "-m", f"gpu_check.{module}", *arguments], seconds)
         return output
 
@@ -108,8 +112,11 @@ class Checks:
         return [name for name in names if re.search(r"cuda|twin|device|flashinfer|kernel", name)]
 
 
-def tail(text, characters=600):
-    return " | ".join(text.strip().splitlines())[-characters:]
+def brief(text, characters=600):
+    """On one line, without the middle of what is longer: programs say what is wrong first or last."""
+    line = " | ".join(text.strip().splitlines())
+    half = characters // 2
+    return line if len(line) <= characters else f"{line[:half]} ... {line[-half:]}"
 
 
 def device(checks):
@@ -129,7 +136,9 @@ def kernels(checks):
 
 
 def sanitizer(checks):
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if not tool:
+        raise RuntimeError("compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin; it comes with CUDA's toolkit")
     names = [name for name in checks.cuda_tests() if not re.search("attention|linear|load|graphs|trials", name)]
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", checks.programs / "test-kernels"]
     output = checks.run([*command, "--exact", *names, "--test-threads", "1", "--nocapture"], 100)
@@ -294,7 +303,7 @@ def rows_of(check, checks):
     try:
         rows.extend(check(checks))
     except Exception as error:  # the next check runs all the same
-        rows.append((check.__name__, tail(f"{type(error).__name__}: {error}", 300), "to run", False))
+        rows.append((check.__name__, brief(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}", 400), "to run", False))
     return rows, time.monotonic() - since
 
 
