@@ -44,7 +44,7 @@ class Checks:
         self.speed = {}
         # Wherever the machine's own NCCL is, this one is what is being proved.
         os.environ["CLUSTER_NCCL_SO_PATH"] = str(self.programs / "lib/libnccl.so.2")
-        os.environ["CLUSTER_TEST_FIXTURES"] = str(ROOT / "fixtures")
+        os.environ["CLUSTER_TEST_FIXTURES"] = str(self.work / "fixtures")
         # A failed test's sentence is enough.
         os.environ["RUST_BACKTRACE"] = "0"
         # PyTorch brings cuBLASLt; its folder is found even where this Python is not the first on the PATH.
@@ -57,7 +57,8 @@ class Checks:
         return max(self.end - time.monotonic(), 1)
 
     def unpack(self):
-        shutil.rmtree(self.programs, ignore_errors=True)
+        for folder in [self.programs, self.work / "fixtures"]:
+            shutil.rmtree(folder, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
         with lzma.open(ROOT / "programs.tar.xz") as packed, tarfile.open(fileobj=packed) as tar:
             tar.extractall(self.work, filter="data")
