@@ -67,8 +67,8 @@ pub(crate) fn a_killed_rank_is_replaced() {
 
         let undisturbed = group.generate(&mut PROMPT.to_vec(), TOKENS).await;
         let mut sizes = 0;
-        // The first dies in a step that is queued.
-        for (killed, before) in [(1, 1), (0, REPLAYED_AFTER), (1, 5)] {
+        // The first dies in a prompt, which is queued.
+        for (killed, before) in [(1, 0), (0, REPLAYED_AFTER), (1, 5)] {
             let mut tokens = PROMPT.to_vec();
             let mut answers: Vec<ScoredToken> = group.generate(&mut tokens, before).await;
             if is_gpu() && before == REPLAYED_AFTER {
@@ -78,7 +78,7 @@ pub(crate) fn a_killed_rank_is_replaced() {
             // The plan reaches one rank alone; the other is gone, and nobody tells the collective.
             group.ranks[killed].process.kill();
             group.ranks[killed].exit_code().await;
-            let computed = tokens.len() - 1;
+            let computed = if before == 0 { 0 } else { tokens.len() - 1 };
             let plan = group.plan(&tokens, computed);
             let (epoch, left) = (group.epoch, 1 - killed);
             let mut ahead = group.plan(&[&tokens[..], &[0]].concat(), tokens.len());
