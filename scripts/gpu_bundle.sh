@@ -82,7 +82,7 @@ git rev-parse HEAD >"$out/revision" 2>/dev/null || echo unknown >"$out/revision"
 # One archive, because the programs share most of their kernels; Python unpacks it where there is no xz.
 "$PYTHON" -c "
 import lzma, sys, tarfile
-filters = [{'id': lzma.FILTER_LZMA2, 'preset': 6 | lzma.PRESET_EXTREME, 'dict_size': 192 << 20}]
+filters = [{'id': lzma.FILTER_LZMA2, 'preset': 6, 'dict_size': 192 << 20}]
 with lzma.open(sys.argv[2], 'wb', filters=filters) as packed, tarfile.open(fileobj=packed, mode='w') as tar:
     tar.add(sys.argv[1], arcname='programs')
     tar.add('shard/tests/fixtures', arcname='fixtures')
