@@ -1,6 +1,7 @@
 //! With the feature `cuda`, makes the library that gives NCCL the name by which it is asked for.
 //!
-//! `libnccl.so`, empty, needing `libnccl.so.2`: see `src/comm/nccl/library.rs`. Without the feature nothing is done.
+//! `libnccl.so`, empty, needing `libnccl.so.2`: see `src/comm/nccl/library.rs`. Without the feature nothing is done. With
+//! `cuda-emulation`, tests let the libraries they load use the emulation's recorder.
 //!
 //! Invariant: no NCCL is needed to build.
 
@@ -13,6 +14,12 @@ fn main() -> ExitCode {
     println!("cargo:rerun-if-env-changed=CC");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return ExitCode::SUCCESS;
+    }
+    if env::var_os("CARGO_FEATURE_CUDA_EMULATION").is_some() {
+        // What stands in for NCCL in `tests/doubles` is loaded as a library, and records where the kernels do.
+        for name in ["cluster_emulation_is_recording", "cluster_emulation_queue"] {
+            println!("cargo:rustc-link-arg-tests=-Wl,--export-dynamic-symbol={name}");
+        }
     }
     match alias() {
         Ok(()) => ExitCode::SUCCESS,

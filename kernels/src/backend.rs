@@ -78,6 +78,17 @@ pub enum Precision {
     F32,
 }
 
+/// What became of operations that a backend may record ([`Backend::queue`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queued {
+    /// They are queued.
+    Done,
+    /// They are recorded, and nothing is queued: [`Backend::replay`] does that.
+    Recorded,
+    /// They could not be recorded, and nothing is queued.
+    Refused,
+}
+
 /// A piece of a stored matrix, usually inside a memory map. Nothing is copied to describe it.
 #[derive(Clone, Debug)]
 pub struct HostMatrix {
@@ -191,6 +202,20 @@ pub trait Backend: Send + 'static {
         precision: Precision,
     ) -> Result<Self::Tensor, DeviceError>;
 
+    /// [`Self::allocate`] for what collectives work on: from where other devices reach it directly, if there is such
+    /// memory. It may be dealt out in large pieces, so that few matrices should be had from here.
+    ///
+    /// # Errors
+    /// As [`Self::allocate`].
+    fn allocate_shared(
+        &self,
+        rows: usize,
+        width: usize,
+        precision: Precision,
+    ) -> Result<Self::Tensor, DeviceError> {
+        self.allocate(rows, width, precision)
+    }
+
     /// Puts the `parts`, stacked by rows, on the device. On the CPU a part may stay where it is; its bytes are
     /// read all the same, so that loading is over when this returns.
     ///
@@ -239,8 +264,9 @@ pub trait Backend: Send + 'static {
     }
 
     /// Calls `ops`, which queues operations over `batch`, a decode step of `rows` rows with one token each. `ops` queues
-    /// the same operations for every batch of that size: a backend may record them, and call it again where that
-    /// fails. It neither reads from the device nor writes to it.
+    /// the same operations for every batch of that size: a backend may record them instead of doing them. It neither
+    /// reads from the device nor writes to it. When it tries to record follows from the steps since the last
+    /// [`Self::forget`] alone, so that ranks which record collectives do so in the same step.
     ///
     /// # Errors
     /// What `ops` said, or the device.
@@ -249,9 +275,14 @@ pub trait Backend: Send + 'static {
         rows: usize,
         batch: &Self::DeviceBatch,
         mut ops: impl FnMut() -> Result<(), E>,
-    ) -> Result<(), E> {
+    ) -> Result<Queued, E> {
         let _ = (rows, batch);
-        ops()
+        ops().map(|()| Queued::Done)
+    }
+
+    /// Drops the recording of a step of `rows` rows that [`Self::queue`] has just tried, and records nothing more.
+    fn stop_recording(&self, rows: usize) {
+        let _ = rows;
     }
 
     /// Whether [`Self::replay`] can stand for [`Self::queue`] with so many rows.

@@ -272,6 +272,7 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
             Err(
                 error @ (CommError::Aborted
                 | CommError::Incomplete { .. }
+                | CommError::Lost(_)
                 | CommError::TimedOut { .. }),
             ) => {
                 tracing::warn!(%epoch, "cannot join: {error}");
@@ -291,6 +292,11 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
                 | StepError::Device(DeviceError::Interrupted { .. })),
             ) => {
                 tracing::debug!(%epoch, %step, "no result: {error}");
+                Ok(None)
+            }
+            // The coordinator ends the epoch, at the latest when the step is late.
+            Err(error @ StepError::Comm(CommError::Lost(_))) => {
+                tracing::warn!(%epoch, %step, "no result: {error}");
                 Ok(None)
             }
             Err(error) => {

@@ -10,7 +10,7 @@ use crate::comm::Comm;
 use crate::engine::StepError;
 use crate::ladder::{self, Spare};
 use crate::models::decoder::Decoder;
-use kernels::backend::{Backend, DeviceError};
+use kernels::backend::{Backend, DeviceError, Queued};
 use kernels::batch::Batch;
 use kernels::sampling::{SampleRequest, SampleResult};
 
@@ -80,9 +80,19 @@ impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
             return self.comm.replay(|| Ok(backend.replay(rows, batch)?));
         }
         let (decoder, comm) = (&mut *self.decoder, &mut *self.comm);
-        backend.queue(rows, batch, || {
+        let queued = backend.queue(rows, batch, || {
             Ok::<_, StepError>(decoder.forward(backend, comm, batch, cache)?)
         })?;
+        if queued != Queued::Done {
+            // Collectives are replayed by all ranks or by none.
+            if comm.agree(backend, queued == Queued::Recorded)? {
+                tracing::debug!(rows, "decode steps of this size are replayed from now on");
+                comm.replay(|| Ok::<_, StepError>(backend.replay(rows, batch)?))?;
+            } else {
+                backend.stop_recording(rows);
+                decoder.forward(backend, comm, batch, cache)?;
+            }
+        }
         if let Some(notice) = backend.take_notice() {
             tracing::warn!("decode steps are queued one kernel at a time from now on: {notice}");
         }

@@ -36,6 +36,9 @@ impl Blas {
     /// There is nothing to keep.
     pub(crate) fn settle(&self) {}
 
+    /// There is nothing to forget.
+    pub(crate) fn forget(&self) {}
+
     /// There is nothing to choose.
     pub(crate) fn has_chosen(&self, _: usize) -> bool {
         true

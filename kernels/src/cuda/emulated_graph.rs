@@ -17,10 +17,10 @@ unsafe extern "C" {
     fn cluster_emulation_replay(recorded: *const c_void) -> c_int;
     fn cluster_emulation_free(recorded: *mut c_void);
     fn cluster_emulation_queue(
-        run: extern "C" fn(*mut c_void),
+        run: extern "C" fn(*mut c_void) -> c_int,
         free: extern "C" fn(*mut c_void),
         data: *mut c_void,
-    );
+    ) -> c_int;
 }
 
 /// Recorded work. Addresses and sizes are those of the time of recording; contents are those of each launch.
@@ -55,26 +55,30 @@ pub(crate) fn is_recording() -> bool {
 
 /// Does `work`, or records it.
 pub(crate) fn queue<W: FnMut() + 'static>(work: W) {
-    extern "C" fn run<W: FnMut()>(work: *mut c_void) {
+    extern "C" fn run<W: FnMut()>(work: *mut c_void) -> c_int {
         // SAFETY: made of a box of this type, by the only thread that runs it.
         let work = unsafe { &mut *work.cast::<W>() };
         work();
+        0
     }
     extern "C" fn free<W>(work: *mut c_void) {
         // SAFETY: made of a box of this type, and ended once.
         drop(unsafe { Box::from_raw(work.cast::<W>()) });
     }
     let data = Box::into_raw(Box::new(work)).cast();
-    // SAFETY: the functions are for what `data` is, and the recorder ends it.
-    unsafe { cluster_emulation_queue(run::<W>, free::<W>, data) };
+    // SAFETY: the functions are for what `data` is, and the recorder ends it. Work of this kind never fails.
+    let _ = unsafe { cluster_emulation_queue(run::<W>, free::<W>, data) };
 }
 
 impl Graph {
-    /// Does what was recorded.
+    /// Does what was recorded. What a device would do in vain after an interruption ends here.
     pub(crate) fn launch(&self, device: &Device) -> Result<(), DeviceError> {
         // SAFETY: what was recorded is there, and so is the memory it works on: the backend forgets it before.
         match unsafe { cluster_emulation_replay(self.0) } {
             0 => Ok(()),
+            _ if device.stop().is_raised() => Err(DeviceError::Interrupted {
+                device: device.name().to_owned(),
+            }),
             code => Err(failed(device, &format!("does not replay ({code})"))),
         }
     }

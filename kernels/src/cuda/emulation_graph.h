@@ -46,8 +46,8 @@ CLUSTER_EMULATION_C void cluster_emulation_free(void* recorded) {
     delete static_cast<cluster::emulation::Recorded*>(recorded);
 }
 
-// Takes over `data`, which `free` ends.
-CLUSTER_EMULATION_C void cluster_emulation_queue(void (*run)(void*), void (*free)(void*), void* data) {
+// Takes over `data`, which `free` ends. What `run` returns is an error where it is not 0, and ends a replay.
+CLUSTER_EMULATION_C int cluster_emulation_queue(int (*run)(void*), void (*free)(void*), void* data) {
     const std::shared_ptr<void> kept(data, free);
-    cluster::emulation::queue([run, kept]() -> cudaError_t { return run(kept.get()), cudaSuccess; });
+    return cluster::emulation::queue([run, kept] { return static_cast<cudaError_t>(run(kept.get())); });
 }

@@ -36,11 +36,14 @@ pub(crate) fn begin(device: &Device) -> Result<(), DeviceError> {
 pub(crate) fn end(device: &Device) -> Result<Graph, DeviceError> {
     let flags = sys::CUgraphInstantiate_flags(0);
     let ended = device.cuda_stream().end_capture(flags);
-    let ended = ended.map_err(|error| failed(device, "does not take a recording", error))?;
-    ended.map(Graph).ok_or_else(|| DeviceError::Failed {
+    let fails = |error| failed(device, "does not take a recording", error);
+    let graph = ended.map_err(fails)?.ok_or_else(|| DeviceError::Failed {
         device: device.name().to_owned(),
         reason: "lost a recording".to_owned(),
-    })
+    })?;
+    // What it takes of the device's memory is taken now, and not with its first launch.
+    graph.upload().map_err(fails)?;
+    Ok(Graph(graph))
 }
 
 impl Graph {

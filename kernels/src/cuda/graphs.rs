@@ -2,14 +2,16 @@
 //!
 //! The first step of a size is queued one operation after the other, so that libraries make their choices and take
 //! what they need; a later one is recorded and then queued as a whole, as is every one after it. What a step
-//! works on stays where it is, so a recording holds until [`forget`](Backend::forget). A device that does not
-//! record goes on without: the reason is told once, as a notice.
+//! works on stays where it is, so a recording holds until [`forget`](crate::backend::Backend::forget). A device that does
+//! not record goes on without: the reason is told once, as a notice. Collectives are recorded by all ranks or by none, so
+//! when a step is recorded depends on the steps since the last `forget` alone, and whether that is replayed on what all
+//! ranks' devices said.
 //!
 //! Invariant: a recording is made and queued only for batches of its number of rows, each with one token.
 
 use super::batch::CudaBatch;
 use super::{CudaBackend, graph};
-use crate::backend::{Backend, DeviceError};
+use crate::backend::{DeviceError, Queued};
 use crate::ops::paged_attention::flashinfer::Planned;
 use graph::Graph;
 use std::cell::{Cell, RefCell};
@@ -23,6 +25,10 @@ pub(crate) const RESERVE_BYTES: u64 = 256 << 20;
 pub(crate) struct Graphs {
     steps: RefCell<HashMap<usize, Step>>,
     is_recording: Cell<bool>,
+    /// Whether a step was queued since the last [`Self::clear`].
+    begun: Cell<bool>,
+    /// Why this device takes no more recordings. It is asked all the same, until it is told to stop.
+    refusal: RefCell<Option<String>>,
     /// Why nothing more is recorded.
     ended: RefCell<Option<String>>,
     /// Whether `ended` was told.
@@ -50,10 +56,19 @@ impl Graphs {
         matches!(self.steps.borrow().get(&rows), Some(Step::Recorded(..)))
     }
 
-    /// Drops all recordings. Sizes have to be seen again, too: who replaces a communicator has to meet its windows.
+    /// Drops all recordings, and what became of them: another rank may be a new one that knows nothing of it. Sizes have
+    /// to be seen again, too: who replaces a communicator has to meet its windows.
     pub(crate) fn clear(&self) {
         self.steps.borrow_mut().clear();
         self.bytes.set(0);
+        self.begun.set(false);
+        self.refusal.take();
+        self.ended.take();
+    }
+
+    /// Whether a step was begun since the last [`Self::clear`]; from now on, one was.
+    pub(crate) fn begin(&self) -> bool {
+        self.begun.replace(true)
     }
 
     /// Why steps are no longer recorded, the first time it is asked.
@@ -62,8 +77,17 @@ impl Graphs {
         ended.clone().filter(|_| !self.told.replace(true))
     }
 
-    fn end(&self, reason: String) {
+    /// Records nothing more, and not the step of `rows` rows either.
+    pub(crate) fn end(&self, rows: usize) {
+        self.steps.borrow_mut().remove(&rows);
+        let reason = self.refusal.borrow().clone();
+        let reason = reason.unwrap_or_else(|| "another rank does not record".to_owned());
         self.ended.borrow_mut().get_or_insert(reason);
+    }
+
+    fn refuse(&self, reason: String) -> Queued {
+        self.refusal.borrow_mut().get_or_insert(reason);
+        Queued::Refused
     }
 
     fn has_ended(&self) -> bool {
@@ -78,10 +102,10 @@ impl CudaBackend {
         rows: usize,
         batch: &CudaBatch,
         mut ops: impl FnMut() -> Result<(), E>,
-    ) -> Result<(), E> {
+    ) -> Result<Queued, E> {
         let seen = match self.graphs.steps.borrow().get(&rows) {
             Some(Step::Seen(plans)) => Some(plans.clone()),
-            Some(Step::Recorded(..)) => return Ok(self.replay(rows, batch)?),
+            Some(Step::Recorded(..)) => return Ok(Queued::Recorded),
             None => None,
         };
         match seen {
@@ -93,7 +117,7 @@ impl CudaBackend {
                 ops()?;
                 let mut steps = self.graphs.steps.borrow_mut();
                 steps.insert(rows, Step::Seen(batch.plans()));
-                Ok(())
+                Ok(Queued::Done)
             }
         }
     }
@@ -121,8 +145,11 @@ impl CudaBackend {
         (rows, plans): (usize, Vec<Planned>),
         batch: &CudaBatch,
         mut ops: impl FnMut() -> Result<(), E>,
-    ) -> Result<(), E> {
+    ) -> Result<Queued, E> {
         self.check()?;
+        if self.graphs.refusal.borrow().is_some() {
+            return Ok(Queued::Refused);
+        }
         // These are copies to the device, which are not part of what is recorded.
         batch.prepare(&self.device, &plans)?;
         // How long tries took is known once they are done.
@@ -130,8 +157,7 @@ impl CudaBackend {
         self.blas.settle();
         let free = self.device.memory().1;
         if let Err(error) = graph::begin(&self.device) {
-            self.graphs.end(error.to_string());
-            return ops();
+            return Ok(self.graphs.refuse(error.to_string()));
         }
         self.graphs.is_recording.set(true);
         self.blas.set_tries(false);
@@ -143,41 +169,31 @@ impl CudaBackend {
         queued?;
         let graph = match (graph, refused) {
             (Ok(graph), None) => graph,
-            (Err(error), None) => return self.without_recording(error.to_string(), ops),
-            (_, Some(refused)) => return self.without_recording(refused, ops),
+            (Err(error), None) => return Ok(self.graphs.refuse(error.to_string())),
+            (_, Some(refused)) => return Ok(self.graphs.refuse(refused)),
         };
-        graph.launch(&self.device)?;
         let taken = free.saturating_sub(self.device.memory().1);
         let bytes = self.graphs.bytes.get() + taken;
         self.graphs.bytes.set(bytes);
         if bytes > RESERVE_BYTES {
-            self.graphs.end(format!(
+            // This one is there; the next is too many.
+            self.graphs.refuse(format!(
                 "recordings of steps take {} MiB, which is all that was kept for them",
                 bytes >> 20
             ));
         }
         let mut steps = self.graphs.steps.borrow_mut();
         steps.insert(rows, Step::Recorded(plans, graph));
-        Ok(())
-    }
-
-    /// Gives up recording, and queues what could not be recorded.
-    fn without_recording<E>(
-        &self,
-        reason: String,
-        mut ops: impl FnMut() -> Result<(), E>,
-    ) -> Result<(), E> {
-        self.graphs.end(reason);
-        ops()
+        Ok(Queued::Recorded)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Precision;
+    use crate::backend::{Backend, Precision};
     use crate::batch::Batch;
-    use crate::cuda::testing::{each_element, read, values};
+    use crate::cuda::testing::{each_element, queue, read, values};
     use crate::cuda::{CudaTensor, CudaWeight};
     use crate::testing::{Rng, tensor, weight};
 
@@ -253,7 +269,7 @@ mod tests {
                         model.compute(cuda, &batch);
                         Ok::<_, DeviceError>(())
                     };
-                    cuda.queue(rows, &batch, ops).unwrap();
+                    queue(cuda, rows, &batch, ops).unwrap();
                 }
                 assert!(called <= before + 1, "work is queued once");
                 let found = read(cuda, &model.out);
@@ -284,7 +300,7 @@ mod tests {
                     model.compute(cuda, &batch);
                     Ok::<_, DeviceError>(())
                 };
-                cuda.queue(rows, &batch, ops).unwrap();
+                queue(cuda, rows, &batch, ops).unwrap();
                 said.extend(cuda.take_notice());
                 let found = read(cuda, &model.out);
                 model.compute(cuda, &batch);
@@ -293,6 +309,44 @@ mod tests {
             }
             assert_eq!(said, ["no kernel for this"]);
             assert!(!cuda.is_recorded(rows));
+        });
+    }
+
+    #[test]
+    fn what_another_rank_does_not_record_is_not_replayed_until_ranks_begin_anew() {
+        each_element(143, |cuda, rng| {
+            let mut model = Model::new(cuda, rng, 2);
+            let mut batch = cuda.batch(2, 2, 8).unwrap();
+            for agreed in [false, true] {
+                let mut recorded = 0;
+                for _ in 0..40 {
+                    cuda.upload(&step(rng, 2), &mut batch).unwrap();
+                    let mut ops = || {
+                        model.compute(cuda, &batch);
+                        Ok::<_, DeviceError>(())
+                    };
+                    match cuda.queue(2, &batch, &mut ops).unwrap() {
+                        Queued::Recorded if agreed => cuda.replay(2, &batch).unwrap(),
+                        Queued::Recorded => {
+                            recorded += 1;
+                            cuda.stop_recording(2);
+                            ops().unwrap();
+                        }
+                        queued => assert_eq!(queued, Queued::Done),
+                    }
+                    let found = read(cuda, &model.out);
+                    model.compute(cuda, &batch);
+                    let expected = read(cuda, &model.out);
+                    crate::testing::assert_close(&found, &expected, 1e-5, 1e-5);
+                }
+                assert_eq!(
+                    (recorded, cuda.is_recorded(2)),
+                    (usize::from(!agreed), agreed)
+                );
+                let said = (!agreed).then(|| "another rank does not record".to_owned());
+                assert_eq!(cuda.take_notice(), said);
+                cuda.forget();
+            }
         });
     }
 

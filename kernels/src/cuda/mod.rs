@@ -67,7 +67,7 @@ pub struct CudaBackend {
     pub(crate) device: Device,
     /// What activations are stored as.
     element: Element,
-    /// Where activations are taken from first.
+    /// Where matrices that collectives work on are taken from first.
     source: Option<TensorSource>,
     blas: Blas,
     /// There as soon as there are quantised weights.
@@ -116,7 +116,7 @@ impl CudaBackend {
         self.interrupted.set(false);
     }
 
-    /// From now on, takes activation matrices from `source` where it has room.
+    /// From now on, takes the matrices that collectives work on from `source` where it has room.
     pub fn take_tensors_from(&mut self, source: TensorSource) {
         self.source = Some(source);
     }

@@ -5,10 +5,12 @@
 //!
 //! Invariant: an operation that was not queued is never taken for done: a step ends in one of those three.
 
-use super::{CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, graphs, load};
+use super::{
+    CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, TensorSource, graphs, load,
+};
 use crate::backend::{
     Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
-    Precision,
+    Precision, Queued,
 };
 use crate::batch::Batch;
 use crate::cpu::element::{Stored, by_element};
@@ -23,6 +25,27 @@ impl CudaBackend {
             Precision::Compute => self.element,
             Precision::F32 => Element::F32,
         }
+    }
+
+    /// A matrix in memory of `source` where that has some, of the driver otherwise.
+    fn allocate_from(
+        &self,
+        source: Option<TensorSource>,
+        (rows, width): (usize, usize),
+        precision: Precision,
+    ) -> Result<CudaTensor, DeviceError> {
+        let element = self.element_of(precision);
+        let what = format!("an activation matrix [{rows}, {width}]");
+        let bytes = self.bytes(&what, &[rows, width, element.bytes()])?;
+        let sourced = match source {
+            Some(source) => self.device.allocate_from(source, bytes)?,
+            None => None,
+        };
+        let memory = match sourced {
+            Some(memory) => memory,
+            None => self.device.allocate(&what, bytes)?,
+        };
+        Ok(CudaTensor::new(memory, element, (rows, width)))
     }
 
     /// Product of sizes; an error where it is beyond any memory.
@@ -67,18 +90,16 @@ impl Backend for CudaBackend {
         width: usize,
         precision: Precision,
     ) -> Result<CudaTensor, DeviceError> {
-        let element = self.element_of(precision);
-        let what = format!("an activation matrix [{rows}, {width}]");
-        let bytes = self.bytes(&what, &[rows, width, element.bytes()])?;
-        let sourced = match self.source {
-            Some(source) => self.device.allocate_from(source, bytes)?,
-            None => None,
-        };
-        let memory = match sourced {
-            Some(memory) => memory,
-            None => self.device.allocate(&what, bytes)?,
-        };
-        Ok(CudaTensor::new(memory, element, (rows, width)))
+        self.allocate_from(None, (rows, width), precision)
+    }
+
+    fn allocate_shared(
+        &self,
+        rows: usize,
+        width: usize,
+        precision: Precision,
+    ) -> Result<CudaTensor, DeviceError> {
+        self.allocate_from(self.source, (rows, width), precision)
     }
 
     fn load(
@@ -132,8 +153,9 @@ impl Backend for CudaBackend {
 
     fn upload(&self, host: &Batch, device: &mut CudaBatch) -> Result<(), DeviceError> {
         self.check()?;
-        // The first step of all is not to be late.
-        self.blas.set_tries(device.uploads() > 0);
+        // The first step of all is not to be late. That it is counted from the last `forget` keeps ranks together, some of
+        // which may have computed before.
+        self.blas.set_tries(self.graphs.begin());
         device.upload(&self.device, host)
     }
 
@@ -150,8 +172,12 @@ impl Backend for CudaBackend {
         rows: usize,
         batch: &CudaBatch,
         ops: impl FnMut() -> Result<(), E>,
-    ) -> Result<(), E> {
+    ) -> Result<Queued, E> {
         self.queue_step(rows, batch, ops)
+    }
+
+    fn stop_recording(&self, rows: usize) {
+        self.graphs.end(rows);
     }
 
     fn is_recorded(&self, rows: usize) -> bool {
@@ -164,6 +190,7 @@ impl Backend for CudaBackend {
 
     fn forget(&self) {
         self.graphs.clear();
+        self.blas.forget();
     }
 
     fn take_notice(&self) -> Option<String> {

@@ -1,4 +1,4 @@
-//! Where activation matrices come from, if not from the driver.
+//! Where the activation matrices that collectives work on come from, if not from the driver.
 //!
 //! Some collectives are faster over memory of their library's own making. This crate knows no collectives,
 //! so whoever does hands over two functions. Invariant: what was taken is given back to the same source, once.

@@ -42,6 +42,17 @@ impl Stop {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(flag);
     }
 
+    /// Whether a wait would end now. Only an emulated device asks, which has nothing to wait for.
+    #[cfg(feature = "cuda-emulation")]
+    pub(crate) fn is_raised(&self) -> bool {
+        is_raised(self.flag().as_deref())
+    }
+
+    fn flag(&self) -> Option<Arc<AtomicBool>> {
+        let flag = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        flag.upgrade()
+    }
+
     /// Looks until `is_done` says so or fails.
     pub(crate) fn wait<E>(
         &self,
@@ -50,13 +61,8 @@ impl Stop {
         if is_done()? {
             return Ok(Waited::Done);
         }
-        let flag = (self.0.lock())
-            .unwrap_or_else(PoisonError::into_inner)
-            .upgrade();
-        let is_raised = || {
-            flag.as_ref()
-                .is_some_and(|flag| flag.load(Ordering::Acquire))
-        };
+        let flag = self.flag();
+        let is_raised = || is_raised(flag.as_deref());
         for looks in 0u32.. {
             if is_raised() {
                 return Ok(Waited::Stopped);
@@ -77,6 +83,10 @@ impl Stop {
         // Not in this century: 2^32 pauses.
         Ok(Waited::Stopped)
     }
+}
+
+fn is_raised(flag: Option<&AtomicBool>) -> bool {
+    flag.is_some_and(|flag| flag.load(Ordering::Acquire))
 }
 
 #[cfg(test)]

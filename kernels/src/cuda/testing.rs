@@ -3,8 +3,8 @@
 //! Under `cuda-emulation` there always is a device. Otherwise the tests run on GPU 0, and say so and
 //! pass where there is none. Not compiled into the library.
 
-use super::CudaBackend;
-use crate::backend::{Backend, Element};
+use super::{CudaBackend, CudaBatch};
+use crate::backend::{Backend, DeviceError, Element, Queued};
 use crate::testing::{ELEMENTS, Rng, rounded};
 
 /// Calls `test` with a device that computes in each element type, and values to test with.
@@ -45,6 +45,23 @@ pub(crate) fn tolerance(element: Element) -> (f32, f32) {
 pub(crate) fn assert_twin(cuda: &CudaBackend, actual: &[f32], expected: &[f32]) {
     let (atol, rtol) = tolerance(cuda.element());
     crate::testing::assert_close(actual, expected, atol, rtol);
+}
+
+/// Queues a step as one that is alone does: recorded where the device takes it, as it comes otherwise.
+pub(crate) fn queue(
+    cuda: &CudaBackend,
+    rows: usize,
+    batch: &CudaBatch,
+    mut ops: impl FnMut() -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    match cuda.queue(rows, batch, &mut ops)? {
+        Queued::Done => Ok(()),
+        Queued::Recorded => cuda.replay(rows, batch),
+        Queued::Refused => {
+            cuda.stop_recording(rows);
+            ops()
+        }
+    }
 }
 
 /// Reads a tensor back.

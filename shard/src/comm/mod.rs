@@ -40,6 +40,9 @@ pub enum CommError {
         /// The deadline.
         limit: Duration,
     },
+    /// Another rank is gone, or the way to it. What becomes of the group the coordinator says.
+    #[error("another rank was lost: {0}")]
+    Lost(String),
     /// Memory, device or library failed.
     #[error("the communicator failed: {0}")]
     Failed(String),
@@ -141,6 +144,15 @@ pub trait Comm<B: Backend>: Send + Sized + 'static {
     /// collectives go. Asked once in a step that could; all ranks get the same answer.
     fn is_recordable(&mut self) -> bool {
         false
+    }
+
+    /// Whether all ranks say yes, of which `mine` is this one's word. Asked in the same step on all, and rarely.
+    ///
+    /// # Errors
+    /// [`CommError`]
+    fn agree(&mut self, _backend: &B, mine: bool) -> Result<bool, CommError> {
+        assert!(self.world_size() == 1, "ranks that record have to agree");
+        Ok(mine)
     }
 
     /// Calls `launch`, which queues collectives that were recorded, unless the group was aborted; it is not aborted

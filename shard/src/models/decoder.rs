@@ -109,11 +109,13 @@ impl<B: Backend> Decoder<B> {
         let rope = table(&shape.rope)?;
         let local_rope = shape.local_rope.as_ref().map(table).transpose()?;
         let tokens = |width| backend.allocate(size.max_tokens, width, Precision::Compute);
+        // What is summed over ranks: the embedding's and the layers' outputs, which may change places with the norms'.
+        let summed = || backend.allocate_shared(size.max_tokens, widths.hidden, Precision::Compute);
         let logits = |width| backend.allocate(logit_rows, width, Precision::F32);
         let space = Workspace {
-            residual: tokens(widths.hidden)?,
-            normed: tokens(widths.hidden)?,
-            delta: tokens(widths.hidden)?,
+            residual: summed()?,
+            normed: summed()?,
+            delta: summed()?,
             qkv: tokens(widths.qkv)?,
             attention: tokens(widths.attention)?,
             gate_up: tokens(2 * widths.intermediate)?,

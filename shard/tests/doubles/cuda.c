@@ -67,6 +67,17 @@ int cuMemFree_v2(uint64_t start) {
     return SUCCESS;
 }
 
+int cuMemsetD32Async(uint64_t at, unsigned word, size_t count, void *stream) {
+    if (stream) return INVALID_VALUE;
+    for (size_t i = 0; i < count; i++) ((unsigned *)at)[i] = word;
+    return SUCCESS;
+}
+
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
+    memcpy(to, (const void *)from, bytes);
+    return SUCCESS;
+}
+
 int cuMemcpy2DAsync_v2(const copy_2d *copy, void *stream) {
     if (stream || copy->src_type != 2 || copy->dst_type != 2 || copy->width > copy->src_pitch) {
         return INVALID_VALUE;

@@ -7,6 +7,7 @@
 //! Invariant: in f32 the promise is that of the CPU backend; in 16 bits, where every activation is rounded, what is
 //! tested is that the distance to the reference is of the size of that rounding.
 
+use crate::quantised;
 use crate::reference::reference;
 use crate::references::compare;
 use crate::support::{
@@ -26,6 +27,11 @@ use topology::wire::{Load, Sampling, ScoredToken};
 const TOLERANCE: f32 = 1e-3;
 /// Some roundings of 2^-9 (bf16) or 2^-12 (f16) in each of a few layers.
 const ROUNDED: [(Dtype, f32); 2] = [(Dtype::Bfloat16, 0.05), (Dtype::Float16, 0.01)];
+
+/// The same with quantised weights; and where these are floats of 8 bits, which many rows become as well: random weights
+/// have nothing to spare. A layout that is misread is off by the size of the logits.
+const QUANTISED: f32 = 0.05;
+const QUANTISED_ROWS: f32 = 0.3;
 
 impl Tested for CudaBackend {
     type Comm = HostComm;
@@ -167,6 +173,42 @@ fn narrow_activations_are_off_by_their_rounding() {
             assert_eq!(tokens.len(), reference.greedy.len());
         }
     }
+}
+
+/// Checkpoints in every quantised layout. In f32 a weight is what its format says, to the last bits; in 16 bits activations
+/// are rounded, and become codes of 8 bits where a weight has one scale for each output.
+#[test]
+fn quantised_layouts_are_read_as_their_formats_say() {
+    if let Err(error) = probe() {
+        return println!("not tested: {error}");
+    }
+    let mut cases = 0;
+    for folder in quantised::fixtures() {
+        let (files, shape) = open(&folder);
+        let reference = reference(&folder);
+        let narrow = if folder.display().to_string().contains("fp8") {
+            QUANTISED_ROWS
+        } else {
+            QUANTISED
+        };
+        for (world_size, dtype) in [(1, Dtype::Bfloat16), (2, Dtype::Float16)] {
+            if Partition::new(&shape, Rank(0), world_size).is_err() {
+                continue;
+            }
+            for (dtype, tolerance) in [(Dtype::Float32, TOLERANCE), (dtype, narrow)] {
+                let case = format!("{} over {world_size} in {}", folder.display(), dtype.name());
+                let load = load(world_size, 64, dtype.name());
+                let (worst, tokens) = compare::<CudaBackend>(&files, &load, &reference);
+                println!("{case} on CUDA: off by {worst:e}");
+                assert!(worst < tolerance, "{case}: off by {worst}");
+                if dtype == Dtype::Float32 {
+                    assert_eq!(tokens, reference.greedy, "{case}");
+                }
+                cases += 1;
+            }
+        }
+    }
+    assert!(cases >= 36, "only {cases} cases");
 }
 
 /// Decode steps of all sizes, recorded and replayed, against the same steps without; with a communicator that is

@@ -27,7 +27,7 @@ const TOLERANCE: f32 = 1e-4;
 /// weights have nothing to spare. A layout that is misread is off by the size of the logits.
 const INTEGER_TOLERANCE: f32 = 0.2;
 
-fn fixtures() -> Vec<PathBuf> {
+pub(crate) fn fixtures() -> Vec<PathBuf> {
     let root = fixture_root().join("quantised");
     let folders = std::fs::read_dir(root).expect("the fixtures are in the repository");
     let mut folders: Vec<_> = folders

@@ -29,13 +29,20 @@ pub(crate) fn the_same_over_doubles_of_cuda_and_nccl() {
             .status();
         assert!(status.expect("there is a C compiler").success(), "{source}");
     }
-    let status = Command::new(std::env::current_exe().expect("this program has a path"))
-        .env("CLUSTER_TEST_GPU", "0")
-        .env("LD_LIBRARY_PATH", libraries.path())
-        .env(
-            "CLUSTER_NCCL_SO_PATH",
-            libraries.path().join("libnccl.so.2"),
-        )
+    let again = || {
+        let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
+        let nccl = libraries.path().join("libnccl.so.2");
+        command
+            .env("CLUSTER_TEST_GPU", "0")
+            .env("LD_LIBRARY_PATH", libraries.path())
+            .env("CLUSTER_NCCL_SO_PATH", nccl);
+        command
+    };
+    assert!(again().status().expect("it runs").success());
+    // What is noticed costs no survivor either.
+    let status = again()
+        .arg("a_killed_rank")
+        .env("NCCL_DOUBLE_NOTICES", "1")
         .status();
     assert!(status.expect("it runs").success());
 }

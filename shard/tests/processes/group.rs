@@ -2,6 +2,7 @@
 //! communicator, runs greedy steps of one sequence.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::{BlockId, Epoch, Rank, Step};
@@ -67,7 +68,12 @@ impl Shard {
         let mut lines = process.lines.take().expect("nobody took them");
         tokio::spawn(async move {
             while let Some(line) = lines.recv().await {
-                eprint(&line);
+                // At its level it is of no use to a reader.
+                if line.contains(REPLAYED) {
+                    REPLAYED_SIZES.fetch_add(1, Ordering::Release);
+                } else {
+                    eprint(&line);
+                }
             }
         });
         let admitted = listener.accept(PATIENCE).await.expect("the shard connects");
@@ -138,7 +144,12 @@ impl Shard {
 
     /// Loads a fixture and allocates its blocks.
     pub(crate) async fn prepare(&mut self, fixture: &str) {
-        self.say(ToShard::Load(load(fixture))).await;
+        self.prepare_as(&load(fixture)).await;
+    }
+
+    /// Loads a model and allocates its blocks.
+    async fn prepare_as(&mut self, load: &Load) {
+        self.say(ToShard::Load(load.clone())).await;
         let mut progress = Vec::new();
         let loaded = loop {
             match self.hear().await {
@@ -166,6 +177,16 @@ impl Shard {
             .expect("in time");
         ended.expect("a status").code()
     }
+}
+
+/// What a shard says at the level `debug` when it has recorded a size of decode step.
+const REPLAYED: &str = "are replayed from now on";
+
+static REPLAYED_SIZES: AtomicUsize = AtomicUsize::new(0);
+
+/// Sizes that this program's shards have recorded so far, counted on every rank.
+pub(crate) fn replayed_sizes() -> usize {
+    REPLAYED_SIZES.load(Ordering::Acquire)
 }
 
 /// A line among the results.
@@ -215,6 +236,10 @@ impl Group {
     }
 
     pub(crate) async fn start_with(fixture: &str, hold: Option<&Hold>) -> Self {
+        Self::start_as(&load(fixture), hold).await
+    }
+
+    pub(crate) async fn start_as(load: &Load, hold: Option<&Hold>) -> Self {
         let address = std::net::Ipv4Addr::LOCALHOST.into();
         let mut listener = Listener::bind(address).expect("a port on loopback");
         let mut ranks = [
@@ -222,7 +247,7 @@ impl Group {
             Shard::start_with(&mut listener, 1, hold).await,
         ];
         for rank in &mut ranks {
-            rank.prepare(fixture).await;
+            rank.prepare_as(load).await;
         }
         Self::of(listener, ranks, Epoch(0))
     }

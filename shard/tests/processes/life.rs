@@ -1,6 +1,6 @@
 //! What becomes of shard processes, their epochs and their shared memory.
 
-use crate::group::{Group, PATIENCE, Shard, is_gpu, load, say};
+use crate::group::{Group, PATIENCE, Shard, is_gpu, load, replayed_sizes, say};
 use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
@@ -10,6 +10,10 @@ use topology::wire::{FromShard, ModelLocation, ScoredToken, ToShard};
 
 const FIXTURE: &str = "llama3";
 const PROMPT: [u32; 11] = [9, 40, 77, 130, 12, 250, 99, 9, 61, 200, 18];
+/// A device tries products' algorithms in some twenty steps before it records one.
+const REPLAYED_AFTER: usize = 33;
+const TOKENS: usize = 40;
+
 /// How soon a shard leaves its collective.
 fn abort_limit() -> Duration {
     if is_gpu() {
@@ -21,7 +25,7 @@ fn abort_limit() -> Duration {
 }
 
 /// What must be the same however it was computed: on a GPU not the last bits of probabilities.
-fn comparable(answers: &[ScoredToken]) -> Vec<ScoredToken> {
+pub(crate) fn comparable(answers: &[ScoredToken]) -> Vec<ScoredToken> {
     let mut answers = answers.to_vec();
     if is_gpu() {
         for answer in &mut answers {
@@ -61,14 +65,20 @@ pub(crate) fn a_killed_rank_is_replaced() {
         let is_removed = segment.len() == 1 && segment[0].ends_with("(deleted)");
         assert!(is_gpu() || is_removed, "{segment:?}");
 
-        let undisturbed = group.generate(&mut PROMPT.to_vec(), 12).await;
-        for killed in [1, 0, 1] {
+        let undisturbed = group.generate(&mut PROMPT.to_vec(), TOKENS).await;
+        let mut sizes = 0;
+        // The first dies in a prompt, which is queued.
+        for (killed, before) in [(1, 0), (0, REPLAYED_AFTER), (1, 5)] {
             let mut tokens = PROMPT.to_vec();
-            let mut answers: Vec<ScoredToken> = group.generate(&mut tokens, 5).await;
+            let mut answers: Vec<ScoredToken> = group.generate(&mut tokens, before).await;
+            if is_gpu() && before == REPLAYED_AFTER {
+                let recorded = replayed_sizes() - sizes;
+                assert_eq!(recorded, 2, "both ranks replay when one dies");
+            }
             // The plan reaches one rank alone; the other is gone, and nobody tells the collective.
             group.ranks[killed].process.kill();
             group.ranks[killed].exit_code().await;
-            let computed = tokens.len() - 1;
+            let computed = if before == 0 { 0 } else { tokens.len() - 1 };
             let plan = group.plan(&tokens, computed);
             let (epoch, left) = (group.epoch, 1 - killed);
             let mut ahead = group.plan(&[&tokens[..], &[0]].concat(), tokens.len());
@@ -99,9 +109,10 @@ pub(crate) fn a_killed_rank_is_replaced() {
             let mut replacement = Shard::start(&mut group.listener, rank).await;
             replacement.prepare(FIXTURE).await;
             group.ranks[killed] = replacement;
+            sizes = replayed_sizes();
             group.form().await;
             // Everything is recomputed from the tokens, and goes on as if nothing had been.
-            answers.extend(group.generate(&mut tokens, 7).await);
+            answers.extend(group.generate(&mut tokens, TOKENS - before).await);
             assert_eq!(
                 comparable(&answers),
                 comparable(&undisturbed),

@@ -14,13 +14,14 @@ mod life;
 #[path = "../engine/reference.rs"]
 mod reference;
 mod references;
+mod replay;
 #[path = "../../src/testing.rs"]
 mod testing;
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 
-const CHECKS: [(&str, fn()); 12] = [
+const CHECKS: [(&str, fn()); 13] = [
     (
         "sums_are_the_same_in_all_processes",
         collectives::sums_are_the_same_in_all_processes,
@@ -44,6 +45,10 @@ const CHECKS: [(&str, fn()); 12] = [
     (
         "steps_sent_ahead_give_the_same",
         life::steps_sent_ahead_give_the_same,
+    ),
+    (
+        "replayed_steps_give_what_queued_ones_do",
+        replay::replayed_steps_give_what_queued_ones_do,
     ),
     (
         "stop_ends_with_0_and_a_lost_parent_with_1",
@@ -76,7 +81,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some("shard") => {
-            let log = "warn".to_owned();
+            let log = "warn,shard::run=debug".to_owned();
             return shard::run(&shard::Options { log }, &[]);
         }
         Some("collectives") => return collectives::child(&arguments[1..]),

@@ -58,7 +58,9 @@ impl GpuMemory {
     pub fn estimated(&self, mut needs: Vec<RankNeeds>) -> Vec<RankNeeds> {
         let communicator = self.communicator_bytes();
         for need in &mut needs {
-            need.runtime_bytes = LIBRARY_BYTES + RECORDING_BYTES + communicator;
+            need.runtime_bytes = LIBRARY_BYTES;
+            need.graph_bytes = RECORDING_BYTES;
+            need.communicator_bytes = communicator;
         }
         needs
     }
@@ -83,11 +85,13 @@ impl GpuMemory {
             .map(|(place, total)| {
                 let (free, known, ranks) = on_same(place);
                 let other = total.saturating_sub(free).saturating_sub(known);
-                other / ranks + self.communicator_bytes()
+                other / ranks
             })
             .collect();
         let with = |((need, runtime_bytes), loaded): ((_, u64), &Loaded)| RankNeeds {
-            runtime_bytes: runtime_bytes + loaded.recording_bytes,
+            runtime_bytes,
+            graph_bytes: loaded.recording_bytes,
+            communicator_bytes: self.communicator_bytes(),
             ..need
         };
         let needs = needs.into_iter().zip(runtime).zip(loaded);
@@ -139,6 +143,8 @@ mod tests {
             weight_bytes: 8 * GIB,
             workspace_bytes: GIB,
             runtime_bytes: 0,
+            graph_bytes: 0,
+            communicator_bytes: 0,
             block_bytes: 1 << 20,
         };
         (0..count).map(needs).collect()
@@ -156,12 +162,21 @@ mod tests {
         free.iter().map(loaded).collect()
     }
 
+    /// What a GPU holds beside the model.
+    fn beside(need: &RankNeeds) -> (u64, u64, u64) {
+        (
+            need.runtime_bytes,
+            need.graph_bytes,
+            need.communicator_bytes,
+        )
+    }
+
     #[test]
     fn what_somebody_else_holds_counts_against_the_utilization() {
         let one = memory(1, 1);
         // 80 GiB, of which 9 are ours, 1 the libraries', and 10 another process's.
         let needs = one.reported(needs(1), &loaded(&[60 * GIB]));
-        assert_eq!(needs[0].runtime_bytes, 11 * GIB + MIB);
+        assert_eq!(beside(&needs[0]), (11 * GIB, MIB, 0));
         let Memory::PerRank { free_bytes } = one.usable() else {
             panic!("GPUs have memory of their own");
         };
@@ -179,8 +194,8 @@ mod tests {
         // The first was measured before the second had loaded.
         let two = memory(2, 1);
         let needs = two.reported(needs(2), &loaded(&[70 * GIB, 60 * GIB]));
-        assert_eq!(needs[0].runtime_bytes, GIB + MIB + COMMUNICATOR_BYTES);
-        assert_eq!(needs[0].runtime_bytes, needs[1].runtime_bytes);
+        assert_eq!(beside(&needs[0]), (GIB, MIB, COMMUNICATOR_BYTES));
+        assert_eq!(beside(&needs[0]), beside(&needs[1]));
         let report = fit(&needs, &two.usable(), None, &sizes).unwrap();
         let blocks = u64::from(report.num_blocks);
         let taken: u64 = needs.iter().map(|need| need.fixed() + (blocks << 20)).sum();
@@ -195,16 +210,20 @@ mod tests {
         two.total_bytes.push(80 * GIB);
         // On the second, 10 GiB are another process's.
         let needs = two.reported(needs(2), &loaded(&[70 * GIB, 60 * GIB]));
-        assert_eq!(needs[0].runtime_bytes, GIB + MIB + COMMUNICATOR_BYTES);
-        assert_eq!(needs[1].runtime_bytes, 11 * GIB + MIB + COMMUNICATOR_BYTES);
+        assert_eq!(beside(&needs[0]), (GIB, MIB, COMMUNICATOR_BYTES));
+        assert_eq!(beside(&needs[1]), (11 * GIB, MIB, COMMUNICATOR_BYTES));
     }
 
     #[test]
     fn estimates_hold_a_place_for_libraries() {
-        let runtime = |memory: GpuMemory, count| memory.estimated(needs(count))[0].runtime_bytes;
-        let alone = LIBRARY_BYTES + RECORDING_BYTES;
-        assert_eq!(runtime(memory(1, 1), 1), alone);
-        assert_eq!(runtime(memory(1, 2), 2), alone + COMMUNICATOR_BYTES);
+        let estimated = |memory: GpuMemory, count| beside(&memory.estimated(needs(count))[0]);
+        let (libraries, graphs) = (LIBRARY_BYTES, RECORDING_BYTES);
+        assert_eq!(estimated(memory(1, 1), 1), (libraries, graphs, 0));
+        let communicator = COMMUNICATOR_BYTES;
+        assert_eq!(
+            estimated(memory(1, 2), 2),
+            (libraries, graphs, communicator)
+        );
         assert_eq!(gpu_share(100, 2.0, 0), 100, "out of range is put into it");
     }
 }

@@ -66,8 +66,12 @@ pub struct RankNeeds {
     pub weight_bytes: u64,
     /// Activations of the largest step.
     pub workspace_bytes: u64,
-    /// On a GPU, what its libraries and the communicator take; 0 elsewhere.
+    /// On a GPU, what the driver's context and libraries take; 0 elsewhere.
     pub runtime_bytes: u64,
+    /// On a GPU, what recorded decode steps may take.
+    pub graph_bytes: u64,
+    /// On a GPU, what is kept for NCCL.
+    pub communicator_bytes: u64,
     /// One KV block.
     pub block_bytes: u64,
 }
@@ -102,6 +106,8 @@ impl RankNeeds {
             weight_bytes: weights.fold(0, u64::saturating_add),
             workspace_bytes: workspace(shape, partition, elements.compute, sizes),
             runtime_bytes: 0,
+            graph_bytes: 0,
+            communicator_bytes: 0,
             block_bytes: block_elements.saturating_mul(elements.kv.bytes() as u64),
         }
     }
@@ -113,13 +119,21 @@ impl RankNeeds {
             weight_bytes: loaded.weight_bytes,
             workspace_bytes: loaded.workspace_bytes,
             runtime_bytes: 0,
+            graph_bytes: 0,
+            communicator_bytes: 0,
             block_bytes: loaded.block_bytes,
         }
     }
 
-    /// Workspace, and what libraries take of a GPU.
+    /// Workspace, and what else a GPU has to hold.
     fn beside_weights(&self) -> u64 {
-        self.workspace_bytes.saturating_add(self.runtime_bytes)
+        let rest = [
+            self.runtime_bytes,
+            self.graph_bytes,
+            self.communicator_bytes,
+        ];
+        rest.into_iter()
+            .fold(self.workspace_bytes, u64::saturating_add)
     }
 
     /// All but KV blocks, in bytes.

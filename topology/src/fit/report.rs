@@ -84,7 +84,9 @@ impl fmt::Display for FitReport {
             "rank", "weights", "workspace", "KV cache"
         )?;
         if per_device.is_some() {
-            write!(f, "  {:>10}  {:>10}", "libraries", "left")?;
+            for title in ["libraries", "graphs", "NCCL", "left"] {
+                write!(f, "  {title:>10}")?;
+            }
         }
         writeln!(f)?;
         for (index, rank) in self.ranks.iter().enumerate() {
@@ -97,9 +99,15 @@ impl fmt::Display for FitReport {
                 rank.rank
             )?;
             if let Some(left) = per_device.and_then(|left| left.get(index)) {
-                let [libraries, left] =
-                    [rank.runtime_bytes, *left].map(|bytes| Bytes(bytes).to_string());
-                write!(f, "  {libraries:>10}  {left:>10}")?;
+                let others = [
+                    rank.runtime_bytes,
+                    rank.graph_bytes,
+                    rank.communicator_bytes,
+                    *left,
+                ];
+                for bytes in others {
+                    write!(f, "  {:>10}", Bytes(bytes).to_string())?;
+                }
             }
             writeln!(f)?;
         }
@@ -172,7 +180,9 @@ mod tests {
             rank: Rank(rank),
             weight_bytes: 10_000,
             workspace_bytes: 1000,
-            runtime_bytes: 500,
+            runtime_bytes: 200,
+            graph_bytes: 250,
+            communicator_bytes: 50,
             block_bytes: 100,
         });
         let sizes = Sizes {
@@ -189,13 +199,15 @@ mod tests {
         };
         let report = fit(&needs, &own, None, &sizes).unwrap().to_string();
         let expected = "\
-rank     weights   workspace    KV cache   libraries        left
-   0     9.8 KiB      1000 B     3.0 KiB       500 B       100 B
-   1     9.8 KiB      1000 B     3.0 KiB       500 B         0 B
+rank     weights   workspace    KV cache   libraries      graphs        NCCL        left
+   0     9.8 KiB      1000 B     3.0 KiB       200 B       250 B        50 B       100 B
+   1     9.8 KiB      1000 B     3.0 KiB       200 B       250 B        50 B         0 B
 31 KV blocks of 16 tokens: 496 tokens, 5.0 sequences of 100";
         assert_eq!(report, expected);
         let needs = needs.map(|rank| RankNeeds {
             runtime_bytes: 0,
+            graph_bytes: 0,
+            communicator_bytes: 0,
             ..rank
         });
         let report = fit(&needs, &memory, None, &sizes).unwrap().to_string();

@@ -18,6 +18,8 @@ fn needs(ranks: u32) -> Vec<RankNeeds> {
         weight_bytes: 10_000,
         workspace_bytes: 1000,
         runtime_bytes: 0,
+        graph_bytes: 0,
+        communicator_bytes: 0,
         block_bytes: 100,
     };
     (0..ranks).map(needs).collect()

@@ -11,7 +11,8 @@ const GPU: [(&str, &str); 2] = [
     // Its mesh between ranks opens a port without authentication, and finds the dead after a minute:
     // the coordinator does within milliseconds.
     ("NCCL_RAS_ENABLE", "0"),
-    // Recording a collective is each rank's own business then, and need not happen on all of them at once.
+    // Activations are in windows of their own where that is of use; registering them with each recording would only take
+    // another round among the ranks.
     ("NCCL_GRAPH_REGISTER", "0"),
 ];
 

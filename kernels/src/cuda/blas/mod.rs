@@ -21,7 +21,7 @@ mod descriptions;
 use super::device::{Device, Memory};
 use super::libraries;
 use super::product::{Factors, Product};
-use super::trials::Trials;
+use super::trials::{TRIES, Trials};
 use crate::backend::{DeviceError, Element};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -62,7 +62,7 @@ struct Shape {
     factors: Kind,
     out: Element,
     out_stride: usize,
-    /// Bytes; a power of two.
+    /// Bytes, of D and of the bias; a power of two.
     out_alignment: u32,
     biased: bool,
 }
@@ -79,6 +79,8 @@ enum Kind {
 struct Plan {
     problem: Problem,
     choice: Choice,
+    /// Products that could be tries since the last [`Blas::forget`]; `None` before its first product after it.
+    count: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -125,13 +127,22 @@ impl Blas {
         }
     }
 
-    /// Whether no more algorithms will be tried for products of `rows` rows. Depends on how many there were alone.
+    /// Counts products from here on. What was chosen is kept.
+    pub(crate) fn forget(&self) {
+        for plan in self.plans.borrow_mut().values_mut().flatten() {
+            plan.count = None;
+        }
+    }
+
+    /// Whether no more algorithms will be tried for products of `rows` rows, as far as follows from the products since the
+    /// last [`Self::forget`]: a rank that has chosen before waits for those that have not.
     pub(crate) fn has_chosen(&self, rows: usize) -> bool {
         let (plans, shared) = (self.plans.borrow(), bucket(rows));
         let mut plans = plans.iter();
         plans.all(|(shape, plan)| {
             let concerned = shape.rows == rows || shape.rows == shared;
-            !concerned || plan.as_ref().is_none_or(Plan::has_tried)
+            let count = plan.as_ref().and_then(|plan| plan.count);
+            !concerned || count.is_none_or(|count| count >= TRIES)
         })
     }
 
@@ -183,8 +194,9 @@ fn not_supported(plan: Result<Plan, CublasError>) -> Result<Option<Plan>, Cublas
 impl Shape {
     fn of(product: &Product) -> Self {
         let (out, element) = product.out;
-        // What allocations have is as good as any.
-        let out_alignment = 1 << (out as usize).trailing_zeros().min(8);
+        // What allocations have is as good as any. Epilogues read the bias as they write D, several elements at once.
+        let addresses = out as usize | product.bias.map_or(0, |bias| bias as usize);
+        let out_alignment = 1 << addresses.trailing_zeros().min(8);
         Self {
             rows: product.rows,
             inputs: product.inputs,
@@ -251,11 +263,7 @@ impl Plan {
         let out = Layout::new(data_type(out), (outputs, rows), out_stride)?;
         let preference = Preference::new(out_alignment)?;
 
-        let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
-            std::array::from_fn(|_| {
-                // SAFETY: a structure of numbers, of which all zeros is one.
-                unsafe { std::mem::zeroed() }
-            });
+        let mut found: [_; CANDIDATES] = std::array::from_fn(|_| no_result());
         let (mut count, most) = (0, i32::try_from(CANDIDATES).unwrap_or(1));
         // SAFETY: all descriptors are alive, and there is room for `most` results.
         let status = unsafe {
@@ -289,14 +297,11 @@ impl Plan {
             out,
         };
         let choice = Choice::Open(Trials::new(usable));
-        Ok(Self { problem, choice })
-    }
-
-    fn has_tried(&self) -> bool {
-        match &self.choice {
-            Choice::Open(trials) => trials.are_over(),
-            Choice::Made(_) => true,
-        }
+        Ok(Self {
+            problem,
+            choice,
+            count: None,
+        })
     }
 
     /// Makes the choice, if all that it depends on is known.
@@ -314,6 +319,7 @@ impl Plan {
         operands: &Product,
     ) -> Result<(), CublasError> {
         let tries = blas.tries.get();
+        *self.count.get_or_insert(0) += usize::from(tries);
         if tries {
             self.settle();
         }
@@ -325,6 +331,11 @@ impl Plan {
             Choice::Open(trials) => trials.run(device, tries, run),
         }
     }
+}
+
+fn no_result() -> sys::cublasLtMatmulHeuristicResult_t {
+    // SAFETY: a structure of numbers, of which all zeros is one.
+    unsafe { std::mem::zeroed() }
 }
 
 impl Problem {

@@ -1,4 +1,5 @@
-//! Puts gathered rows into their place: NCCL hands over one rank's after another's, and each row is wanted whole.
+//! Puts gathered rows into their place: NCCL hands over one rank's after another's, and each row is wanted whole. And
+//! gathers a word of each rank.
 //!
 //! Invariant: the memory in between is taken once and outlives what was queued with it.
 
@@ -8,6 +9,8 @@ use super::{Group, event};
 use crate::comm::CommError;
 use cudarc::driver::result as driver;
 use cudarc::driver::sys::{self as driver_sys, CUDA_MEMCPY2D_v2, CUmemorytype};
+use cudarc::nccl::sys::{self, ncclDataType_t, ncclRedOp_t};
+use kernels::cuda::CudaBackend;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 
@@ -45,6 +48,31 @@ impl Group {
                 .map_err(|e| event::failed("copy gathered rows", e))?;
         }
         Ok(())
+    }
+
+    /// Whether all ranks say yes: their words are added up and waited for.
+    pub(super) fn agree(&mut self, backend: &CudaBackend, mine: bool) -> Result<bool, CommError> {
+        let words = self.scratch(size_of::<f32>())?;
+        let word = f32::from(u8::from(mine)).to_bits();
+        // SAFETY: the scratch holds one word.
+        let set = unsafe { driver_sys::cuMemsetD32Async(words, word, 1, self.stream.0) };
+        set.result().map_err(|e| event::failed("say a word", e))?;
+        let at = words as *mut c_void;
+        self.queue(backend, ("agree", size_of::<f32>()), |comm, stream| {
+            let (float, sum) = (ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclSum);
+            // SAFETY: the scratch holds one word, and is kept.
+            unsafe { sys::ncclAllReduce(at, at, 1, float, sum, comm, stream) }
+        })?;
+        self.until(|| self.stream.is_done())?;
+        let mut sum = 0.0_f32;
+        let to = (&raw mut sum).cast();
+        // SAFETY: there is room for one word, which the device is done with.
+        let copied = unsafe { driver_sys::cuMemcpyDtoH_v2(to, words, size_of::<f32>()) };
+        copied
+            .result()
+            .map_err(|e| event::failed("hear all words", e))?;
+        // Numbers of ranks are exact.
+        Ok(sum >= self.world_size as f32)
     }
 
     /// Device memory for `bytes`, taken once: `out` never grows.

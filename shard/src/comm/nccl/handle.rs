@@ -80,7 +80,7 @@ impl Handle {
     /// the first collectives of their kind connect ranks.
     ///
     /// # Errors
-    /// [`CommError::Aborted`]; [`CommError::TimedOut`] after `limit`; [`CommError::Failed`].
+    /// [`CommError::Aborted`]; [`CommError::TimedOut`] after `limit`; [`CommError::Lost`]; [`CommError::Failed`].
     pub(super) fn call(
         &self,
         what: &str,
@@ -162,7 +162,13 @@ impl Handle {
         if self.abort.is_aborted() {
             return Err(CommError::Aborted);
         }
-        Err(failed(what, code))
+        match (failed(what, code), code) {
+            // Over sockets the library notices before the coordinator does. Nothing of this rank is to blame.
+            (CommError::Failed(sentence), ncclResult_t::ncclRemoteError) => {
+                Err(CommError::Lost(sentence))
+            }
+            (error, _) => Err(error),
+        }
     }
 }
 

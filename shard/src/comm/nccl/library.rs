@@ -32,6 +32,9 @@ const ALIAS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nccl_alias.so"));
 /// Version 2.19.3, from which on a communicator can be aborted while its peers are dead.
 const OLDEST: i32 = 21903;
 
+/// The first version that lets ranks share a GPU.
+const OLDEST_SHARING: i32 = 23003;
+
 /// How an operator gets it.
 const HOW: &str = "ranks need it to exchange activations: install it (pip install nvidia-nccl-cu13, or \
                    apt-get install libnccl2), or name the file in CLUSTER_NCCL_SO_PATH";
@@ -220,6 +223,26 @@ fn open_alias() -> Result<Library, String> {
     unsafe { Library::new(path) }.map_err(|error| error.to_string())
 }
 
+/// Whether ranks share a GPU, which whoever starts them says by this variable.
+pub(super) fn shares_gpu() -> bool {
+    env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|value| value == "1")
+}
+
+/// Refuses ranks that share a GPU where the `version` that was loaded cannot.
+///
+/// # Errors
+/// A sentence.
+pub(super) fn check_sharing(version: i32, shares_gpu: bool) -> Result<(), String> {
+    if !shares_gpu || version >= OLDEST_SHARING {
+        return Ok(());
+    }
+    Err(format!(
+        "ranks that share a GPU need NCCL {} or newer, and this is {}; give each rank a GPU of its own, or {HOW}",
+        dotted(OLDEST_SHARING),
+        dotted(version)
+    ))
+}
+
 /// `23007` as `2.30.7`.
 pub(crate) fn dotted(version: i32) -> String {
     format!(
@@ -310,6 +333,17 @@ mod tests {
         assert_eq!(
             (dotted(23007).as_str(), dotted(OLDEST).as_str()),
             ("2.30.7", "2.19.3")
+        );
+    }
+
+    #[test]
+    fn an_old_version_is_no_reason_to_refuse_ranks_with_a_gpu_each() {
+        assert_eq!(check_sharing(22707, false), Ok(()));
+        assert_eq!(check_sharing(23003, true), Ok(()));
+        let refused = check_sharing(22707, true).unwrap_err();
+        assert!(
+            refused.contains("2.30.3") && refused.contains("2.27.7"),
+            "{refused}"
         );
     }
 

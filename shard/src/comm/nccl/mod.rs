@@ -38,6 +38,10 @@ const FENCES: usize = 2;
 /// How long ranks may take to connect for the first collective of a kind, which happens in the background.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
+/// Whether what is launched is done when the call returns: an abort must then get through to it. What was recorded keeps
+/// the communicator's memory until it is forgotten.
+const EMULATED: bool = cfg!(feature = "cuda-emulation");
+
 /// Bytes of a communicator's identity.
 const ID_BYTES: usize = size_of::<ncclUniqueId>();
 
@@ -75,7 +79,8 @@ struct Fences {
 
 impl Group {
     fn join(backend: &CudaBackend, seat: &Seat<'_>) -> Result<Self, CommError> {
-        library::load().map_err(CommError::Failed)?;
+        let version = library::load().map_err(CommError::Failed)?;
+        library::check_sharing(version, library::shares_gpu()).map_err(CommError::Failed)?;
         let id = unique_id(seat.id)?;
         let rank = int(seat.rank)?;
         // Never freed: NCCL's thread writes there once more when the communicator is formed, also late.
@@ -246,10 +251,15 @@ impl Comm<CudaBackend> for NcclComm {
     }
 
     fn is_recordable(&mut self) -> bool {
-        // The doubles of `tests/processes` stand in for NCCL under emulation, and are done when they are queued.
-        const IS_EMULATED: bool = cfg!(feature = "cuda-emulation");
         let group = self.group.as_mut();
-        group.is_none_or(|group| !IS_EMULATED && group.timing.may_replay())
+        group.is_none_or(|group| group.timing.may_replay())
+    }
+
+    fn agree(&mut self, backend: &CudaBackend, mine: bool) -> Result<bool, CommError> {
+        match &mut self.group {
+            Some(group) => group.agree(backend, mine),
+            None => Ok(mine),
+        }
     }
 
     fn replay<E: From<CommError>>(
@@ -263,6 +273,9 @@ impl Comm<CudaBackend> for NcclComm {
             return launch();
         };
         group.timing.skip();
+        if EMULATED {
+            return launch();
+        }
         group.handle.with(|_| launch())?
     }
 

@@ -2,7 +2,8 @@
 //!
 //! From NCCL 2.27 on, small collectives over such memory take a faster path. It must be of NCCL's own making and
 //! be registered by all ranks together. Where the GPUs or the operator (`NCCL_WIN_ENABLE=0`) do not allow
-//! it, NCCL answers without a window and collectives take the ordinary path over the same memory.
+//! it, NCCL answers without a window and collectives take the ordinary path over the same memory. Some versions round
+//! each piece of it up to what a multicast object takes, half a GB on some GPUs: only what is summed comes from here.
 //!
 //! Invariant: the place that NCCL writes a window to outlives the communicator.
 
@@ -27,8 +28,7 @@ pub(super) const SOURCE: TensorSource = TensorSource { take, give_back };
 
 /// Whether to try. Ranks that share a GPU are an experiment of NCCL's as it is.
 pub(super) fn is_supported() -> bool {
-    let shares = std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|value| value == "1");
-    !shares && library::load().is_ok_and(|version| version >= OLDEST)
+    !library::shares_gpu() && library::load().is_ok_and(|version| version >= OLDEST)
 }
 
 fn take(bytes: usize) -> Option<u64> {

@@ -3,7 +3,7 @@
 use super::{CODES, Layout, part, rounded_row, rounding, stands_for};
 use crate::backend::{Backend, DeviceError, Element, Precision};
 use crate::cuda::CudaTensor;
-use crate::cuda::testing::{each_element, read, values};
+use crate::cuda::testing::{each_element, queue, read, values};
 use crate::quantized::{Code, HostQuantized};
 use crate::testing::{assert_close, rounded, tensor, tokens, upload};
 use bytes::Bytes;
@@ -129,7 +129,7 @@ fn a_step_with_quantised_weights_is_recorded_and_replayed() {
                     cuda.linear(&x, &weight, None, &mut out);
                     Ok::<_, DeviceError>(())
                 };
-                cuda.queue(rows, &batch, ops).unwrap();
+                queue(cuda, rows, &batch, ops).unwrap();
                 let found = read(cuda, &out);
                 cuda.linear(&x, &weight, None, &mut out);
                 assert_close(&found, &read(cuda, &out), 1e-4, 1e-2);
