@@ -122,7 +122,7 @@ struct Format {
 }
 
 /// The first is what the others are compared with.
-const FORMATS: [Format; 5] = [
+const FORMATS: [Format; 6] = [
     Format {
         name: "bf16",
         flags: &[],
@@ -152,6 +152,12 @@ const FORMATS: [Format; 5] = [
         flags: &["--kv-cache-dtype", "bfloat16"],
         lost: 8,
         worse: 1.01,
+    },
+    Format {
+        name: "bf16, keys and values in fp8",
+        flags: &["--kv-cache-dtype", "fp8"],
+        lost: 15,
+        worse: 1.03,
     },
 ];
 
