@@ -95,11 +95,15 @@ pub(super) fn read_row(matrix: &HostMatrix, row: usize, out: &mut [f32]) {
     }
 }
 
-/// Codes of one group of weights; returns its scale and its zero.
+/// Codes of one group of weights; returns its scale and its zero. The scale is no number where a weight is not finite.
 fn group(code: Code, weights: &[f32], codes: &mut [u8]) -> (f32, u8) {
-    let largest = weights
-        .iter()
-        .fold(0.0, |most: f32, weight| most.max(weight.abs()));
+    // Nothing times what is not finite is no number.
+    let nothing = by_lanes(weights, |sum, weight| sum + 0.0 * weight);
+    if nothing.into_iter().any(f32::is_nan) {
+        return (f32::NAN, 0);
+    }
+    let largest = by_lanes(weights, |most, weight| larger(most, weight.abs()));
+    let largest = largest.into_iter().fold(0.0, larger);
     // A group of zeros has any scale; one that divides by nothing.
     let scale = |most: f32| if largest > 0.0 { largest / most } else { 1.0 };
     match code {
@@ -120,12 +124,8 @@ fn group(code: Code, weights: &[f32], codes: &mut [u8]) -> (f32, u8) {
         }
         Code::Int4 => {
             // Both range over zero, which is so represented exactly.
-            let low = weights
-                .iter()
-                .fold(0.0_f32, |least, weight| least.min(*weight));
-            let high = weights
-                .iter()
-                .fold(0.0_f32, |most, weight| most.max(*weight));
+            let low = by_lanes(weights, smaller).into_iter().fold(0.0, smaller);
+            let high = by_lanes(weights, larger).into_iter().fold(0.0, larger);
             let candidates = INT4_RANGES.map(|part| int4(weights, part * low, part * high));
             let (_, scale, zero) = candidates
                 .into_iter()
@@ -144,15 +144,42 @@ fn int4(weights: &[f32], low: f32, high: f32) -> (f32, f32, f32) {
     let scale = (high - low) / INT4_MOST;
     let scale = if scale > 0.0 { scale } else { 1.0 };
     let zero = nearest(-low / scale).clamp(0.0, INT4_MOST);
-    let errors = weights.iter().map(|weight| {
-        let error = weight - scale * (int4_code(*weight, scale, zero) - zero);
-        error * error
+    let errors = by_lanes(weights, |sum, weight| {
+        let error = weight - scale * (int4_code(weight, scale, zero) - zero);
+        sum + error * error
     });
-    (errors.sum(), scale, zero)
+    (errors.into_iter().sum(), scale, zero)
+}
+
+/// Lanes that are folded side by side.
+const LANES: usize = 16;
+
+/// Folds each lane from 0 on: one after the other, each result would have to wait for the one before.
+fn by_lanes(weights: &[f32], fold: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    let (chunks, rest) = weights.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, weight) in lanes.iter_mut().zip(chunk) {
+            *lane = fold(*lane, *weight);
+        }
+    }
+    for (lane, weight) in lanes.iter_mut().zip(rest) {
+        *lane = fold(*lane, *weight);
+    }
+    lanes
 }
 
 fn int4_code(weight: f32, scale: f32, zero: f32) -> f32 {
     (nearest(weight / scale) + zero).clamp(0.0, INT4_MOST)
+}
+
+/// As vectors do it, in one instruction.
+fn larger(one: f32, other: f32) -> f32 {
+    if one > other { one } else { other }
+}
+
+fn smaller(one: f32, other: f32) -> f32 {
+    if one < other { one } else { other }
 }
 
 /// Rounded to the nearest whole number, halves to even. Of numbers below 2^22; faster than `round_ties_even` where the

@@ -478,13 +478,18 @@ fn four_bits_are_chosen_for_the_least_squared_error() {
 
 #[test]
 fn a_weight_that_is_not_finite_is_refused() {
-    let matrix = numbers(&[1.0, f32::INFINITY], 2, Element::F32);
-    for code in [Code::Int8, Code::Int4, Code::Fp8] {
-        assert!(
-            at_load::quantise(&matrix, code, 0)
-                .unwrap_err()
-                .to_string()
-                .contains("not finite")
-        );
+    let weights = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
+    for (bad, code) in weights
+        .into_iter()
+        .flat_map(|bad| [Code::Int8, Code::Int4, Code::Fp8].map(|code| (bad, code)))
+    {
+        // Alone in a lane, and before and after others.
+        for place in [0, 5, 20, 36] {
+            let mut row = vec![1.0; 37];
+            row[place] = bad;
+            let refused = at_load::quantise(&numbers(&row, 37, Element::F32), code, 0);
+            let said = refused.unwrap_err().to_string();
+            assert!(said.contains("not finite"), "{bad} in {code:?}: {said}");
+        }
     }
 }
