@@ -54,7 +54,8 @@ pub struct TensorSpec {
 pub const HEAD: &str = "lm_head.weight";
 
 impl TensorSpec {
-    /// Whether it is the matrix of a linear layer, which can be quantised at load. Embedding and head are not.
+    /// Whether it is the matrix of a linear layer, which can be quantised at load. The embedding is not; of the head
+    /// see [`head_at_load`](crate::quantization::head_at_load).
     pub fn is_linear(&self) -> bool {
         !self.is_vector && self.split != Split::Vocab
     }

@@ -13,7 +13,7 @@ use super::request::{Request, SamplingParams};
 use super::sequence::Sequence;
 use topology::wire::{self, MAX_FRAME_BYTES};
 
-/// A token or block id: a variable-length integer of at most 32 bits.
+/// A token or block id of 32 bits: four bytes in a row's lists, a variable length of at most five elsewhere.
 const ID_BYTES: usize = 5;
 /// A token with a float, as in biases and alternatives.
 const PAIR_BYTES: usize = ID_BYTES + 4;

@@ -41,7 +41,7 @@ pub use plan::{
 pub const WIRE_VERSION: u32 = 2;
 
 /// Largest frame in bytes. A plan of 1,024 rows with 32,768 positions each in blocks of 16 is
-/// about 6 MB; logits never travel this way.
+/// about 8 MB; logits never travel this way.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
 
 /// What the coordinator tells a shard.
