@@ -8,7 +8,8 @@ bf16, in files of about a gigabyte with an index. Tensors are made and written o
 memory stays at the size of the largest tensor's piece, whatever the model's size.
 
 The tokenizer and chat template of the built-in model are copied in where `coordinator/builtin` has
-them; its vocabulary is smaller than these models', so ids above it decode to nothing.
+them. Its vocabulary is smaller than these models': every id above it is a word of its own, so that a
+random model's tokens are text that can be seen as each is sampled.
 
 Not for correctness tests: there is no reference output here, see `fixtures.py`.
 
@@ -178,13 +179,23 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def copy_tokenizer(out):
-    """The built-in model's tokenizer and its special ids, if it has been made."""
+def fill_vocabulary(path, size):
+    """Gives each id that the tokenizer does not know a word that no text is split into."""
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    known = set(vocabulary.values()) | {token["id"] for token in tokenizer["added_tokens"]}
+    vocabulary |= {f"\u0120w{number}": number for number in range(size) if number not in known}
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False) + "\n")
+
+
+def copy_tokenizer(out, size):
+    """The built-in model's tokenizer with `size` tokens, and its special ids, if it has been made."""
     generation = {"bos_token_id": 1, "eos_token_id": 2}
     if (BUILTIN / "tokenizer.json").exists():
         for name in TOKENIZER_FILES:
             if (BUILTIN / name).exists():
                 shutil.copy(BUILTIN / name, out)
+        fill_vocabulary(out / "tokenizer.json", size)
         if (BUILTIN / "generation_config.json").exists():
             generation = json.loads((BUILTIN / "generation_config.json").read_text())
     else:
@@ -199,7 +210,7 @@ def make(arguments):
     out.mkdir(parents=True, exist_ok=True)
     if any(out.glob("*.safetensors")):
         sys.exit(f"{out} already holds weights: name another folder or empty it")
-    generation = copy_tokenizer(out)
+    generation = copy_tokenizer(out, config["vocab_size"])
     special = ("bos_token_id", "eos_token_id")
     config |= {key: generation[key] for key in special if key in generation}
     write_json(out / "config.json", config)
