@@ -35,15 +35,11 @@ pub(crate) trait Stored: Pod + Send + Sync + std::fmt::Debug {
         column * LANES + row
     }
 
-    /// Widens both columns of a cell, in [`Self::UNIT`]s.
+    /// Reads and widens one column of a cell, in [`Self::UNIT`]s.
     #[inline(always)]
-    fn cell<S: Simd>(simd: S, values: &[Self; CELL]) -> [S::Vector; 2] {
-        let (first, second) = values.split_at(LANES);
-        let half = |half: &[Self]| *half.first_chunk::<LANES>().expect("half of a cell");
-        [
-            Self::load(simd, &half(first)),
-            Self::load(simd, &half(second)),
-        ]
+    fn column<S: Simd, const SECOND: bool>(simd: S, cell: &[Self; CELL]) -> S::Vector {
+        let (columns, _) = cell.as_chunks();
+        Self::load(simd, &columns[usize::from(SECOND)])
     }
 }
 
@@ -90,8 +86,8 @@ impl Stored for bf16 {
     }
 
     #[inline(always)]
-    fn cell<S: Simd>(simd: S, values: &[Self; CELL]) -> [S::Vector; 2] {
-        simd.cell_bf16(values)
+    fn column<S: Simd, const SECOND: bool>(simd: S, cell: &[Self; CELL]) -> S::Vector {
+        simd.column_bf16::<SECOND>(cell)
     }
 }
 
@@ -184,8 +180,8 @@ impl<const NAN: bool> Stored for F8<NAN> {
     }
 
     #[inline(always)]
-    fn cell<S: Simd>(simd: S, values: &[Self; CELL]) -> [S::Vector; 2] {
-        simd.cell_f8(values)
+    fn column<S: Simd, const SECOND: bool>(simd: S, cell: &[Self; CELL]) -> S::Vector {
+        simd.column_f8::<NAN, SECOND>(cell)
     }
 }
 
@@ -280,13 +276,19 @@ mod tests {
             };
             for first in (0..=u8::MAX).step_by(CELL) {
                 let codes: [F8<NAN>; CELL] = std::array::from_fn(|i| F8(first + i as u8));
-                let cell = F8::cell(simd, &codes).map(|vector| simd.to_array(vector));
+                let columns = [
+                    simd.to_array(F8::column::<S, false>(simd, &codes)),
+                    simd.to_array(F8::column::<S, true>(simd, &codes)),
+                ];
                 let (row, _) = codes.split_first_chunk::<LANES>().unwrap();
                 let row = simd.to_array(F8::load(simd, row));
                 for lane in 0..LANES {
                     check(codes[lane].0, row[lane]);
                     for column in 0..2 {
-                        check(codes[F8::<NAN>::place(column, lane)].0, cell[column][lane]);
+                        check(
+                            codes[F8::<NAN>::place(column, lane)].0,
+                            columns[column][lane],
+                        );
                     }
                 }
             }

@@ -54,19 +54,17 @@ fn widen_bf16(values: &[bf16; LANES]) -> [__m256; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn cell_bf16(values: &[bf16; CELL]) -> [[__m256; 2]; 2] {
-    let pairs: [__m256i; 2] = bytemuck::cast(*values);
+fn column_bf16<const SECOND: bool>(cell: &[bf16; CELL]) -> [__m256; 2] {
+    let pairs: [__m256i; 2] = bytemuck::cast(*cell);
     let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-    [
-        [
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[0])),
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[1])),
-        ],
-        [
-            _mm256_castsi256_ps(_mm256_and_si256(pairs[0], high)),
-            _mm256_castsi256_ps(_mm256_and_si256(pairs[1], high)),
-        ],
-    ]
+    let widen = |pairs| {
+        _mm256_castsi256_ps(if SECOND {
+            _mm256_and_si256(pairs, high)
+        } else {
+            _mm256_slli_epi32::<16>(pairs)
+        })
+    };
+    [widen(pairs[0]), widen(pairs[1])]
 }
 
 #[inline]
@@ -102,12 +100,13 @@ fn load_f8<const NAN: bool>(values: &[F8<NAN>; LANES]) -> [__m256; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn cell_f8<const NAN: bool>(values: &[F8<NAN>; CELL]) -> [[__m256; 2]; 2] {
-    let pairs: __m256i = bytemuck::cast(*values);
-    [
-        widen_f8::<NAN>(_mm256_slli_epi16::<8>(pairs)),
-        widen_f8::<NAN>(pairs),
-    ]
+fn column_f8<const NAN: bool, const SECOND: bool>(cell: &[F8<NAN>; CELL]) -> [__m256; 2] {
+    let pairs: __m256i = bytemuck::cast(*cell);
+    widen_f8::<NAN>(if SECOND {
+        pairs
+    } else {
+        _mm256_slli_epi16::<8>(pairs)
+    })
 }
 
 #[inline]
@@ -161,9 +160,9 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn cell_bf16(self, values: &[bf16; CELL]) -> [[__m256; 2]; 2] {
+    fn column_bf16<const SECOND: bool>(self, cell: &[bf16; CELL]) -> [__m256; 2] {
         // SAFETY: `self` proves that the CPU has AVX2.
-        unsafe { cell_bf16(values) }
+        unsafe { column_bf16::<SECOND>(cell) }
     }
 
     #[inline(always)]
@@ -173,9 +172,9 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [[__m256; 2]; 2] {
+    fn column_f8<const NAN: bool, const SECOND: bool>(self, cell: &[F8<NAN>; CELL]) -> [__m256; 2] {
         // SAFETY: `self` proves that the CPU has AVX2 and F16C.
-        unsafe { cell_f8(values) }
+        unsafe { column_f8::<NAN, SECOND>(cell) }
     }
 
     #[inline(always)]

@@ -21,7 +21,7 @@ mod portable;
 
 pub(crate) use dot::dot;
 pub(crate) use ints::{CODES, IntKernel, IntSimd};
-pub(crate) use panel::{by_rows, panel, tiles};
+pub(crate) use panel::{MAX_TILE, by_rows, panel, tiles};
 
 use super::element::F8;
 use half::{bf16, f16};
@@ -55,14 +55,15 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Reads and widens half.
     fn load_f16(self, values: &[f16; LANES]) -> Self::Vector;
 
-    /// Reads and widens a cell of bfloat16, `[16][2]`: the first of each pair, and the second.
-    fn cell_bf16(self, values: &[bf16; CELL]) -> [Self::Vector; 2];
+    /// Reads a cell of bfloat16, `[16][2]`, and widens the first of each pair, or the second.
+    fn column_bf16<const SECOND: bool>(self, cell: &[bf16; CELL]) -> Self::Vector;
 
     /// Reads floats of 8 bits and widens them, in units.
     fn load_f8<const NAN: bool>(self, values: &[F8<NAN>; LANES]) -> Self::Vector;
 
-    /// Reads and widens a cell of them, `[16][2]`, in units.
-    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [Self::Vector; 2];
+    /// Reads a cell of them, `[16][2]`, and widens the first of each pair, or the second, in units.
+    fn column_f8<const NAN: bool, const SECOND: bool>(self, cell: &[F8<NAN>; CELL])
+    -> Self::Vector;
 
     /// Asks for the cache line of `at`, to be read some time later.
     fn prefetch<T>(self, at: &T);

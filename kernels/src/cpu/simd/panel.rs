@@ -46,21 +46,33 @@ pub(crate) fn panel<
             }
         }
         for (pair, cells) in cells.chunks_exact(W).enumerate() {
-            let mut w = [[simd.splat(0.0); 2]; N];
-            for n in 0..N {
-                w[n] = E::cell(simd, &cells[F + n]);
-            }
-            for column in 0..2 {
-                for m in 0..M {
-                    let x = simd.splat(x[m][2 * pair + column]);
-                    for n in 0..N {
-                        sums[m][n] = simd.mul_add(x, w[n][column], sums[m][n]);
-                    }
-                }
-            }
+            let cells = &cells[F..F + N];
+            add_column::<S, E, M, N, false>(simd, x, pair, cells, &mut sums);
+            add_column::<S, E, M, N, true>(simd, x, pair, cells, &mut sums);
         }
     }
     sums
+}
+
+/// Adds the products with one column of a pair, whose weights are in registers no longer than for that.
+#[inline(always)]
+fn add_column<S: Simd, E: Stored, const M: usize, const N: usize, const SECOND: bool>(
+    simd: S,
+    x: &[[f32; LANES]],
+    pair: usize,
+    cells: &[[E; CELL]],
+    sums: &mut [[S::Vector; N]; M],
+) {
+    let mut w = [simd.splat(0.0); N];
+    for n in 0..N {
+        w[n] = E::column::<S, SECOND>(simd, &cells[n]);
+    }
+    for m in 0..M {
+        let x = simd.splat(x[m][2 * pair + usize::from(SECOND)]);
+        for n in 0..N {
+            sums[m][n] = simd.mul_add(x, w[n], sums[m][n]);
+        }
+    }
 }
 
 /// Divides `0..rows` into tiles of sizes that [`by_rows`] has, none larger than `most`.
@@ -72,7 +84,7 @@ pub(crate) fn tiles(rows: usize, most: usize) -> impl Iterator<Item = Range<usiz
     std::iter::from_fn(move || {
         let left = rows - start;
         let size = match left {
-            _ if left <= most && (left <= HALF || left == WHOLE) => left,
+            _ if left <= most && (left <= HALF || left == MAX_TILE) => left,
             _ if left <= 2 * HALF => left.div_ceil(2).min(most),
             _ => most,
         };
@@ -81,9 +93,11 @@ pub(crate) fn tiles(rows: usize, most: usize) -> impl Iterator<Item = Range<usiz
     })
 }
 
-/// Sizes of tiles: any up to the half, and the whole.
+/// Sizes of tiles: any up to this,
 const HALF: usize = 8;
-const WHOLE: usize = 14;
+
+/// and this, the largest.
+pub(crate) const MAX_TILE: usize = 14;
 
 /// Evaluates an expression with `$M` standing for the run-time size of one of [`tiles`]' for `S::TILE.0`.
 macro_rules! by_rows {
@@ -111,20 +125,20 @@ mod tests {
 
     #[test]
     fn tiles_are_all_rows_once_and_of_the_sizes_there_are() {
-        for most in [2, 6, WHOLE] {
+        for most in [2, 6, MAX_TILE] {
             for rows in 0..300 {
                 let mut end = 0;
                 for tile in tiles(rows, most) {
                     assert_eq!(tile.start, end);
                     end = tile.end;
                     let size = tile.len();
-                    assert!(size <= most && (size <= HALF || size == WHOLE), "{size}");
+                    assert!(size <= most && (size <= HALF || size == MAX_TILE), "{size}");
                 }
                 assert_eq!(end, rows);
             }
         }
         let sizes = |rows| {
-            tiles(rows, WHOLE)
+            tiles(rows, MAX_TILE)
                 .map(|tile| tile.len())
                 .collect::<Vec<_>>()
         };

@@ -37,8 +37,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn cell_bf16(self, values: &[bf16; CELL]) -> [Self::Vector; 2] {
-        [0, 1].map(|second| std::array::from_fn(|i| values[2 * i + second].widen()))
+    fn column_bf16<const SECOND: bool>(self, cell: &[bf16; CELL]) -> Self::Vector {
+        std::array::from_fn(|i| cell[2 * i + usize::from(SECOND)].widen())
     }
 
     #[inline(always)]
@@ -47,8 +47,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn cell_f8<const NAN: bool>(self, values: &[F8<NAN>; CELL]) -> [Self::Vector; 2] {
-        [0, 1].map(|second| std::array::from_fn(|i| values[2 * i + second].in_units()))
+    fn column_f8<const NAN: bool, const SECOND: bool>(
+        self,
+        cell: &[F8<NAN>; CELL],
+    ) -> Self::Vector {
+        std::array::from_fn(|i| cell[2 * i + usize::from(SECOND)].in_units())
     }
 
     #[inline(always)]

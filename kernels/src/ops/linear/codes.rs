@@ -34,7 +34,7 @@ pub(super) fn linear(
         1 => slots.most.min(8),
         fit => (fit - 1) * slots.most,
     };
-    for rows in equal_parts(x.rows(), at_once) {
+    for rows in equal_parts(x.rows(), at_once, slots.most) {
         let tiles = || tiles(rows.len(), slots.most);
         let memory = &mut shared[..tiles().count() * slots.slot];
         let cost = slots.most * columns.padded();

@@ -25,7 +25,7 @@ use crate::cpu::element::{F8, Stored, by_element};
 use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Part, Quantized};
 use crate::cpu::scratch::VECTORS;
-use crate::cpu::simd::{Kernel, LANES, Simd, dot};
+use crate::cpu::simd::{Kernel, LANES, MAX_TILE, Simd, dot};
 use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use round::{Round, Turn, WIDENED, add_bias};
@@ -81,7 +81,7 @@ fn multiply<E: Stored>(
     out: &mut CpuTensor,
 ) {
     let (width, within) = (out.width(), first..first + packed.rows());
-    for part in equal_parts(x.rows(), MAX_ROWS) {
+    for part in equal_parts(x.rows(), MAX_ROWS, MAX_TILE) {
         let mut segments = packed.columns().segments();
         while let Some(one) = segments.first() {
             // All segments at once where memory allows: threads meet after each round.
@@ -170,10 +170,16 @@ fn narrow(
         });
 }
 
-/// `0..length` in as few parts of at most `most` as there can be, none more than one longer than another.
-fn equal_parts(length: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+/// `0..length` in as few parts of at most `most` as there can be, as long as each other as whole `unit`s can be.
+fn equal_parts(length: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
     let parts = length.div_ceil(most);
-    (0..parts).map(move |part| part * length / parts..(part + 1) * length / parts)
+    let size = length
+        .div_ceil(parts.max(1))
+        .next_multiple_of(unit)
+        .min(most);
+    (0..length)
+        .step_by(size.max(1))
+        .map(move |start| start..(start + size).min(length))
 }
 
 /// On the GPU: cuBLASLt's product, the bias added where the sums are; for quantised weights what is in `quantized`.

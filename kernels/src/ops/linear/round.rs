@@ -148,7 +148,8 @@ pub(super) const WIDENED: usize =
 #[inline(always)]
 fn widen<S: Simd, E: Stored>(simd: S, cells: &[[E; CELL]], to: &mut [[bf16; CELL]]) {
     for (to, cell) in to.iter_mut().zip(cells) {
-        let [first, second] = E::cell(simd, cell).map(|vector| simd.to_array(vector));
+        let first = simd.to_array(E::column::<S, false>(simd, cell));
+        let second = simd.to_array(E::column::<S, true>(simd, cell));
         let mut pairs = [0; LANES];
         for (pair, (first, second)) in pairs.iter_mut().zip(first.into_iter().zip(second)) {
             *pair = first.to_bits() >> 16 | second.to_bits() & 0xffff_0000;

@@ -94,7 +94,7 @@ pub(super) fn linear<U: TileUnit>(
     let lines_of_row = cols.div_ceil(CHUNK).next_multiple_of(BLOCK_CHUNKS);
     let most = (TILE_INPUTS / lines_of_row / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
     let mut inputs = cpu.scratch.tile_inputs();
-    for part in equal_parts(x.rows(), most) {
+    for part in equal_parts(x.rows(), most, TILE_ROWS) {
         let shape = Shape::of(part.len(), cols);
         let needed = shape.blocks * shape.tiles * shape.run();
         let inputs: &mut [Floats] = &mut bytemuck::cast_slice_mut(&mut inputs)[..needed];
