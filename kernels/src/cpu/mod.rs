@@ -7,6 +7,7 @@ mod batch;
 pub(crate) mod element;
 pub(crate) mod exp;
 pub(crate) mod kv_cache;
+pub(crate) mod matrix;
 pub(crate) mod memory;
 pub(crate) mod packed;
 mod pool;

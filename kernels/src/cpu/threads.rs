@@ -3,10 +3,10 @@
 //! Work that is too small to be worth waking a thread for runs on the caller. Invariant: threads
 //! divide outputs and never a reduction, so their number changes no bit of a result.
 
+use super::matrix::{Matrix, Panel};
 use super::pool::Pool;
 use crate::backend::DeviceError;
 use rustix::thread::{CpuSet, sched_setaffinity};
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -273,95 +273,6 @@ fn pin(cores: &[usize]) -> Result<(), String> {
         set.set(core);
     }
     sched_setaffinity(None, &set).map_err(|e| format!("pinning a thread to {cores:?}: {e}"))
-}
-
-/// A mutable matrix that several threads write to, each its own rows or columns.
-#[derive(Debug)]
-struct Matrix<T> {
-    base: *mut T,
-    rows: usize,
-    width: usize,
-}
-
-impl<T> Matrix<T> {
-    fn of(values: &mut [T], width: usize) -> Self {
-        Self {
-            base: values.as_mut_ptr(),
-            rows: values.len() / width,
-            width,
-        }
-    }
-
-    /// For one thread. Whoever asks for several keeps what is used of them disjoint.
-    fn panel<'a>(self, rows: Range<usize>, columns: Range<usize>) -> Panel<'a, T> {
-        assert!(
-            rows.end <= self.rows && columns.end <= self.width,
-            "rows {rows:?} and columns {columns:?} of [{}, {}]",
-            self.rows,
-            self.width
-        );
-        Panel {
-            matrix: self,
-            rows,
-            columns,
-            lifetime: PhantomData,
-        }
-    }
-}
-
-impl<T> Clone for Matrix<T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T> Copy for Matrix<T> {}
-
-#[expect(unsafe_code, reason = "threads write disjoint parts of one matrix")]
-// SAFETY: the pointer comes from a `&mut [T]` held for the whole of `Threads::rows` or `Threads::panels`, and is
-// used only through `Panel`s, of which each thread uses rows or columns that no other does.
-unsafe impl<T: Send> Sync for Matrix<T> {}
-
-/// Some rows and columns of a matrix, in the hands of one thread.
-#[derive(Debug)]
-pub(crate) struct Panel<'a, T = f32> {
-    matrix: Matrix<T>,
-    rows: Range<usize>,
-    columns: Range<usize>,
-    lifetime: PhantomData<&'a mut [T]>,
-}
-
-impl<T> Panel<'_, T> {
-    /// Its columns in the whole matrix.
-    pub(crate) fn columns(&self) -> Range<usize> {
-        self.columns.clone()
-    }
-
-    /// Its rows in the whole matrix.
-    pub(crate) fn rows(&self) -> Range<usize> {
-        self.rows.clone()
-    }
-
-    /// The panel's part of a row of the matrix.
-    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
-        assert!(self.rows.contains(&row), "row {row} of {:?}", self.rows);
-        let start = row * self.matrix.width + self.columns.start;
-        #[expect(
-            unsafe_code,
-            reason = "a panel is a strided view, which slices cannot express"
-        )]
-        // SAFETY: `start` is inside the slice that `base` was taken from.
-        let first = unsafe { self.matrix.base.add(start) };
-        #[expect(
-            unsafe_code,
-            reason = "a panel is a strided view, which slices cannot express"
-        )]
-        // SAFETY: `rows` and `columns` are within the matrix, so the range lies in the slice that `base` was
-        // taken from; no other thread has these columns of this row, and `&mut self` keeps this one's rows apart.
-        unsafe {
-            std::slice::from_raw_parts_mut(first, self.columns.len())
-        }
-    }
 }
 
 #[cfg(test)]

@@ -8,10 +8,11 @@
 use super::activations::{Divide, Factor, Quantize, Slots};
 use super::equal_parts;
 use super::round::{add_bias, prefetch, put};
+use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::quantized::{Codes, PanelScales, QUAD, Segment};
 use crate::cpu::simd::{CODES, IntKernel, IntSimd, LANES, Simd, by_rows, tiles};
-use crate::cpu::threads::{Panel, Panels};
+use crate::cpu::threads::Panels;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use crate::quantized::Code;
 use std::ops::Range;
@@ -179,7 +180,7 @@ impl<const M: usize, const HALF: bool> IntKernel for Tile<'_, '_, M, HALF> {
     #[inline(always)]
     fn run<S: IntSimd>(self, simd: S) {
         let Self(mut work) = self;
-        prefetch(simd.floats(), work.out, work.row..work.row + M, work.column);
+        prefetch::<S::Floats, M>(simd.floats(), work.out, (work.row, work.column));
         if const { S::TILE.1 >= 2 } {
             work.sum::<S, M, 2, 0, HALF>(simd);
         } else {

@@ -4,11 +4,12 @@
 //! does not depend on how far apart rows are. What a sum is, and in which order, is said in `mod.rs`.
 
 use crate::cpu::element::{Stored, by_element};
+use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{PanelScales, Segment};
 use crate::cpu::scratch::{Space, VECTORS};
 use crate::cpu::simd::{CELL, Kernel, LANES, Simd, by_rows, panel, tiles};
-use crate::cpu::threads::{Panel, Panels};
+use crate::cpu::threads::Panels;
 use crate::cpu::{CpuTensor, CpuWeight};
 use half::bf16;
 use std::marker::PhantomData;
@@ -209,7 +210,7 @@ impl<E: Stored, const M: usize> Kernel for Tile<'_, '_, E, M> {
     fn run<S: Simd>(self, simd: S) {
         let Self(work) = self;
         let (row, column, is_first) = (work.row, work.column, work.is_first);
-        prefetch(simd, work.out, row..row + M, column);
+        prefetch::<S, M>(simd, work.out, (row, column));
         let scales = work
             .scales
             .map(|(scales, group)| (scales, group, work.unit));
@@ -248,13 +249,19 @@ fn scale<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-/// Asks for the places of sums.
+/// Asks for the places of the sums of `M` rows.
 #[inline(always)]
-pub(super) fn prefetch<S: Simd>(simd: S, panel: &mut Panel<'_>, rows: Range<usize>, column: usize) {
-    for row in rows {
-        let row = &panel.row(row)[column..];
-        simd.prefetch(&row[0]);
-        simd.prefetch(&row[LANES.min(row.len() - 1)]);
+pub(super) fn prefetch<S: Simd, const M: usize>(
+    simd: S,
+    panel: &mut Panel<'_>,
+    (row, column): (usize, usize),
+) {
+    if let Some(block) = panel.block::<M, { PANEL_ROWS / LANES }>(row, column) {
+        for vectors in block {
+            for vector in vectors {
+                simd.prefetch(vector);
+            }
+        }
     }
 }
 
@@ -267,23 +274,26 @@ pub(super) fn put<S: Simd, const M: usize, const N: usize>(
     (row, column, is_first): (usize, usize, bool),
     sums: &[[S::Vector; N]; M],
 ) {
-    for m in 0..M {
-        let row = panel.row(row + m).get_mut(column..).unwrap_or_default();
-        for (out, sums) in row.chunks_mut(LANES).zip(sums[m]) {
-            let sums = simd.to_array(sums);
-            match (<&mut [f32; LANES]>::try_from(&mut *out), is_first) {
-                (Ok(out), true) => *out = sums,
-                (Ok(out), false) => {
-                    for i in 0..LANES {
-                        out[i] += sums[i];
-                    }
-                }
-                (Err(_), is_first) => {
-                    for (out, sum) in out.iter_mut().zip(sums) {
-                        *out = if is_first { sum } else { *out + sum };
-                    }
-                }
+    if let Some(block) = panel.block::<M, N>(row, column) {
+        let one = simd.splat(1.0);
+        for m in 0..M {
+            for n in 0..N {
+                let before = simd.load(&block[m][n]);
+                let sum = if is_first {
+                    sums[m][n]
+                } else {
+                    simd.mul_add(one, sums[m][n], before)
+                };
+                block[m][n] = simd.to_array(sum);
             }
+        }
+        return;
+    }
+    for (row, sums) in (row..).zip(sums) {
+        let row = panel.row(row).get_mut(column..).unwrap_or_default();
+        let sums = sums.iter().flat_map(|vector| simd.to_array(*vector));
+        for (out, sum) in row.iter_mut().zip(sums) {
+            *out = if is_first { sum } else { *out + sum };
         }
     }
 }

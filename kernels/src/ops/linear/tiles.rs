@@ -10,11 +10,11 @@
 //! are in tiles, so blocks do not change them.
 
 use super::{add_bias, equal_parts};
+use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SUMS};
 use crate::cpu::simd::amx::{CHUNK_CELLS, Floats, Multiply, Product, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{CELL, Isa, Kernel, LANES, Simd};
-use crate::cpu::threads::Panel;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use half::bf16;
 use std::ops::Range;

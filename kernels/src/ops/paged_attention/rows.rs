@@ -13,9 +13,9 @@ use super::round::{
 };
 use crate::cpu::element::Stored;
 use crate::cpu::exp::exp;
+use crate::cpu::matrix::Panel;
 use crate::cpu::scratch::{Space, VECTORS};
 use crate::cpu::simd::{Kernel, LANES, Simd, tiles};
-use crate::cpu::threads::Panel;
 use std::ops::Range;
 
 /// Positions of a part; a multiple of [`ROUND`].
