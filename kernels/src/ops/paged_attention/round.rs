@@ -348,33 +348,28 @@ impl State {
         simd: S,
         scores: &mut [[f32; LANES]; GROUPS],
         seen: &Range<usize>,
-        (mut scale, soft_cap): (f32, Option<f32>),
+        (scale, soft_cap): (f32, Option<f32>),
     ) -> f32 {
         if seen.is_empty() {
             *scores = [[0.0; LANES]; GROUPS];
             return 1.0;
         }
-        // In 32 bits, as the scores are, so that lanes are compared where they are.
-        let [start, end] =
-            [seen.start, seen.end].map(|at| u32::try_from(at).expect("it is within a round"));
-        if let Some(cap) = soft_cap {
-            for score in scores.as_flattened_mut() {
-                *score = soft_capped(*score * scale, cap);
-            }
-            scale = 1.0;
+        let all = scores.as_flattened_mut();
+        for score in &mut *all {
+            *score *= scale;
         }
-        let mut most = [f32::NEG_INFINITY; LANES];
-        for (first, scores) in (0..).step_by(LANES).zip(scores.iter_mut()) {
-            for (lane, score) in (first..).zip(scores.iter_mut()) {
-                let is_seen = start <= lane && lane < end;
-                *score = if is_seen {
-                    *score * scale
-                } else {
-                    f32::NEG_INFINITY
-                };
+        if let Some(cap) = soft_cap {
+            for score in &mut *all {
+                *score = soft_capped(*score, cap);
             }
-            for (most, score) in most.iter_mut().zip(scores) {
-                *most = larger(*score, *most);
+        }
+        // Filled rather than asked for lane by lane, which does not become vector code.
+        all[..seen.start].fill(f32::NEG_INFINITY);
+        all[seen.end..].fill(f32::NEG_INFINITY);
+        let mut most = [f32::NEG_INFINITY; LANES];
+        for scores in scores.iter() {
+            for lane in 0..LANES {
+                most[lane] = larger(scores[lane], most[lane]);
             }
         }
         for half in [8, 4, 2, 1] {
