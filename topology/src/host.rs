@@ -4,6 +4,7 @@
 //! control group's limits count, not the machine's. Invariant: free memory is never more than
 //! what the kernel would give without swapping or killing.
 
+use crate::spec::list;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -16,6 +17,8 @@ pub struct HostCores {
     pub allowed: Vec<u32>,
     /// How many threads make sense: fewer than `allowed` where a quota says so. At least 1.
     pub parallelism: u32,
+    /// `allowed` by NUMA node, in the order of the nodes; all in one where the system names none. None is empty.
+    pub nodes: Vec<Vec<u32>>,
 }
 
 impl HostCores {
@@ -31,10 +34,45 @@ impl HostCores {
             .collect();
         let quota = thread::available_parallelism()?.get();
         let parallelism = u32::try_from(quota.min(allowed.len()).max(1)).unwrap_or(1);
+        let nodes = numa_nodes(Path::new("/sys/devices/system/node"), &allowed);
         Ok(Self {
             allowed,
             parallelism,
+            nodes,
         })
+    }
+
+    /// Cores about whose memory nothing is known.
+    pub fn of_one_node(allowed: Vec<u32>, parallelism: u32) -> Self {
+        let nodes = vec![allowed.clone()];
+        Self {
+            allowed,
+            parallelism,
+            nodes,
+        }
+    }
+}
+
+/// The cores of each node that `folder` lists, of those that are `allowed`.
+fn numa_nodes(folder: &Path, allowed: &[u32]) -> Vec<Vec<u32>> {
+    let read = |name: String| fs::read_to_string(folder.join(name)).ok();
+    // As the kernel writes it: 0-1, say; not the entries of the folder, which have no order.
+    let numbers = read("online".to_owned()).and_then(|text| list(text.trim(), "nodes").ok());
+    let nodes = numbers
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|number| {
+            let cores = read(format!("node{number}/cpulist"))?;
+            // A node of memory alone has an empty list.
+            let mut cores = list(cores.trim(), "cores").ok()?;
+            cores.retain(|core| allowed.contains(core));
+            (!cores.is_empty()).then_some(cores)
+        });
+    let nodes: Vec<_> = nodes.collect();
+    if nodes.iter().map(Vec::len).sum::<usize>() == allowed.len() {
+        nodes
+    } else {
+        vec![allowed.to_vec()]
     }
 }
 
@@ -121,8 +159,32 @@ mod tests {
         let cores = HostCores::read().unwrap();
         assert!((1..=cores.allowed.len()).contains(&(cores.parallelism as usize)));
         assert!(cores.allowed.is_sorted());
+        let mut of_nodes = cores.nodes.concat();
+        of_nodes.sort_unstable();
+        assert_eq!(of_nodes, cores.allowed);
         let memory = HostMemory::read().unwrap();
         assert!(memory.free_bytes > 1 << 20 && memory.free_bytes <= memory.total_bytes);
+    }
+
+    #[test]
+    fn cores_are_told_apart_by_the_memory_beside_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("online", "0-2\n");
+        write("node0/cpulist", "0-1,4-5\n");
+        write("node1/cpulist", "2-3,6-7\n");
+        write("node2/cpulist", "\n");
+        let nodes = |allowed: &[u32]| numa_nodes(folder.path(), allowed);
+        let all: Vec<u32> = (0..8).collect();
+        assert_eq!(nodes(&all), [[0, 1, 4, 5], [2, 3, 6, 7]]);
+        assert_eq!(nodes(&[1, 2, 6]), [vec![1], vec![2, 6]]);
+        assert_eq!(nodes(&[4, 5]), [[4, 5]]);
+        assert_eq!(nodes(&[0, 9]), [[0, 9]], "a core that no node has");
+        assert_eq!(numa_nodes(Path::new("/nowhere"), &all), [all]);
     }
 
     #[test]

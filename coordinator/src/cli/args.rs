@@ -336,7 +336,8 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", value_parser = NonEmpty::new(),
           help_heading = DEVICES)]
     pub gpus: Option<String>,
-    /// CPU cores for all shards together: a count (4) or a list (0-3,8).
+    /// CPU cores for all shards together: a list (0-3,8), to which threads are pinned, or a count (4), for which
+    /// each shard stays on a NUMA node of its own where there are several.
     #[arg(long, env = "CLUSTER_CPUS", value_name = "COUNT|LIST", value_parser = NonEmpty::new(),
           help_heading = DEVICES)]
     pub cpus: Option<String>,

@@ -25,7 +25,8 @@ pub(crate) struct Threads {
 
 impl Threads {
     /// Starts `count` threads, of which the caller is one. Where `cores` are given, each thread is pinned to one of
-    /// them, in turn, and the caller is confined to those that no other has, or all of them.
+    /// them, in turn, and the caller is confined to those that no other has, or all of them. More `cores` than threads
+    /// are shared by all.
     pub(crate) fn start(count: usize, cores: Option<&[usize]>) -> Result<Self, DeviceError> {
         let failed = |reason: String| DeviceError::Failed {
             device: "cpu".into(),
@@ -38,7 +39,9 @@ impl Threads {
             if cores.is_empty() {
                 return Err(failed("the list of cores is empty".into()));
             }
-            let others = |core: &usize| (1..count).any(|i| cores[i % cores.len()] == *core);
+            let are_shared = cores.len() > count;
+            let others =
+                |core: &usize| !are_shared && (1..count).any(|i| cores[i % cores.len()] == *core);
             let free: Vec<usize> = cores.iter().copied().filter(|core| !others(core)).collect();
             pin(if free.is_empty() { cores } else { &free }).map_err(failed)?;
         }
@@ -255,6 +258,7 @@ fn start_pool(count: usize, cores: Option<&[usize]>) -> Result<Pool, String> {
     let there_are = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let eager = count <= cores.as_ref().map_or(there_are, Vec::len);
     Pool::start(count - 1, eager, move |i| match &cores {
+        Some(cores) if cores.len() > count => pin(cores),
         Some(cores) => pin(&[cores[i % cores.len()]]),
         None => Ok(()),
     })
@@ -312,6 +316,23 @@ mod tests {
             rustix::thread::sched_getaffinity(None).unwrap().count()
         });
         assert_eq!(core.join().unwrap(), 1);
+    }
+
+    #[test]
+    fn threads_share_cores_of_which_there_are_more() {
+        let together = std::thread::spawn(|| {
+            let mine = rustix::thread::sched_getaffinity(None).unwrap();
+            let cores: Vec<usize> = (0..CpuSet::MAX_CPU)
+                .filter(|&core| mine.is_set(core))
+                .collect();
+            let threads = Threads::start(cores.len().div_ceil(2), Some(&cores)).unwrap();
+            let confined = || rustix::thread::sched_getaffinity(None).unwrap().count();
+            assert_eq!(confined() as usize, cores.len());
+            if let Some(pool) = threads.pool {
+                pool.run(&|_| assert_eq!(confined() as usize, cores.len()));
+            }
+        });
+        together.join().unwrap();
     }
 
     #[test]

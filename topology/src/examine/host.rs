@@ -72,10 +72,7 @@ pub struct Devices {
 impl HostReport {
     /// Asks the operating system. `address` is how other nodes know this one.
     pub fn read(devices: Devices, address: IpAddr) -> Self {
-        let cores = HostCores::read().unwrap_or(HostCores {
-            allowed: Vec::new(),
-            parallelism: 0,
-        });
+        let cores = HostCores::read().unwrap_or_else(|_| HostCores::of_one_node(Vec::new(), 0));
         let memory = HostMemory::read().unwrap_or(HostMemory {
             free_bytes: 0,
             total_bytes: 0,

@@ -14,7 +14,8 @@ use crate::spec::{CpuSpec, GpuSpec};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Ranks where the operator says nothing and there are cores for them: enough to be a cluster.
+/// Ranks where the operator says nothing and there are cores for them: enough to be a cluster. More where a host has
+/// more NUMA nodes, each of which computes best with the memory beside it.
 const DEFAULT_CPU_RANKS: u32 = 2;
 
 /// What the operator wrote.
@@ -36,7 +37,8 @@ pub enum Device {
     Cpu {
         /// Threads to compute with, at least 1.
         threads: u32,
-        /// Cores to pin them to; empty leaves it to the operating system.
+        /// As many as threads: each thread is pinned to one. More: all threads are confined to them, as to a NUMA
+        /// node. Empty leaves it to the operating system.
         cores: Vec<u32>,
     },
     /// A GPU.
@@ -54,10 +56,14 @@ impl fmt::Display for Device {
             Self::Gpu { index, .. } => write!(f, "GPU {index}"),
             Self::Cpu { threads: 1, cores } if cores.is_empty() => f.write_str("CPU, 1 thread"),
             Self::Cpu { threads, cores } if cores.is_empty() => write!(f, "CPU, {threads} threads"),
-            Self::Cpu { cores, .. } => {
-                let cores: Vec<_> = cores.iter().map(u32::to_string).collect();
+            Self::Cpu { threads, cores } => {
                 let noun = if cores.len() == 1 { "core" } else { "cores" };
-                write!(f, "CPU {noun} {}", cores.join(","))
+                write!(f, "CPU {noun} {}", ranges(cores))?;
+                match threads {
+                    _ if cores.len() <= *threads as usize => Ok(()),
+                    1 => f.write_str(", 1 thread"),
+                    _ => write!(f, ", {threads} threads"),
+                }
             }
         }
     }
@@ -180,8 +186,10 @@ pub enum PlacementError {
 /// Gives every rank of `models` models its device.
 ///
 /// GPUs: one rank on each, or as many as it is named times. CPU: the cores are divided among the ranks, the first ranks taking what
-/// does not divide. Without `--tensor-parallel-size` GPUs are divided among the models, and each has two ranks on
-/// CPUs, or one where there are not as many cores.
+/// does not divide. Where cores are counted and not named, each rank is confined to one NUMA node, or to several where
+/// there are fewer ranks: what a thread touches first is memory of its node, so weights lie where they are read.
+/// Without `--tensor-parallel-size` GPUs are divided among the models, and each has two ranks on CPUs, a power of two
+/// where there are more nodes, or one where there are not as many cores.
 ///
 /// # Errors
 /// [`PlacementError`] if the request contradicts itself or names cores that are not there.
@@ -194,16 +202,20 @@ pub fn place(
     if let Some(ranks) = asked.filter(|ranks| !(1..=MAX_WORLD_SIZE).contains(ranks)) {
         return Err(PlacementError::WorldSize(ranks));
     }
+    let nodes = u32::try_from(host.nodes.len()).unwrap_or(1).max(1);
+    let by_default = DEFAULT_CPU_RANKS
+        .max(1 << nodes.ilog2())
+        .min(MAX_WORLD_SIZE);
     let on_cores = |count: u32| Ranks {
         models,
-        each: asked.unwrap_or((count / models).clamp(1, DEFAULT_CPU_RANKS)),
+        each: asked.unwrap_or((count / models).clamp(1, by_default)),
     };
     let (devices, warnings) = match (&request.gpus, &request.cpus) {
         (Some(_), Some(_)) => return Err(PlacementError::BothKinds),
         (Some(GpuSpec(gpus)), None) => place_gpus(gpus, models, asked)?,
         (None, Some(CpuSpec::Cores(cores))) => {
             let count = u32::try_from(cores.len()).unwrap_or(u32::MAX);
-            (place_cores(cores, on_cores(count), host)?, Vec::new())
+            place_cores(cores, on_cores(count), host)?
         }
         (None, Some(CpuSpec::Count(count))) => place_threads(*count, on_cores(*count), host),
         (None, None) => place_threads(host.parallelism, on_cores(host.parallelism), host),
@@ -256,11 +268,7 @@ fn place_gpus(gpus: &[u32], models: u32, asked: Option<u32>) -> Result<Placed, P
     Ok((devices, warnings))
 }
 
-fn place_cores(
-    cores: &[u32],
-    ranks: Ranks,
-    host: &HostCores,
-) -> Result<Vec<Device>, PlacementError> {
+fn place_cores(cores: &[u32], ranks: Ranks, host: &HostCores) -> Result<Placed, PlacementError> {
     if let Some(core) = cores.iter().find(|core| !host.allowed.contains(core)) {
         return Err(PlacementError::NoSuchCore {
             core: *core,
@@ -273,15 +281,24 @@ fn place_cores(
         return Err(PlacementError::TooFewCores { cores, ranks });
     }
     let mut rest = cores;
-    let devices = shares(count, ranks.total()).map(|threads| {
+    let mut warnings = Vec::new();
+    let devices = shares(count, ranks.total()).zip(0..).map(|(threads, rank)| {
         let (own, others) = rest.split_at(threads as usize);
         rest = others;
+        let touched = |node: &&Vec<u32>| node.iter().any(|core| own.contains(core));
+        if ranks.total() > 1 && host.nodes.iter().filter(touched).count() > 1 {
+            warnings.push(format!(
+                "cores {} of rank {rank} lie on several NUMA nodes, and some read its weights from the memory of \
+                 another; name each rank's cores so that they lie on one",
+                ranges(own)
+            ));
+        }
         Device::Cpu {
             threads,
             cores: own.to_vec(),
         }
     });
-    Ok(devices.collect())
+    Ok((devices.collect(), warnings))
 }
 
 fn place_threads(count: u32, ranks: Ranks, host: &HostCores) -> Placed {
@@ -297,12 +314,27 @@ fn place_threads(count: u32, ranks: Ranks, host: &HostCores) -> Placed {
             "{ranks} share {available} cores: ranks will wait for each other"
         ));
     }
-    // Not pinned: two clusters on one host would otherwise crowd the same cores.
-    let cpu = |threads: u32| Device::Cpu {
-        threads: threads.max(1),
-        cores: Vec::new(),
+    // Not pinned to one core each: two clusters on one host would otherwise crowd the same ones.
+    let (total, nodes) = (ranks.total() as usize, host.nodes.len());
+    let cpu = |(threads, rank): (u32, usize)| {
+        let first = rank * nodes / total;
+        let end = ((rank + 1) * nodes / total).max(first + 1);
+        let is_whole = end - first >= nodes;
+        let cores = if is_whole {
+            Vec::new()
+        } else {
+            host.nodes[first..end].concat()
+        };
+        let most = u32::try_from(cores.len()).unwrap_or(u32::MAX);
+        // More threads than its nodes have cores: they are better off anywhere.
+        let cores = if threads > most { Vec::new() } else { cores };
+        Device::Cpu {
+            threads: threads.max(1),
+            cores,
+        }
     };
-    (shares(count, ranks.total()).map(cpu).collect(), warnings)
+    let shares = shares(count, ranks.total()).zip(0..);
+    (shares.map(cpu).collect(), warnings)
 }
 
 /// `count` in `ranks` parts that differ by at most one, the larger ones first.

@@ -4,10 +4,7 @@ use super::*;
 use crate::random::{Random, seed};
 
 fn host(cores: u32) -> HostCores {
-    HostCores {
-        allowed: (0..cores).collect(),
-        parallelism: cores,
-    }
+    HostCores::of_one_node((0..cores).collect(), cores)
 }
 
 fn request(cpus: Option<&str>, ranks: Option<u32>) -> DeviceRequest {
@@ -72,6 +69,43 @@ fn named_cores_are_pinned_in_order() {
         .to_string();
     assert!(refused.contains("2 cores for 3 ranks"), "{refused}");
     assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2,5,7-8");
+}
+
+#[test]
+fn counted_cores_are_those_of_a_numa_node() {
+    let nodes = |count: u32| HostCores {
+        nodes: (0..count)
+            .map(|node| vec![2 * node, 2 * node + 1, 20 + node])
+            .collect(),
+        ..HostCores::of_one_node((0..20 + count).collect(), 3 * count)
+    };
+    let shown = |cpus, ranks, host: &HostCores| {
+        let (placement, warnings) = one(&request(cpus, ranks), host);
+        let devices: Vec<_> = placement.devices.iter().map(ToString::to_string).collect();
+        (devices.join("; "), warnings.len())
+    };
+    let two = nodes(2);
+    let each = "CPU cores 0-1,20; CPU cores 2-3,21".to_owned();
+    assert_eq!(shown(None, None, &two), (each.clone(), 0));
+    assert_eq!(shown(Some("6"), Some(2), &two), (each, 0));
+    let fewer = "CPU cores 0-1,20, 2 threads; CPU cores 2-3,21, 2 threads".to_owned();
+    assert_eq!(shown(Some("4"), Some(2), &two), (fewer, 0));
+    assert_eq!(shown(None, Some(1), &two), ("CPU, 6 threads".to_owned(), 0));
+    let shared = shown(Some("4"), Some(4), &two).0;
+    assert_eq!(shared.matches("0-1,20, 1 thread").count(), 2, "{shared}");
+    assert_eq!(shared.matches("2-3,21, 1 thread").count(), 2, "{shared}");
+    // As many ranks as nodes, or the power of two below.
+    assert_eq!(
+        threads(&one(&request(None, None), &nodes(4)).0),
+        [3, 3, 3, 3]
+    );
+    assert_eq!(threads(&one(&request(None, None), &nodes(3)).0), [5, 4]);
+    // Named cores are what they are.
+    assert_eq!(
+        shown(Some("0-3"), None, &two),
+        ("CPU cores 0-1; CPU cores 2-3".to_owned(), 0)
+    );
+    assert_eq!(shown(Some("1-2,20-21"), None, &two).1, 2);
 }
 
 #[test]
@@ -164,7 +198,7 @@ fn devices_are_dealt_out_to_models_in_order_or_refused_with_the_arithmetic() {
     let shown =
         |placement: &Placement| format!("{} {}", placement.devices[0], placement.devices[1]);
     let shown: Vec<_> = dealt.models.iter().map(shown).collect();
-    assert_eq!(shown, ["CPU cores 0,1 CPU core 2", "CPU core 3 CPU core 4"]);
+    assert_eq!(shown, ["CPU cores 0-1 CPU core 2", "CPU core 3 CPU core 4"]);
     let refused = cores("0-2", Some(2)).unwrap_err().to_string();
     assert!(
         refused.contains("3 cores for 2 models of 2 ranks (4)"),

@@ -84,7 +84,7 @@ impl FromStr for GpuSpec {
     }
 }
 
-fn list(text: &str, expected: &'static str) -> Result<Vec<u32>, SpecError> {
+pub(crate) fn list(text: &str, expected: &'static str) -> Result<Vec<u32>, SpecError> {
     let mut found = Vec::new();
     for item in text.split(',') {
         let (first, last) = match item.split_once('-') {

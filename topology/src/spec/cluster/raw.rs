@@ -254,10 +254,8 @@ impl RawNode {
                     CpuSpec::Count(count) => (0..*count).collect(),
                     CpuSpec::Cores(cores) => cores.clone(),
                 };
-                let host = HostCores {
-                    parallelism: u32::try_from(allowed.len()).unwrap_or(u32::MAX),
-                    allowed,
-                };
+                let count = u32::try_from(allowed.len()).unwrap_or(u32::MAX);
+                let host = HostCores::of_one_node(allowed, count);
                 let request = DeviceRequest {
                     gpus: None,
                     cpus: Some(spec),
