@@ -46,6 +46,7 @@ fn exposed() -> String {
         },
         false,
     );
+    registry.background().accepted.increment(1);
     registry.upkeep();
     registry.render()
 }

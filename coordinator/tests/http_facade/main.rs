@@ -1,5 +1,6 @@
 //! The HTTP facade over a scripted engine, as clients and attackers see it: over a socket.
 
+mod background;
 mod chat;
 mod client;
 mod completions;
