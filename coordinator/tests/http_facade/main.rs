@@ -6,5 +6,7 @@ mod client;
 mod completions;
 mod connections;
 mod limits;
+mod overload;
+mod paced;
 mod routes;
 mod support;
