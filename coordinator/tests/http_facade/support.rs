@@ -14,6 +14,7 @@ use coordinator::http::{ServedModel, ServerConfig, router, server};
 use coordinator::metrics::Registry;
 use coordinator::scheduler::request::{FinishReason, Request};
 use coordinator::text::TextModel;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::net::SocketAddr;
@@ -343,6 +344,16 @@ pub(crate) fn score(token: u32, alternatives: u32) -> TokenScore {
 
 fn f64_to_f32(i: u32) -> f32 {
     f32::from(u16::try_from(i).expect("few alternatives"))
+}
+
+/// Lets this process have as many connections as it may: client and server are both in it.
+pub(crate) fn allow_connections() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, all).expect("what is allowed can be taken");
 }
 
 pub(crate) fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
