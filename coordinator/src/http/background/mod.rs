@@ -1,7 +1,7 @@
 //! Requests that are answered later: `"background": true` in the body of a completion.
 //!
 //! The mark is that of OpenAI's Responses API; the answer is fetched, and deleted, as OpenAI's stored completions are.
-//! A request is checked as any other and then accepted with 202, which means that it is in the [`journal`], on disk.
+//! A request is checked as any other and then accepted with 202, which means that it is in the journal, on disk.
 //! It is computed beside those that wait for their answers, a few at a time so that it takes no place of theirs in the
 //! queue; refusals that will pass, and a process that ends, only delay it. Decides nothing about how it is computed.
 //!
