@@ -364,6 +364,22 @@ def together(server):
 
 
 @check
+def background(server):
+    """an answer that is fetched later is the one that is waited for"""
+    now = server.chat().choices[0].message.content
+    stored = server.client.chat.completions
+    taken = server.chat(extra_body={"background": True})
+    equal((taken.status, taken.choices), ("queued", []))
+    begun = time.monotonic()
+    while (later := stored.retrieve(taken.id)).status != "completed":
+        assert later.status in ("queued", "in_progress") and time.monotonic() - begun < 60, later
+        time.sleep(0.05)
+    equal(later.choices[0].message.content, now)
+    assert stored.delete(taken.id).deleted
+    equal(server.raw(f"/v1/chat/completions/{taken.id}")[0], 404)
+
+
+@check
 def process(server):
     """health, readiness, version, metrics"""
     equal(server.raw("/health")[0], 200)

@@ -53,7 +53,7 @@ async fn links(ranks: u32) -> Result<Vec<Admitted>> {
             let hello = Hello {
                 rank,
                 pid: std::process::id(),
-                device: String::new(),
+                device: "none".to_owned(),
                 free_bytes: 0,
                 total_bytes: 0,
             };

@@ -6,6 +6,7 @@
 //!   state.json    what this file calls State
 //!   admin.sock    the admin socket
 //!   legacy-N.json what a successor needs to take over the shards of model N; see `fleet::Legacy`
+//!   background/   requests that are answered later; see `http::background`
 //!   logs/         what shards print
 //! ```
 //!
@@ -14,6 +15,7 @@
 //! eight newer ones have ended.
 
 use crate::fleet::Legacy;
+use crate::http::background;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -174,6 +176,11 @@ impl Claim {
         self.dir.join(SOCKET)
     }
 
+    /// Where background requests belong.
+    pub fn background(&self) -> PathBuf {
+        self.dir.join(BACKGROUND)
+    }
+
     /// The entry's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -203,6 +210,7 @@ const LOCK: &str = "lock";
 const STATE: &str = "state.json";
 const SOCKET: &str = "admin.sock";
 const LOGS: &str = "logs";
+const BACKGROUND: &str = "background";
 
 impl std::fmt::Display for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -367,7 +375,8 @@ fn check_private(dir: &Path) -> Result<()> {
 /// Removes entries that are over, but for the newest few. The directory's lock is held.
 fn forget_oldest(place: &Path) {
     let mut ended = Entry::all(&[place.to_owned()]);
-    ended.retain(|entry| !entry.is_live && entry.orphans == 0);
+    let has_work = |entry: &Entry| background::has_work(&entry.dir.join(BACKGROUND));
+    ended.retain(|entry| !entry.is_live && entry.orphans == 0 && !has_work(entry));
     for entry in ended.iter().skip(MAX_ENDED) {
         if let Err(error) = fs::remove_dir_all(&entry.dir) {
             tracing::warn!("cannot remove {}: {error}", entry.dir.display());

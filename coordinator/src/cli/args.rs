@@ -465,8 +465,8 @@ pub struct Up {
     /// What `cluster status`, `logs` and `down` call it [default: the port].
     #[arg(long, env = "CLUSTER_NAME", value_name = "NAME", value_parser = cluster_name, help_heading = SERVER)]
     pub name: Option<String>,
-    /// Where this user's clusters leave their logs and are reached by `cluster status`, `logs` and `down`
-    /// [default: cluster in the user's runtime directory, or /tmp/cluster-UID].
+    /// Where this user's clusters leave logs and background requests, and are reached by `cluster status`, `logs` and
+    /// `down` [default: cluster in the user's runtime directory, or /tmp/cluster-UID].
     #[arg(long, env = "CLUSTER_RUN_DIR", value_name = "DIR", help_heading = SERVER)]
     pub run_dir: Option<PathBuf>,
     /// How log lines look.

@@ -205,19 +205,34 @@ impl EngineHandle {
         state
     }
 
+    /// Whether requests are taken now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn admits(&self) -> Result<(), SubmitError> {
+        match self.readiness() {
+            Readiness::Ready | Readiness::Recovering(_) => Ok(()),
+            Readiness::Draining => Err(SubmitError::Draining),
+            Readiness::Loading => Err(SubmitError::NotReady("shards are loading".into())),
+            Readiness::Failed(why) => Err(SubmitError::NotReady(why)),
+        }
+    }
+
+    /// Waits until requests are taken; `None` if that will never be.
+    pub async fn until_admits(&self) -> Option<()> {
+        let mut readiness = self.readiness.clone();
+        let admits =
+            |state: &Readiness| matches!(state, Readiness::Ready | Readiness::Recovering(_));
+        readiness.wait_for(admits).await.ok()?;
+        (!self.submissions.is_closed()).then_some(())
+    }
+
     /// Hands `choices` to the engine; all are taken or none.
     ///
     /// # Errors
     /// [`SubmitError`] if the cluster is not ready, drains, or the scheduler refuses.
     pub async fn submit(&self, choices: Vec<Request>) -> Result<Events, SubmitError> {
-        match self.readiness() {
-            Readiness::Ready | Readiness::Recovering(_) => {}
-            Readiness::Draining => return Err(SubmitError::Draining),
-            Readiness::Loading => {
-                return Err(SubmitError::NotReady("shards are loading".into()));
-            }
-            Readiness::Failed(why) => return Err(SubmitError::NotReady(why)),
-        }
+        self.admits()?;
         let capacity = EVENT_CAPACITY + EVENTS_PER_CHOICE * choices.len();
         let (events, receiver) = mpsc::channel(capacity);
         let (answer, answered) = oneshot::channel();

@@ -199,6 +199,13 @@ impl LocalHost {
                 let why = "no such rank was started".to_owned();
                 return Err(Fault::of(rank, Cause::Launch(why)));
             };
+            let is_here = self.program.sites[rank.index()].remote.is_none();
+            if is_here && next.hello.pid != children[place].pid {
+                // Whom it names could be told to end in its place.
+                let (said, pid) = (next.hello.pid, children[place].pid);
+                let why = format!("its `pid` is {said}, and process {pid} was started");
+                return Err(Fault::of(rank, Cause::Launch(why)));
+            }
             self.program.witness.admitted(&next.hello);
             tell(StartEvent::Admitted { rank, device });
             admitted[place] = Some(next);

@@ -9,6 +9,7 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use subtle::{Choice, ConstantTimeEq};
@@ -53,8 +54,8 @@ impl ApiKeys {
     }
 }
 
-/// Who asks, as far as it matters: requests under different keys share no cached blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Who asks, as far as it matters: requests under different keys share no cached blocks, and do not see each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tenant(pub Option<[u8; 32]>);
 
 impl Tenant {

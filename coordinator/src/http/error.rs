@@ -8,7 +8,7 @@ use crate::scheduler::request::Refusal;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// What went wrong with a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -99,6 +99,15 @@ impl ApiError {
         Self::new(status, "invalid_request_error", message)
     }
 
+    /// 429: too much of something; nothing says when there will be less.
+    pub fn too_many(code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            code: Some(code),
+            retry_after: Some(60),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+        }
+    }
+
     /// 500, also told in the middle of a stream.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
@@ -131,12 +140,17 @@ impl ApiError {
 
     /// The body, also the data of an error in the middle of a stream.
     pub fn body(&self) -> impl Serialize + use<> {
-        json!({"error": {
+        json!({"error": self.fields()})
+    }
+
+    /// What stands under `error` in the body.
+    pub(super) fn fields(&self) -> Value {
+        json!({
             "message": self.message,
             "type": self.kind,
             "param": self.param,
             "code": self.code,
-        }})
+        })
     }
 }
 

@@ -52,6 +52,33 @@ pub struct ServerLimits {
     pub submit_timeout: Duration,
     /// How long open answers may take after the shutdown has begun.
     pub drain_timeout: Duration,
+    /// Of requests that are answered later.
+    pub background: BackgroundLimits,
+}
+
+/// Bounds of what is kept of background requests, of all keys together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackgroundLimits {
+    /// Requests that wait, are computed, or whose answers are kept.
+    pub requests: usize,
+    /// Bytes of their bodies and answers. It is asked for when a request is accepted, so that there may be more by the
+    /// answers to those that were.
+    pub bytes: u64,
+    /// How long one may wait, and how long its answer is kept then; OpenAI's for batches.
+    pub age: Duration,
+    /// Those that are computed at once: a quarter of a step's sequences, so that others find room.
+    pub at_once: usize,
+}
+
+impl Default for BackgroundLimits {
+    fn default() -> Self {
+        Self {
+            requests: 4096,
+            bytes: 256 << 20,
+            age: Duration::from_secs(24 * 60 * 60),
+            at_once: 64,
+        }
+    }
 }
 
 impl Default for ServerLimits {
@@ -67,6 +94,7 @@ impl Default for ServerLimits {
             keep_alive_interval: Duration::from_secs(15),
             submit_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(30),
+            background: BackgroundLimits::default(),
         }
     }
 }

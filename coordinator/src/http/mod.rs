@@ -9,6 +9,7 @@
 //! `/health` answers without a key where keys are set.
 
 pub mod auth;
+pub mod background;
 pub mod body;
 pub mod error;
 pub mod generate;
@@ -30,8 +31,10 @@ use axum::http::{HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
+use background::Background;
 use error::ApiError;
 use limits::ServerLimits;
+use openai::Api;
 use served::Models;
 pub use served::ServedModel;
 use std::fmt;
@@ -63,6 +66,8 @@ pub struct ServerConfig {
     pub version: String,
     /// What `/metrics` answers.
     pub metrics: RenderMetrics,
+    /// Where requests that are answered later are kept; without it they are refused.
+    pub background: Option<Background>,
 }
 
 /// What all handlers share.
@@ -72,6 +77,7 @@ pub struct ServerState {
     limits: ServerLimits,
     version: String,
     metrics: RenderMetrics,
+    background: Option<Arc<Background>>,
     /// When the server was made, in seconds since 1970: the models' `created`.
     created: u64,
 }
@@ -105,7 +111,9 @@ pub const ROUTES: &[(&str, &[Method])] = &[
     ("/v1/models", &[Method::GET]),
     ("/v1/models/{*id}", &[Method::GET]),
     ("/v1/completions", &[Method::POST]),
+    ("/v1/completions/{id}", &[Method::GET, Method::DELETE]),
     ("/v1/chat/completions", &[Method::POST]),
+    ("/v1/chat/completions/{id}", &[Method::GET, Method::DELETE]),
     ("/tokenize", &[Method::POST]),
     ("/detokenize", &[Method::POST]),
     ("/health", &[Method::GET]),
@@ -121,7 +129,9 @@ fn handler(path: &str) -> MethodRouter<Arc<ServerState>> {
         "/v1/models" => get(openai::models::list),
         "/v1/models/{*id}" => get(openai::models::one),
         "/v1/completions" => post(openai::completions::handle),
+        "/v1/completions/{id}" => background::route(Api::Completions),
         "/v1/chat/completions" => post(openai::chat::handle),
+        "/v1/chat/completions/{id}" => background::route(Api::Chat),
         "/tokenize" => post(openai::tokenize::tokenize),
         "/detokenize" => post(openai::tokenize::detokenize),
         "/health" => get(health::health),
@@ -134,7 +144,7 @@ fn handler(path: &str) -> MethodRouter<Arc<ServerState>> {
     }
 }
 
-/// The router with all its layers.
+/// The router with all its layers. With `background` there must be a tokio runtime around.
 pub fn router(config: ServerConfig) -> Router {
     let cors = cors(&config.allowed_origins);
     let state = Arc::new(ServerState {
@@ -143,8 +153,10 @@ pub fn router(config: ServerConfig) -> Router {
         limits: config.limits,
         version: config.version,
         metrics: config.metrics,
+        background: config.background.map(Arc::new),
         created: clock::unix_seconds(),
     });
+    background::start(&state);
     let mut router = Router::new();
     for (path, _) in ROUTES {
         router = router.route(path, handler(path));
@@ -232,7 +244,7 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
     Some(
         CorsLayer::new()
             .allow_origin(origin)
-            .allow_methods([Method::GET, Method::POST])
+            .allow_methods([Method::GET, Method::POST, Method::DELETE])
             // By name: to browsers `*` is everything but `authorization`.
             .allow_headers(AllowHeaders::mirror_request())
             .expose_headers([

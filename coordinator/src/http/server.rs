@@ -12,6 +12,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
@@ -22,6 +23,10 @@ use tokio::task::JoinSet;
 
 /// Pause after `accept` fails, as it does while the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bytes that the system keeps for a client that does not read; it doubles them. Left to itself it takes up to 4 MB, and
+/// whoever does not read would be found out only after many thousands of tokens.
+const SEND_BUFFER_BYTES: usize = 32 << 10;
 
 /// Serves `router` until `shutdown` completes; then takes no more connections, and gives open answers
 /// [`ServerLimits::drain_timeout`].
@@ -84,6 +89,10 @@ type Connection = http1::Connection<Io, TowerToHyperService<Router>>;
 fn connection(stream: TcpStream, router: Router, limits: &ServerLimits) -> Connection {
     // A token is a small packet that must not wait for the next one. The error is harmless.
     let _ = stream.set_nodelay(true);
+    let bounded = sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES);
+    if let Err(error) = bounded {
+        tracing::debug!(%error, "a connection keeps its send buffer");
+    }
     let io = TokioIo::new(StallGuard::new(
         Explained::new(stream),
         limits.stall_timeout,

@@ -46,6 +46,7 @@ fn exposed() -> String {
         },
         false,
     );
+    registry.background().accepted.increment(1);
     registry.upkeep();
     registry.render()
 }
@@ -131,7 +132,7 @@ fn names_types_and_help_follow_the_rules() {
         .find(|unit| name.ends_with(unit));
         assert_eq!(bad_unit, None, "{name}: use seconds and bytes");
         let has = |label: &str| samples.iter().all(|sample| sample.contains(label));
-        let of_process = name == "cluster_build_info";
+        let of_process = name == "cluster_build_info" || name.starts_with("cluster_background_");
         assert_eq!(has("model_name=\""), !of_process, "{name}: {samples:?}");
         assert_eq!(has("engine=\"0\""), !own, "{name}: {samples:?}");
         let distinct: BTreeSet<_> = samples

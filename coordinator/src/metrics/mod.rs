@@ -288,6 +288,32 @@ handles! {
     }
 }
 
+handles! {
+    /// Handles about requests that are answered later.
+    BackgroundMetrics {
+        queued: Gauge = "cluster_background_requests",
+            "Background requests that are kept, by state.", ("state", "queued");
+        in_progress: Gauge = "cluster_background_requests",
+            "Background requests that are kept, by state.", ("state", "in_progress");
+        ended: Gauge = "cluster_background_requests",
+            "Background requests that are kept, by state.", ("state", "ended");
+        bytes: Gauge = "cluster_background_bytes",
+            "Bytes of background requests and their answers.";
+        accepted: Counter = "cluster_background_accepted_total",
+            "Background requests that were accepted.";
+        rejected: Counter = "cluster_background_rejections_total",
+            "Background requests for which there was no room, or that could not be written down.";
+        completed: Counter = "cluster_background_ended_total",
+            "Background requests that ended, by how.", ("outcome", "completed");
+        failed: Counter = "cluster_background_ended_total",
+            "Background requests that ended, by how.", ("outcome", "failed");
+        cancelled: Counter = "cluster_background_ended_total",
+            "Background requests that ended, by how.", ("outcome", "cancelled");
+        expired: Counter = "cluster_background_ended_total",
+            "Background requests that ended, by how.", ("outcome", "expired");
+    }
+}
+
 impl Registry {
     /// For models of at most `max_model_len` tokens: the largest token bucket. `build` names the build, for
     /// `cluster_build_info`.
@@ -311,6 +337,11 @@ impl Registry {
             .set(1.0);
         let handle = recorder.handle();
         Self { handle, recorder }
+    }
+
+    /// Handles about requests that are answered later, of all models.
+    pub fn background(&self) -> BackgroundMetrics {
+        BackgroundMetrics::new(&Registrar::new(&self.recorder, None), &[])
     }
 
     /// The text that `/metrics` answers.

@@ -15,8 +15,11 @@ use std::time::Duration;
 const STREAMS: usize = 8;
 const TOKENS: u32 = 120;
 
-/// What the project promises from a cut to its being noticed.
-const CUT_LIMIT: Duration = Duration::from_secs(5);
+/// What the project promises from a cut to `/health` telling of it, and to the next token where the node can be reached
+/// again by then. The link knows after 2.25 s at most, which its own tests hold it to; what is lost is then waited for
+/// 0.3 s longer, in case that its process has more to say.
+const CUT_LIMIT: Duration = Duration::from_secs(3);
+const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 
 fn nodes(shards: u32) -> [NodeText<'static>; 2] {
     ["a", "b"].map(|name| NodeText { name, shards })
@@ -86,9 +89,16 @@ fn two_hosts_say_what_one_says_and_a_killed_rank_comes_back_where_it_was() {
                     request(address, "GET", "/health", "").0 == 503
                 });
                 let took = clock::since(begun);
-                println!("a cut was noticed after {took:.1?}");
-                assert!(took < CUT_LIMIT, "{took:?}");
                 network.set_link("b", "up");
+                let tokens = || metric(address, "vllm:generation_tokens_total", "");
+                let known = tokens();
+                until("a token is computed", || tokens() > known);
+                let resumed = clock::since(begun);
+                println!(
+                    "a cut was noticed after {took:.1?}, the next token came after {resumed:.1?}"
+                );
+                assert!(took < CUT_LIMIT, "{took:?}");
+                assert!(resumed < SILENCE_LIMIT, "{resumed:?}");
             }
             assert_eq!(told.join().expect("a stream was lost"), golden);
             assert!(recoveries(&cluster) > before, "it was disturbed");

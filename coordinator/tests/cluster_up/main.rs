@@ -4,6 +4,7 @@
 //! cores has room for one cluster at a time; what runs out of time fails.
 
 mod adopt;
+mod background;
 mod batch;
 mod client;
 mod doctor;

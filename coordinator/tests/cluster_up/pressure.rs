@@ -134,20 +134,29 @@ fn clients_that_do_not_read_hold_nobody_up() {
     let whole = || Stream::open(address, COMPLETIONS, endless("The sun was up", 200)).read_to_end();
     let alone = whole();
     let before = resident(cluster.pid());
-    let mut body = endless("Once upon a time", 400);
-    body["n"] = 4.into();
-    body["logprobs"] = 20.into();
-    let silent: Vec<_> = (0..8)
-        .map(|_| Stream::open(address, COMPLETIONS, body.clone()))
-        .collect();
-    for _ in 0..3 {
-        assert_eq!(whole(), alone);
+    // Many, and few with the longest answers there are.
+    let (many, mut long) = (
+        endless("Once upon a time", 900),
+        endless("Once upon a time", 400),
+    );
+    long["n"] = 4.into();
+    long["logprobs"] = 20.into();
+    for (clients, body, most_each) in [(64, many, 64), (8, long, 8 << 10)] {
+        let silent: Vec<_> = (0..clients)
+            .map(|_| Stream::open(address, COMPLETIONS, body.clone()))
+            .collect();
+        for _ in 0..3 {
+            assert_eq!(whole(), alone);
+        }
+        until("all of their tokens are computed", || {
+            metric(address, "vllm:num_requests_running", "") < 0.5
+        });
+        let grown = resident(cluster.pid()).saturating_sub(before);
+        println!("{grown} KiB for {clients} clients that do not read");
+        assert!(grown <= clients * most_each, "{grown} KiB more");
+        drop(silent);
+        until("nothing is held", || is_idle(address));
     }
-    let grown = resident(cluster.pid()).saturating_sub(before);
-    println!("{grown} KiB for {} clients that do not read", silent.len());
-    assert!(grown <= 64 << 10, "{grown} KiB more");
-    drop(silent);
-    until("nothing is held", || is_idle(address));
     assert_eq!(whole(), alone);
     cluster.stop();
 }

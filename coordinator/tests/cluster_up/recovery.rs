@@ -22,6 +22,9 @@ const STREAMS: usize = 64;
 /// What the project promises from a kill to the next token, for 99 of 100.
 const RESUME_LIMIT: Duration = Duration::from_secs(2);
 
+/// What it promises where several shards die, at once or while the group is formed again.
+const SEVERAL_LIMIT: Duration = Duration::from_secs(4);
+
 /// What it promises from a fault to `/health` telling of it.
 const HEALTH_LIMIT: Duration = Duration::from_secs(3);
 
@@ -159,18 +162,27 @@ fn random_kills_under_64_streams_lose_nothing() {
     cluster.stop();
 }
 
-/// Disturbs running rounds of 8 streams, each in one way, and expects the text of an undisturbed one.
-pub(crate) fn undisturbed_by(arguments: &[&str], disturbances: &[&dyn Fn(&Cluster)]) {
+/// Disturbs running rounds of 8 streams, each in one way, and expects the text of an undisturbed one. The longest time
+/// from the beginning of a disturbance to the next token after its end.
+pub(crate) fn undisturbed_by(arguments: &[&str], disturbances: &[&dyn Fn(&Cluster)]) -> Duration {
     let cluster = Cluster::start(arguments);
     let golden = round(cluster.address, 8, 400);
     let address = cluster.address;
+    let tokens = || metric(address, "vllm:generation_tokens_total", "");
+    let mut longest = Duration::ZERO;
     for disturb in disturbances {
         let before = recoveries(&cluster);
         let told = thread::spawn(move || round(address, 8, 400));
         until("it streams", || {
             metric(address, "vllm:num_requests_running", "") > 7.5
         });
+        let begun = clock::now();
         disturb(&cluster);
+        let known = tokens();
+        until("a token is computed, or all are", || {
+            tokens() > known || told.is_finished()
+        });
+        longest = longest.max(clock::since(begun));
         assert_eq!(told.join().expect("a stream was lost"), golden);
         assert!(recoveries(&cluster) > before, "it was disturbed");
         until("it is ready", || {
@@ -178,6 +190,7 @@ pub(crate) fn undisturbed_by(arguments: &[&str], disturbances: &[&dyn Fn(&Cluste
         });
     }
     cluster.stop();
+    longest
 }
 
 #[test]
@@ -188,10 +201,12 @@ fn all_shards_but_one_may_die_at_once_and_all_too() {
             send_signal(*shard, Signal::KILL);
         }
     };
-    undisturbed_by(
+    let resumed = undisturbed_by(
         &["--tensor-parallel-size", "4"],
         &[&|it| kill_all_but(it, 1), &|it| kill_all_but(it, 0)],
     );
+    println!("next token after {resumed:.1?} at most");
+    assert!(resumed < SEVERAL_LIMIT, "{resumed:?}");
 }
 
 #[test]
@@ -212,7 +227,9 @@ fn a_replacement_may_die_too() {
             send_signal(new, Signal::KILL);
         }
     };
-    undisturbed_by(&["--tensor-parallel-size", "2"], &[&kill_replacements]);
+    let resumed = undisturbed_by(&["--tensor-parallel-size", "2"], &[&kill_replacements]);
+    println!("next token after {resumed:.1?}");
+    assert!(resumed < SEVERAL_LIMIT, "{resumed:?}");
 }
 
 #[test]

@@ -2,13 +2,19 @@
 
 use crate::process::{Cluster, command, run};
 use crate::turn;
+use coordinator::fleet::{Fleet, Limits, LocalHost, Program, RankSite, Setup};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 use topology::model_shape::ModelShape;
 use topology::partition::tensors;
+use topology::placement::Device;
+use topology::wire::{Load, ModelLocation};
 
 /// What a machine without a GPU lacks first.
 const NO_GPU: &str = if cfg!(feature = "cuda") {
@@ -388,4 +394,58 @@ fn a_plan_starts_nothing_and_a_directory_is_served_under_its_names() {
     let answer = crate::client::post(cluster.address, "/v1/chat/completions", &answer);
     assert!(crate::client::content(&answer).contains("12"), "{answer}");
     cluster.stop();
+}
+
+/// What a shard says of itself is held against what was started: another process would be ended in its place.
+#[test]
+fn a_shard_that_is_not_the_process_that_was_started_is_refused_and_the_field_named() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (shell, cluster) = (dir.path().join("shell"), command(&[]));
+    // Without `exec`, so that the shard is a child of what was started.
+    let script = format!("#!/bin/sh\n'{}' \"$@\"\n", cluster.get_program().display());
+    fs::write(&shell, script).expect("a file");
+    fs::set_permissions(&shell, fs::Permissions::from_mode(0o700)).expect("it is ours");
+    let device = Device::Cpu {
+        threads: 1,
+        cores: Vec::new(),
+    };
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let fault = runtime.block_on(async {
+        let program = Program {
+            path: shell.into(),
+            log_level: "warn".into(),
+            cpu_isa: "auto".into(),
+            sites: vec![RankSite::here(device)],
+            address: std::net::Ipv4Addr::LOCALHOST.into(),
+            alive: tokio::sync::mpsc::channel(1).0,
+            witness: Arc::new(()),
+            keeper: None,
+        };
+        let load = Load {
+            model: ModelLocation::BuiltIn,
+            tensor_parallel_size: 1,
+            dtype: "auto".into(),
+            quantization: "auto".to_owned(),
+            kv_cache_dtype: "auto".to_owned(),
+            block_size: 16,
+            max_model_len: 64,
+            max_num_batched_tokens: 64,
+            max_num_seqs: 4,
+            async_scheduling: true,
+            enforce_eager: false,
+        };
+        let limit = Duration::from_secs(30);
+        let setup = Setup {
+            load,
+            limits: Limits {
+                startup: limit,
+                step: limit,
+            },
+            generation: 0,
+        };
+        let host = LocalHost::new(program).expect("a socket");
+        let started = Fleet::start(host, setup, |_| Ok(1), |_| {}).await;
+        started.expect_err("it is another process").to_string()
+    });
+    assert!(fault.contains("its `pid` is"), "{fault}");
 }

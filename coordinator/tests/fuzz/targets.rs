@@ -58,6 +58,7 @@ impl Server {
             Ok(file?)
         };
         let router = router(ServerConfig {
+            background: None,
             models: vec![ServedModel {
                 engine,
                 names: vec!["m".to_owned()],

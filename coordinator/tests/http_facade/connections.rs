@@ -1,12 +1,14 @@
 //! Connections: clients that leave, clients that do not read or write, failures, the end.
 
 use super::client::{parse, read_until};
-use super::support::{Script, Server, Setup, lock};
+use super::support::{Script, Server, Setup, allow_connections, lock};
 use coordinator::http::limits::ServerLimits;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 fn stream_body() -> Vec<u8> {
@@ -155,6 +157,49 @@ async fn half_sent_heads_and_bodies_are_closed() {
         sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(server.get("/health").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_half_sent_requests_are_closed_while_a_stream_goes_on() {
+    const LIMIT: Duration = Duration::from_secs(2);
+    allow_connections();
+    let limits = ServerLimits {
+        header_timeout: LIMIT,
+        body_timeout: LIMIT,
+        ..ServerLimits::default()
+    };
+    let server = Setup {
+        limits,
+        ..Setup::always(Script::Endless(5))
+    };
+    let server = Arc::new(server.start().await);
+    let body = json!({"prompt": "hi", "max_tokens": 600, "stream": true}).to_string();
+    let mut stream = server
+        .open("POST", "/v1/completions", &[], body.as_bytes())
+        .await;
+    let canary = tokio::spawn(async move {
+        let (mut longest, mut last, mut seen) = (Duration::ZERO, Instant::now(), Vec::new());
+        let mut buffer = [0; 4096];
+        while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+            seen.extend_from_slice(&buffer[..count]);
+        }
+        (longest, String::from_utf8(seen).expect("text"))
+    });
+    let half_head = "GET /health HTTP/1.1\r\nhost: x\r\nx-slow: ";
+    let half_body = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{";
+    let mut open = JoinSet::new();
+    for index in 0..1000 {
+        let (server, half) = (Arc::clone(&server), [half_head, half_body][index % 2]);
+        open.spawn(async move { closed_after(&server, half.as_bytes()).await.0 });
+    }
+    let longest = open.join_all().await.into_iter().max().expect("a thousand");
+    assert!(longest < LIMIT + Duration::from_secs(3), "{longest:?}");
+    let (pause, seen) = canary.await.expect("it goes on");
+    assert!(seen.contains("[DONE]"), "{seen}");
+    println!("all closed after {longest:.1?}, the stream's longest pause was {pause:.0?}");
+    assert!(pause < Duration::from_millis(500), "{pause:?}");
 }
 
 #[tokio::test]

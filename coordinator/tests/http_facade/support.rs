@@ -8,13 +8,17 @@ use coordinator::engine::handle::{
     EngineHandle, Readiness, StreamEvent, StreamEventKind, Submission, SubmitError,
 };
 use coordinator::http::auth::ApiKeys;
+use coordinator::http::background::Background;
 use coordinator::http::limits::ServerLimits;
 use coordinator::http::{ServedModel, ServerConfig, router, server};
+use coordinator::metrics::Registry;
 use coordinator::scheduler::request::{FinishReason, Request};
 use coordinator::text::TextModel;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -71,6 +75,8 @@ pub(crate) struct Setup {
     pub(crate) template: Option<&'static str>,
     pub(crate) generation_config: Value,
     pub(crate) origins: Vec<String>,
+    /// Where background requests are kept, if they are taken.
+    pub(crate) background: Option<PathBuf>,
 }
 
 const TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}\
@@ -86,6 +92,7 @@ impl Setup {
             template: Some(TEMPLATE),
             generation_config: json!({}),
             origins: Vec::new(),
+            background: None,
         }
     }
 
@@ -110,8 +117,24 @@ impl Setup {
         let (readiness, watched) = watch::channel(Readiness::Ready);
         let (engine, submissions) = EngineHandle::new(watched);
         let seen = Arc::new(Mutex::new(Seen::default()));
-        tokio::spawn(run_engine(submissions, self.plan, Arc::clone(&seen)));
+        let plan = Arc::clone(&self.plan);
+        tokio::spawn(run_engine(submissions, plan, Arc::clone(&seen)));
+        self.serve(engine, readiness, seen).await
+    }
+
+    /// A server over an engine that was started.
+    pub(crate) async fn serve(
+        self,
+        engine: EngineHandle,
+        readiness: watch::Sender<Readiness>,
+        seen: Arc<Mutex<Seen>>,
+    ) -> Server {
+        let background = self.background.map(|dir| {
+            let metrics = Registry::new(MAX_MODEL_LEN, "test").background();
+            Background::open(&dir, &self.limits, metrics).expect("the journal opens")
+        });
         let config = ServerConfig {
+            background,
             models: vec![ServedModel {
                 engine,
                 names: vec![MODEL.to_owned(), "org/other name".to_owned()],
@@ -321,6 +344,16 @@ pub(crate) fn score(token: u32, alternatives: u32) -> TokenScore {
 
 fn f64_to_f32(i: u32) -> f32 {
     f32::from(u16::try_from(i).expect("few alternatives"))
+}
+
+/// Lets this process have as many connections as it may: client and server are both in it.
+pub(crate) fn allow_connections() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, all).expect("what is allowed can be taken");
 }
 
 pub(crate) fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {

@@ -62,7 +62,7 @@ async fn start(device: Device) -> (JoinHandle<Result<End>>, Admitted) {
         let hello = Hello {
             rank: Rank(0),
             pid: 1,
-            device: String::new(),
+            device: "none".to_owned(),
             free_bytes: 0,
             total_bytes: 0,
         };

@@ -196,7 +196,7 @@ async fn examine(incoming: Incoming, expected: &Expected) -> Result<Admitted, Li
     let (hello, sender, receiver) = greet(&connection).await.map_err(refuse)?;
     if hello.rank != rank {
         let reason = format!(
-            "it claims to be rank {} with the certificate of {rank}",
+            "its `rank` is {}, and its certificate that of rank {rank}",
             hello.rank
         );
         return Err(refuse(LinkError::Refused(reason)));
@@ -223,7 +223,10 @@ async fn greet(connection: &Connection) -> Result<Greeted, LinkError> {
     let streams = Streams { main, urgent };
     let (sender, mut receiver) = pair::<ToShard, FromShard>(connection.clone(), streams);
     match receiver.recv().await? {
-        FromShard::Hello(hello) => Ok((hello, sender, receiver)),
+        FromShard::Hello(hello) => {
+            hello.check().map_err(LinkError::Refused)?;
+            Ok((hello, sender, receiver))
+        }
         _ => Err(LinkError::Refused(
             "its first message is not Hello".to_owned(),
         )),

@@ -14,6 +14,8 @@ mod listener;
 mod tls;
 
 #[cfg(test)]
+mod strangers;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod weather;

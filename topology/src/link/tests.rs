@@ -4,12 +4,13 @@
 use super::connect::greet;
 use super::*;
 use crate::ids::{Epoch, Step};
+use crate::random::{Random, seed};
 use crate::wire::{
     FromShard, Hello, MAX_FRAME_BYTES, PlanRow, Preamble, StepPlan, ToShard, WIRE_VERSION,
 };
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr};
 
-const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+pub(super) const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 pub(super) const LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) fn hello(rank: u32) -> Hello {
@@ -76,7 +77,7 @@ impl Setup {
     }
 
     /// Both ends of an admitted link.
-    async fn link(&mut self, rank: u32) -> (Admitted, Connected) {
+    pub(super) async fn link(&mut self, rank: u32) -> (Admitted, Connected) {
         let certificate = self.listener.certificate().clone();
         let identity = &self.identities[rank as usize];
         let connecting = connect(self.address, &certificate, identity, hello(rank), LIMIT);
@@ -214,59 +215,6 @@ async fn a_wait_that_is_given_up_loses_nothing() {
 }
 
 #[tokio::test]
-async fn strangers_are_refused_and_disturb_nobody() {
-    let mut setup = setup(1);
-    // Noise on the port.
-    let noise = UdpSocket::bind((LOOPBACK, 0)).unwrap();
-    for length in [0, 1, 20, 1200] {
-        noise.send_to(&vec![0xC3; length], setup.address).unwrap();
-    }
-    let stranger = Identity::generate().unwrap();
-    let certificate = setup.listener.certificate().clone();
-    let refused = connect(setup.address, &certificate, &stranger, hello(0), LIMIT).await;
-    assert!(matches!(refused, Err(LinkError::Refused(_))), "{refused:?}");
-    // The other way round: the address answers, but with another key than was handed over.
-    let wrong = stranger.certificate();
-    let refused = connect(setup.address, wrong, &setup.identities[0], hello(0), LIMIT).await;
-    assert!(matches!(refused, Err(LinkError::Refused(_))), "{refused:?}");
-    // Nobody was reported, and the right one still gets in.
-    let none = setup.listener.accept(Duration::from_millis(100)).await;
-    assert!(matches!(none, Err(LinkError::TimedOut(_))), "{none:?}");
-    setup.link(0).await;
-}
-
-#[tokio::test]
-async fn no_certificate_and_no_protocol_are_refused() {
-    let setup = setup(1);
-    let tls = |alpn: &[u8]| {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let certificate = setup.listener.certificate().clone();
-        let mut tls = rustls::ClientConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(tls::PinnedServer::new(certificate)))
-            .with_no_client_auth();
-        tls.alpn_protocols = vec![alpn.to_vec()];
-        quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap()
-    };
-    for alpn in [ALPN, b"h3"] {
-        let config = quinn::ClientConfig::new(Arc::new(tls(alpn)));
-        let endpoint = endpoint((LOOPBACK, 0).into(), None).unwrap();
-        let connecting = endpoint
-            .connect_with(config, setup.address, tls::NAME)
-            .unwrap();
-        // With TLS 1.3 the client may believe itself connected for a moment.
-        let error = match timeout(LIMIT, connecting).await.unwrap() {
-            Ok(connection) => timeout(LIMIT, connection.closed()).await.unwrap(),
-            Err(error) => error,
-        };
-        let error = LinkError::from(error);
-        assert!(matches!(error, LinkError::Refused(_)), "{error:?}");
-    }
-}
-
-#[tokio::test]
 async fn another_build_or_version_is_told_and_reported() {
     let mut setup = setup(1);
     let ours = Preamble::ours();
@@ -305,6 +253,77 @@ async fn another_build_or_version_is_told_and_reported() {
     setup.link(0).await;
 }
 
+/// Every field of the preamble and of `Hello`, each wrong by itself; what is refused is told with its name.
+#[tokio::test]
+async fn every_field_of_an_introduction_is_checked_and_named() {
+    let mut setup = setup(2);
+    let right = hello(0);
+    // So that a field that is added is added here too.
+    let Hello {
+        rank: _,
+        pid: _,
+        device: _,
+        free_bytes: _,
+        total_bytes: _,
+    } = right.clone();
+    let ours = Preamble::ours();
+    let Preamble {
+        version: _,
+        build: _,
+    } = ours;
+    let mut cases: Vec<(Preamble, Hello, &str)> = Vec::new();
+    for rank in [1, 2, u32::MAX] {
+        cases.push((ours, hello(rank), "`rank`"));
+    }
+    let with = |change: &dyn Fn(&mut Hello)| {
+        let mut wrong = right.clone();
+        change(&mut wrong);
+        wrong
+    };
+    cases.push((ours, with(&|it| it.pid = 0), "`pid`"));
+    for device in ["", "cpu\n", "\u{1b}[2Jgpu", &"x".repeat(257), "\u{85}"] {
+        let wrong = with(&|it| device.clone_into(&mut it.device));
+        cases.push((ours, wrong, "`device`"));
+    }
+    cases.push((ours, with(&|it| it.free_bytes = 3), "`free_bytes`"));
+    cases.push((ours, with(&|it| it.total_bytes = 0), "`total_bytes`"));
+    let mut random = Random::new(seed(17));
+    for _ in 0..20 {
+        let mut other = ours;
+        other.build[random.below(16)] ^= 1 << random.below(8);
+        cases.push((other, right.clone(), "build"));
+        let mut other = ours;
+        other.version ^= 1 << random.below(32);
+        cases.push((other, right.clone(), "version"));
+    }
+    for (preamble, hello, named) in cases {
+        let certificate = setup.listener.certificate().clone();
+        let identity = &setup.identities[0];
+        let greeting = greet(
+            setup.address,
+            &certificate,
+            identity,
+            hello.clone(),
+            preamble,
+        );
+        let refused = timeout(LIMIT, greeting).await.unwrap();
+        let told = |reason: &str| reason.contains(named);
+        assert!(
+            matches!(&refused, Err(LinkError::Refused(reason)) if told(reason)),
+            "{named}: {hello:?}: {refused:?}"
+        );
+        match setup.listener.accept(LIMIT).await {
+            Err(LinkError::NotAdmitted {
+                rank: Rank(0),
+                reason,
+            }) => assert!(told(&reason), "{named}: {reason}"),
+            other => panic!("{named}: {other:?}"),
+        }
+    }
+    // None of them used the certificate up.
+    setup.link(0).await;
+}
+
 #[tokio::test]
 async fn a_certificate_is_for_one_rank_and_one_link() {
     let mut setup = setup(2);
@@ -318,7 +337,7 @@ async fn a_certificate_is_for_one_rank_and_one_link() {
     )
     .await;
     assert!(
-        matches!(&refused, Err(LinkError::Refused(why)) if why.contains("rank 1")),
+        matches!(&refused, Err(LinkError::Refused(why)) if why.contains("`rank` is 1")),
         "{refused:?}"
     );
     let reported = setup.listener.accept(LIMIT).await;

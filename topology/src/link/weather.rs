@@ -1,11 +1,13 @@
-//! The link in bad weather: datagrams are lost, late and out of order, and nobody is taken for dead.
+//! The link in bad weather: datagrams are lost, late and out of order, and nobody is taken for dead. Where none
+//! comes through any more, be it in one direction, that is noticed in time.
 
-use super::tests::{LIMIT, hello, plan, setup};
+use super::tests::{LIMIT, Setup, hello, plan, setup};
 use super::*;
 use crate::ids::{Epoch, Step};
 use crate::random::{Random, seed};
 use crate::wire::{FromShard, PlanRow, StepPlan, ToShard};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, sleep};
 
@@ -16,8 +18,14 @@ const LATE: Duration = Duration::from_millis(50);
 /// How long the weather lasts: many times the silence after which a peer is gone.
 const LASTS: Duration = Duration::from_secs(10);
 
+/// What the project promises from a cut to its being known.
+const NOTICE_LIMIT: Duration = Duration::from_millis(2500);
+
+/// Of a hundred datagrams to the coordinator, and of a hundred from it, so many are lost.
+type Losses = Arc<[AtomicUsize; 2]>;
+
 /// Carries datagrams between `to` and whoever sends to the address it returns.
-async fn weather(to: SocketAddr) -> SocketAddr {
+async fn weather(to: SocketAddr, losses: Losses) -> SocketAddr {
     let bind = || UdpSocket::bind((Ipv4Addr::LOCALHOST, 0));
     let (near, far) = (bind().await.unwrap(), bind().await.unwrap());
     let address = near.local_addr().unwrap();
@@ -27,17 +35,18 @@ async fn weather(to: SocketAddr) -> SocketAddr {
         let (mut ours, mut theirs) = (vec![0; 1 << 16], vec![0; 1 << 16]);
         let mut client = None;
         loop {
-            let (bytes, socket, target) = tokio::select! {
+            let (bytes, socket, target, direction) = tokio::select! {
                 Ok((length, from)) = near.recv_from(&mut ours) => {
                     client = Some(from);
-                    (ours[..length].to_vec(), far.clone(), Some(to))
+                    (ours[..length].to_vec(), far.clone(), Some(to), 0)
                 }
                 Ok((length, _)) = far.recv_from(&mut theirs) => {
-                    (theirs[..length].to_vec(), near.clone(), client)
+                    (theirs[..length].to_vec(), near.clone(), client, 1)
                 }
             };
             let late = LATE + LATE / 2 * u32::try_from(random.below(1000)).unwrap() / 1000;
-            if let (Some(target), false) = (target, random.below(100) < LOST_OF_100) {
+            let is_lost = random.below(100) < losses[direction].load(Ordering::Relaxed);
+            if let (Some(target), false) = (target, is_lost) {
                 tokio::spawn(async move {
                     sleep(late).await;
                     let _ = socket.send_to(&bytes, target).await;
@@ -60,10 +69,10 @@ fn step(number: u64) -> ToShard {
     }))
 }
 
-#[tokio::test]
-async fn lost_late_and_overtaking_datagrams_end_no_link() {
+/// Both ends of a link that all datagrams of which go through the weather.
+async fn link(losses: &Losses) -> (Setup, Connected, Admitted) {
     let mut setup = setup(1);
-    let address = weather(setup.address).await;
+    let address = weather(setup.address, losses.clone()).await;
     let certificate = setup.listener.certificate().clone();
     let connecting = connect(address, &certificate, &setup.identities[0], hello(0), LIMIT);
     let admitting = async {
@@ -76,8 +85,14 @@ async fn lost_late_and_overtaking_datagrams_end_no_link() {
         admitted.sender.send(&welcome).await.unwrap();
         admitted
     };
-    let (shard, mut coordinator) = tokio::join!(connecting, admitting);
-    let mut shard = shard.unwrap();
+    let (shard, coordinator) = tokio::join!(connecting, admitting);
+    (setup, shard.unwrap(), coordinator)
+}
+
+#[tokio::test]
+async fn lost_late_and_overtaking_datagrams_end_no_link() {
+    let losses: Losses = Arc::new([LOST_OF_100; 2].map(AtomicUsize::new));
+    let (_setup, mut shard, mut coordinator) = link(&losses).await;
     let begun = Instant::now();
     let mut steps = 0;
     while begun.elapsed() < LASTS {
@@ -104,4 +119,32 @@ async fn lost_late_and_overtaking_datagrams_end_no_link() {
     let sending = coordinator.sender.send(&long);
     let (sent, received) = tokio::join!(sending, shard.receiver.recv_within(LIMIT));
     assert_eq!((sent, received.as_ref()), (Ok(()), Ok(&long)));
+}
+
+#[tokio::test]
+async fn a_cut_in_either_direction_is_noticed_in_time() {
+    // To the coordinator, from it, both; while nothing is said but signs of life, and in the middle of a step.
+    let cuts = [[100, 0], [0, 100], [100, 100]];
+    let watching = cuts
+        .into_iter()
+        .flat_map(|cut| [false, true].map(|busy| (cut, busy)));
+    let watching = watching.map(|(cut, busy)| async move {
+        let losses: Losses = Arc::default();
+        let (_setup, shard, mut coordinator) = link(&losses).await;
+        sleep(4 * KEEP_ALIVE).await;
+        for (lost, now) in losses.iter().zip(cut) {
+            lost.store(now, Ordering::Relaxed);
+        }
+        let begun = Instant::now();
+        if busy {
+            coordinator.sender.send(&step(1)).await.unwrap();
+        }
+        let heard = coordinator.receiver.recv_within(LIMIT).await;
+        assert_eq!(heard, Err(LinkError::TimedOut(IDLE_LIMIT)), "{cut:?}");
+        drop(shard);
+        begun.elapsed()
+    });
+    let noticed = join_all(watching).await;
+    println!("noticed after {noticed:.1?}");
+    assert!(noticed.iter().all(|it| *it <= NOTICE_LIMIT), "{noticed:?}");
 }

@@ -136,6 +136,9 @@ pub enum FromShard {
 /// Largest communicator identity in bytes (NCCL's is 128).
 pub const MAX_COMM_ID_BYTES: usize = 256;
 
+/// Longest name of a device in bytes.
+pub const MAX_DEVICE_BYTES: usize = 256;
+
 /// Who a shard is.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Hello {
@@ -149,6 +152,38 @@ pub struct Hello {
     pub free_bytes: u64,
     /// Memory of the device in bytes.
     pub total_bytes: u64,
+}
+
+impl Hello {
+    /// Whether a shard can be what it says; which rank it is, and which process, is for whoever started it to know.
+    ///
+    /// # Errors
+    /// What is wrong, with the field's name.
+    pub fn check(&self) -> Result<(), String> {
+        let Self {
+            rank: _,
+            pid,
+            device,
+            free_bytes,
+            total_bytes,
+        } = self;
+        if *pid == 0 {
+            return Err("its `pid` is 0, which no process has".to_owned());
+        }
+        // It is shown on terminals and in logs.
+        let is_line = (1..=MAX_DEVICE_BYTES).contains(&device.len());
+        if !is_line || device.chars().any(char::is_control) {
+            return Err(format!(
+                "its `device` is not one line of 1 to {MAX_DEVICE_BYTES} bytes"
+            ));
+        }
+        if free_bytes > total_bytes {
+            return Err(format!(
+                "its `free_bytes` are {free_bytes}, more than its `total_bytes`, {total_bytes}"
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// What to load and how it is cut.

@@ -141,11 +141,13 @@ impl Request {
         let Some(body) = self.body.as_object_mut() else {
             return Err("the body is no JSON object".to_owned());
         };
-        if body
-            .get("stream")
-            .is_some_and(|stream| *stream != false && !stream.is_null())
-        {
-            return Err("a batch takes whole answers; leave out `stream`".to_owned());
+        for field in ["stream", "background"] {
+            let is_asked = |value: &Value| *value != false && !value.is_null();
+            if body.get(field).is_some_and(is_asked) {
+                return Err(format!(
+                    "a batch waits for whole answers; leave out `{field}`"
+                ));
+            }
         }
         if let Some(model) = model {
             body.entry("model").or_insert_with(|| model.into());
@@ -224,7 +226,8 @@ mod tests {
                 "/v1/completions can be used",
             ),
             ("{}", "[]", "no JSON object"),
-            ("{}", r#"{"stream":true}"#, "whole answers"),
+            ("{}", r#"{"stream":true}"#, "leave out `stream`"),
+            ("{}", r#"{"background":true}"#, "leave out `background`"),
         ] {
             let request = parse(line("a", "{}").replace(from, to).as_bytes()).unwrap();
             let error = request.checked(None).unwrap_err();

@@ -6,6 +6,7 @@ use crate::cli::prepare::{Prepared, PreparedModel};
 use crate::cli::{VERSION, presence};
 use crate::engine::handle::EngineHandle;
 use crate::http::auth::ApiKeys;
+use crate::http::background::Background;
 use crate::http::limits::ServerLimits;
 use crate::http::{ServedModel, ServerConfig, router, server};
 use crate::metrics::Registry;
@@ -13,6 +14,7 @@ use anyhow::{Context, Result};
 use futures_util::future::try_join_all;
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -31,12 +33,14 @@ pub(super) struct Door {
 }
 
 impl Door {
-    /// Reads what text needs and opens: until shards are ready it answers 503. `engines` are the models'.
+    /// Reads what text needs and opens: until shards are ready it answers 503. `engines` are the models', `journal` is
+    /// where background requests are kept.
     pub(super) async fn open(
         up: &Up,
         prepared: &Prepared,
         (listener, engines): (TcpListener, Vec<EngineHandle>),
         registry: Arc<Registry>,
+        journal: &Path,
     ) -> Result<Self, Failure> {
         let models = prepared.models.iter().zip(engines);
         let models = try_join_all(models.map(|(model, engine)| served(model, engine))).await;
@@ -48,7 +52,9 @@ impl Door {
             drain_timeout: FLUSH_LIMIT,
             ..ServerLimits::default()
         };
+        let background = Background::open(journal, &limits, registry.background());
         let router = router(ServerConfig {
+            background: Some(background.map_err(Failure::Input)?),
             models,
             keys: ApiKeys::new(&prepared.keys),
             limits: limits.clone(),

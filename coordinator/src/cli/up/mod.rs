@@ -29,6 +29,7 @@ use futures_util::future::try_join_all;
 use group::{Group, Started, Yard};
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -105,7 +106,7 @@ async fn serve(
         .collect();
     let claim = presence::claim(up, prepared, address).map_err(Failure::Input)?;
     let successions = adopt::successions((up, prepared), &claim, heirs).map_err(Failure::Input)?;
-    let socket = claim.socket();
+    let (socket, journal) = (claim.socket(), claim.background());
     let watched = groups.iter().map(|group| {
         let state = group.readiness.subscribe();
         (state, group.metrics.clone())
@@ -125,6 +126,7 @@ async fn serve(
         board: board.clone(),
         begun,
         address,
+        journal,
     };
     let ended = frame
         .attend(groups, (listener, registry), (alive, successions), signals)
@@ -155,6 +157,8 @@ struct Frame<'a> {
     board: Arc<Board>,
     begun: Instant,
     address: SocketAddr,
+    /// Where background requests are kept.
+    journal: PathBuf,
 }
 
 impl Frame<'_> {
@@ -170,7 +174,13 @@ impl Frame<'_> {
         // Both begin now; whichever fails ends the other.
         let starting = async {
             tokio::try_join!(
-                Door::open(self.up, self.prepared, (listener, engines), registry),
+                Door::open(
+                    self.up,
+                    self.prepared,
+                    (listener, engines),
+                    registry,
+                    &self.journal
+                ),
                 self.start(&groups, shards)
             )
         };

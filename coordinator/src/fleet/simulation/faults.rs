@@ -10,9 +10,10 @@ use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::sleep;
+use topology::ids::Rank;
 
 /// As good as for ever.
-const FOR_EVER: Duration = Duration::from_secs(10_000_000);
+pub(super) const FOR_EVER: Duration = Duration::from_secs(10_000_000);
 
 /// What can happen to a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,16 @@ pub(super) enum Moment {
     Leave,
 }
 
+/// One thing that is to go wrong at a moment that a test chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Strike {
+    pub(super) rank: Rank,
+    pub(super) moment: Moment,
+    /// So often the moment goes by first.
+    pub(super) after: u32,
+    pub(super) ill: Ill,
+}
+
 /// What is to go wrong in a run.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Plan {
@@ -63,6 +74,8 @@ pub(super) struct Plan {
     pub(super) rough_ms: u64,
     /// No process can be started any more.
     pub(super) no_launch: bool,
+    /// What is to come besides what is drawn.
+    pub(super) script: Vec<Strike>,
 }
 
 impl Plan {
@@ -77,6 +90,7 @@ impl Plan {
             over_at: Duration::from_secs(rng.u64(5..=200)),
             rough_ms: [0, 0, 40, 300][rng.usize(0..4)],
             no_launch: false,
+            script: Vec::new(),
         }
     }
 
@@ -97,6 +111,20 @@ impl State {
             self.plan.struck += 1;
         }
         drawn
+    }
+
+    /// What is to happen to a process at this moment.
+    fn scripted(&mut self, proc: ProcId, moment: Moment) -> Option<Ill> {
+        let rank = self.procs[proc].source.rank;
+        let script = &mut self.plan.script;
+        let is_now = |strike: &Strike| (strike.rank, strike.moment) == (rank, moment);
+        let next = script.iter().position(is_now)?;
+        if let Some(left) = script[next].after.checked_sub(1) {
+            script[next].after = left;
+            return None;
+        }
+        self.plan.struck += 1;
+        Some(script.remove(next).ill)
     }
 
     /// Something that comes from outside.
@@ -144,7 +172,8 @@ impl World {
             // Of these there are many more than of the others.
             let steps = matches!(moment, Moment::Step | Moment::Collective | Moment::Answer);
             let odds = state.plan.odds * if steps { 25 } else { 1 };
-            state.draw(odds).then(|| state.ill(moment))
+            let scripted = state.scripted(proc, moment);
+            scripted.or_else(|| state.draw(odds).then(|| state.ill(moment)))
         };
         if let Some(ill) = ill {
             self.note(format_args!("at {moment:?}"));

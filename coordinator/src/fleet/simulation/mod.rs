@@ -16,6 +16,7 @@ mod device;
 mod faults;
 mod host;
 mod oracle;
+mod promised;
 mod run;
 mod shard;
 mod watched;

@@ -33,16 +33,16 @@ const SERVED_WITHIN: Duration = Duration::from_secs(900);
 
 /// What a run is about.
 #[derive(Debug)]
-struct Case {
-    world_size: u32,
-    config: SchedulerConfig,
-    attempts: u32,
+pub(super) struct Case {
+    pub(super) world_size: u32,
+    pub(super) config: SchedulerConfig,
+    pub(super) attempts: u32,
     /// Whether faults may come before the cluster was ever ready.
-    troubled_start: bool,
+    pub(super) troubled_start: bool,
     /// When nothing can be mended any more.
-    hopeless_at: Option<Duration>,
+    pub(super) hopeless_at: Option<Duration>,
     /// When the process is asked to end, and how long it has.
-    drain: Option<(Duration, Duration)>,
+    pub(super) drain: Option<(Duration, Duration)>,
 }
 
 /// What came of a run.
@@ -63,10 +63,15 @@ pub(super) struct Report {
 
 /// Runs a seed.
 pub(super) fn run(seed: u64, verbose: bool) -> Report {
+    paused(simulate(seed, verbose))
+}
+
+/// Runs what only waits for time, in no time.
+pub(super) fn paused<T>(run: impl Future<Output = T>) -> T {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     let runtime = builder.enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without I/O needs nothing");
-    runtime.block_on(simulate(seed, verbose))
+    runtime.block_on(run)
 }
 
 async fn simulate(seed: u64, verbose: bool) -> Report {
@@ -150,7 +155,7 @@ fn clients(rng: &mut Rng, config: &SchedulerConfig) -> Vec<Client> {
 }
 
 /// A cluster that is ready. A start that fails leaves nothing, and is tried again.
-async fn start(world: &Arc<World>, case: &Case) -> Option<Fleet<SimHost>> {
+pub(super) async fn start(world: &Arc<World>, case: &Case) -> Option<Fleet<SimHost>> {
     let budget = world.lock().plan.budget;
     if !case.troubled_start {
         world.calm_down();
@@ -192,17 +197,17 @@ fn expect_all_gone(world: &World) {
 }
 
 /// A ready cluster with an engine.
-struct Cluster {
+pub(super) struct Cluster {
     world: Arc<World>,
-    handle: EngineHandle,
-    shutdown: watch::Sender<DrainDeadline>,
+    pub(super) handle: EngineHandle,
+    pub(super) shutdown: watch::Sender<DrainDeadline>,
     metrics: Arc<Metrics>,
     recoveries: Arc<AtomicU32>,
     engine: JoinHandle<Result<(), Fault>>,
 }
 
 impl Cluster {
-    fn new(world: &Arc<World>, case: &Case, fleet: Fleet<SimHost>) -> Self {
+    pub(super) fn new(world: &Arc<World>, case: &Case, fleet: Fleet<SimHost>) -> Self {
         let recoveries = Arc::new(AtomicU32::new(0));
         let group = Watched {
             fleet,
@@ -241,7 +246,7 @@ impl Cluster {
     }
 
     /// The process is asked to end, and ends.
-    async fn end(self, fails: bool) {
+    pub(super) async fn end(self, fails: bool) {
         let world = &self.world;
         match timeout(SERVED_WITHIN, self.engine).await {
             Err(_) => world.violation(format_args!("the engine does not end")),

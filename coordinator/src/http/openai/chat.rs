@@ -5,14 +5,14 @@
 use super::logprobs::{self, ChatToken};
 use super::params::{Extra, Params};
 use super::prompt::encode;
-use super::{ChunkUsage, StreamUsage, UsageBody, finish_fields, unsupported};
+use super::{Api, Call, ChunkUsage, StreamUsage, UsageBody, finish_fields, unsupported};
 use crate::http::auth::Tenant;
 use crate::http::error::ApiError;
-use crate::http::generate::{Delta, Generation, StopReason, Usage};
+use crate::http::generate::{Delta, GenerateRequest, Generation, StopReason, Usage};
 use crate::http::limits::{Bounded, MAX_MESSAGES, Whole};
 use crate::http::served::Served;
 use crate::http::sse::{self, Dialect, Frames};
-use crate::http::{RequestId, ServerState, body};
+use crate::http::{RequestId, ServerState, background, body};
 use crate::text::pieces::Pieces;
 use crate::text::template::{Ending, TemplateError};
 use axum::Json;
@@ -79,49 +79,91 @@ pub async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, request).await?;
-    let params: Params = body::parse(&bytes)?;
-    let served = state.models.choose(params.model.as_deref())?;
-    unsupported::refuse(&bytes)?;
-    let streaming = params.streaming()?;
-    let body: Body = body::parse(&bytes)?;
+    let asked = Asked::read(&state, &bytes, Call::now(id.0, tenant)).await?;
+    if asked.is_background {
+        let seed = asked.request.sampling.seed;
+        return background::accept(&state, asked.served, (Api::Chat, tenant), (seed, bytes)).await;
+    }
     drop(bytes);
-    if body.echo == Some(true) {
-        let message = "echo is available for /v1/completions only.";
-        return Err(ApiError::parameter("echo", message));
+    if !asked.is_streamed {
+        return asked.whole().await;
     }
-    let (ending, logprobs) = (body.ending()?, body.logprobs(served)?);
-    let truncate = params.truncate_prompt_tokens(served)?;
-    let text = render(served, body.messages, ending).await?;
-    let mut tokens = encode(served, text, body.add_special_tokens == Some(true)).await?;
-    if let Some(most) = truncate {
-        tokens.drain(..tokens.len().saturating_sub(most));
+    let keep_alive = asked.served.limits.keep_alive_interval;
+    let generation = Generation::start(asked.served, asked.request).await?;
+    Ok(sse::respond(generation, asked.writer, keep_alive))
+}
+
+/// The whole answer to a body, as [`super::answer`].
+pub(super) async fn answer(
+    state: &ServerState,
+    bytes: &[u8],
+    call: Call,
+) -> Result<Response, ApiError> {
+    Asked::read(state, bytes, call).await?.whole().await
+}
+
+/// What a body asks for, checked.
+struct Asked<'a> {
+    served: &'a Arc<Served>,
+    request: GenerateRequest,
+    writer: Writer,
+    show_prompt_logprobs: bool,
+    is_streamed: bool,
+    is_background: bool,
+}
+
+impl<'a> Asked<'a> {
+    async fn read(state: &'a ServerState, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
+        let mut params: Params = body::parse(bytes)?;
+        let served = state.models.choose(params.model.as_deref())?;
+        unsupported::refuse(bytes)?;
+        params.fix_seed(call.seed);
+        let streaming = params.streaming()?;
+        let body: Body = body::parse(bytes)?;
+        if body.echo == Some(true) {
+            let message = "echo is available for /v1/completions only.";
+            return Err(ApiError::parameter("echo", message));
+        }
+        let (ending, logprobs) = (body.ending()?, body.logprobs(served)?);
+        let truncate = params.truncate_prompt_tokens(served)?;
+        let text = render(served, body.messages, ending).await?;
+        let mut tokens = encode(served, text, body.add_special_tokens == Some(true)).await?;
+        if let Some(most) = truncate {
+            tokens.drain(..tokens.len().saturating_sub(most));
+        }
+        let prompt: Arc<[u32]> = tokens.into();
+        let extra = Extra {
+            prompts: vec![Arc::clone(&prompt)],
+            default_max_tokens: None,
+            logprobs,
+            echo: false,
+        };
+        let request = params.request(served, call.tenant, extra)?;
+        let writer = Writer {
+            id: Api::Chat.name(&call.id),
+            created: call.created,
+            model: served.model.name().to_owned(),
+            pieces: served.model.text.tokenizer.pieces(),
+            n: request.n,
+            logprobs: logprobs.is_some(),
+            token_ids: params.return_token_ids(),
+            prompt,
+            usage: streaming.unwrap_or_default(),
+        };
+        Ok(Self {
+            served,
+            request,
+            writer,
+            show_prompt_logprobs: params.prompt_logprobs(served)?.is_some(),
+            is_streamed: streaming.is_some(),
+            is_background: params.is_background(),
+        })
     }
-    let prompt: Arc<[u32]> = tokens.into();
-    let extra = Extra {
-        prompts: vec![Arc::clone(&prompt)],
-        default_max_tokens: None,
-        logprobs,
-        echo: false,
-    };
-    let request = params.request(served, tenant, extra)?;
-    let writer = Writer {
-        id: format!("chatcmpl-{}", id.0),
-        created: crate::clock::unix_seconds(),
-        model: served.model.name().to_owned(),
-        pieces: served.model.text.tokenizer.pieces(),
-        n: request.n,
-        logprobs: logprobs.is_some(),
-        token_ids: params.return_token_ids(),
-        prompt,
-        usage: streaming.unwrap_or_default(),
-    };
-    let prompt_logprobs = params.prompt_logprobs(served)?.is_some();
-    let generation = Generation::start(served, request).await?;
-    if streaming.is_some() {
-        let keep_alive = served.limits.keep_alive_interval;
-        return Ok(sse::respond(generation, writer, keep_alive));
+
+    async fn whole(self) -> Result<Response, ApiError> {
+        let generation = Generation::start(self.served, self.request).await?;
+        whole(generation, &self.writer, self.show_prompt_logprobs).await
     }
-    whole(generation, &writer, prompt_logprobs).await
 }
 
 /// The text of a conversation.

@@ -5,13 +5,14 @@
 use super::logprobs::{self, Legacy};
 use super::params::{Extra, Params};
 use super::prompt::{Prompt, PromptInput};
-use super::{ChunkUsage, StreamUsage, finish_fields, unsupported};
+use super::{Api, Call, ChunkUsage, StreamUsage, finish_fields, unsupported};
 use crate::http::auth::Tenant;
 use crate::http::error::ApiError;
-use crate::http::generate::{Delta, Generation, StopReason, Usage};
+use crate::http::generate::{Delta, GenerateRequest, Generation, StopReason, Usage};
 use crate::http::limits::Whole;
+use crate::http::served::Served;
 use crate::http::sse::{self, Dialect, Frames};
-use crate::http::{RequestId, ServerState, body};
+use crate::http::{RequestId, ServerState, background, body};
 use crate::text::detokenize::Detokenizer;
 use crate::text::pieces::Pieces;
 use axum::extract::{Extension, Request, State};
@@ -41,46 +42,88 @@ pub async fn handle(
     request: Request,
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, request).await?;
-    let params: Params = body::parse(&bytes)?;
-    let served = state.models.choose(params.model.as_deref())?;
-    unsupported::refuse(&bytes)?;
-    let streaming = params.streaming()?;
-    let body: Body = body::parse(&bytes)?;
-    drop(bytes);
-    let echo = body.echo == Some(true);
-    let logprobs = super::params::logprobs(served, "logprobs", body.logprobs)?;
-    let truncate = params.truncate_prompt_tokens(served)?;
-    let special = body.add_special_tokens != Some(false);
-    let prompts = body.prompt.resolve(served, special, truncate).await?;
-    let default = served.model.text.defaults.max_new_tokens;
-    let extra = Extra {
-        prompts: prompts.iter().map(|it| Arc::clone(&it.tokens)).collect(),
-        default_max_tokens: default.or(Some(DEFAULT_MAX_TOKENS)),
-        logprobs,
-        echo,
-    };
-    let request = params.request(served, tenant, extra)?;
-    let writer = Writer {
-        id: format!("cmpl-{}", id.0),
-        created: crate::clock::unix_seconds(),
-        model: served.model.name().to_owned(),
-        pieces: served.model.text.tokenizer.pieces(),
-        skip_special: params.skip_special_tokens(),
-        n: request.n,
-        choices: vec![ChoiceState::default(); prompts.len() * request.n],
-        prompts,
-        echo,
-        logprobs: logprobs.is_some(),
-        prompt_logprobs: params.prompt_logprobs(served)?.is_some(),
-        token_ids: params.return_token_ids(),
-        usage: streaming.unwrap_or_default(),
-    };
-    let generation = Generation::start(served, request).await?;
-    if streaming.is_some() {
-        let keep_alive = served.limits.keep_alive_interval;
-        return Ok(sse::respond(generation, writer, keep_alive));
+    let asked = Asked::read(&state, &bytes, Call::now(id.0, tenant)).await?;
+    if asked.is_background {
+        let seed = asked.request.sampling.seed;
+        let whose = (Api::Completions, tenant);
+        return background::accept(&state, asked.served, whose, (seed, bytes)).await;
     }
-    whole(generation, writer).await
+    drop(bytes);
+    if !asked.is_streamed {
+        return asked.whole().await;
+    }
+    let keep_alive = asked.served.limits.keep_alive_interval;
+    let generation = Generation::start(asked.served, asked.request).await?;
+    Ok(sse::respond(generation, asked.writer, keep_alive))
+}
+
+/// The whole answer to a body, as [`super::answer`].
+pub(super) async fn answer(
+    state: &ServerState,
+    bytes: &[u8],
+    call: Call,
+) -> Result<Response, ApiError> {
+    Asked::read(state, bytes, call).await?.whole().await
+}
+
+/// What a body asks for, checked.
+struct Asked<'a> {
+    served: &'a Arc<Served>,
+    request: GenerateRequest,
+    writer: Writer,
+    is_streamed: bool,
+    is_background: bool,
+}
+
+impl<'a> Asked<'a> {
+    async fn read(state: &'a ServerState, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
+        let mut params: Params = body::parse(bytes)?;
+        let served = state.models.choose(params.model.as_deref())?;
+        unsupported::refuse(bytes)?;
+        params.fix_seed(call.seed);
+        let streaming = params.streaming()?;
+        let body: Body = body::parse(bytes)?;
+        let echo = body.echo == Some(true);
+        let logprobs = super::params::logprobs(served, "logprobs", body.logprobs)?;
+        let truncate = params.truncate_prompt_tokens(served)?;
+        let special = body.add_special_tokens != Some(false);
+        let prompts = body.prompt.resolve(served, special, truncate).await?;
+        let default = served.model.text.defaults.max_new_tokens;
+        let extra = Extra {
+            prompts: prompts.iter().map(|it| Arc::clone(&it.tokens)).collect(),
+            default_max_tokens: default.or(Some(DEFAULT_MAX_TOKENS)),
+            logprobs,
+            echo,
+        };
+        let request = params.request(served, call.tenant, extra)?;
+        let writer = Writer {
+            id: Api::Completions.name(&call.id),
+            created: call.created,
+            model: served.model.name().to_owned(),
+            pieces: served.model.text.tokenizer.pieces(),
+            skip_special: params.skip_special_tokens(),
+            n: request.n,
+            choices: vec![ChoiceState::default(); prompts.len() * request.n],
+            prompts,
+            echo,
+            logprobs: logprobs.is_some(),
+            prompt_logprobs: params.prompt_logprobs(served)?.is_some(),
+            token_ids: params.return_token_ids(),
+            usage: streaming.unwrap_or_default(),
+        };
+        Ok(Self {
+            served,
+            request,
+            writer,
+            is_streamed: streaming.is_some(),
+            is_background: params.is_background(),
+        })
+    }
+
+    async fn whole(self) -> Result<Response, ApiError> {
+        let generation = Generation::start(self.served, self.request).await?;
+        whole(generation, self.writer).await
+    }
 }
 
 async fn whole(mut generation: Generation, mut writer: Writer) -> Result<Response, ApiError> {

@@ -13,8 +13,89 @@ mod prompt;
 pub mod tokenize;
 mod unsupported;
 
+use super::ServerState;
+use super::auth::Tenant;
+use super::error::ApiError;
 use super::generate::{Finish, StopReason, Usage};
-use serde::Serialize;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+
+/// The APIs that complete a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Api {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/completions`.
+    Completions,
+}
+
+impl Api {
+    /// `object` of its answers.
+    pub(super) fn object(self) -> &'static str {
+        match self {
+            Self::Chat => "chat.completion",
+            Self::Completions => "text_completion",
+        }
+    }
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Chat => "chatcmpl-",
+            Self::Completions => "cmpl-",
+        }
+    }
+
+    /// `id` of the answer to the request `id`.
+    pub(super) fn name(self, id: &str) -> String {
+        format!("{}{id}", self.prefix())
+    }
+
+    /// What [`Api::name`] was made of.
+    pub(super) fn id(self, name: &str) -> Option<&str> {
+        name.strip_prefix(self.prefix())
+    }
+}
+
+/// Whose a request is, and what its answer is called.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    /// The request's.
+    pub(super) id: String,
+    pub(super) tenant: Tenant,
+    /// `created` of its answer, in seconds since 1970.
+    pub(super) created: u64,
+    /// What was drawn for it before; `None`: its own, or one is drawn now.
+    pub(super) seed: Option<u64>,
+}
+
+impl Call {
+    /// A request that has just arrived.
+    pub(super) fn now(id: String, tenant: Tenant) -> Self {
+        Self {
+            id,
+            tenant,
+            created: crate::clock::unix_seconds(),
+            seed: None,
+        }
+    }
+}
+
+/// The whole answer to a body.
+///
+/// # Errors
+/// As to whoever sends it.
+pub(super) async fn answer(
+    state: &ServerState,
+    api: Api,
+    body: &[u8],
+    call: Call,
+) -> Result<Response, ApiError> {
+    match api {
+        Api::Chat => chat::answer(state, body, call).await,
+        Api::Completions => completions::answer(state, body, call).await,
+    }
+}
 
 /// `usage`.
 #[derive(Debug, Serialize)]

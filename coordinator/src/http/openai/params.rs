@@ -50,6 +50,7 @@ pub(super) struct Params {
     return_token_ids: Option<bool>,
     stream: Option<bool>,
     stream_options: Option<Object<StreamOptions>>,
+    background: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -85,6 +86,12 @@ impl Params {
                 "stream_options can be set only when stream is true.",
             ));
         }
+        if stream && self.is_background() {
+            return Err(ApiError::parameter(
+                "background",
+                "A background request is answered later and whole: leave out stream, or background.",
+            ));
+        }
         if stream && self.prompt_logprobs.is_some_and(|it| it.0 >= 0) {
             return Err(ApiError::parameter(
                 "prompt_logprobs",
@@ -98,6 +105,17 @@ impl Params {
             at_end: at_end || continuous,
             continuous,
         }))
+    }
+
+    /// Whether the answer is to be fetched later.
+    pub(super) fn is_background(&self) -> bool {
+        self.background == Some(true)
+    }
+
+    /// Makes `seed` the request's own, if there is one.
+    pub(super) fn fix_seed(&mut self, seed: Option<u64>) {
+        let seed = seed.map(|seed| Whole(seed.into()));
+        self.seed = seed.or(self.seed);
     }
 
     /// Whether token ids are part of the answer.
