@@ -174,11 +174,12 @@ impl<B: Tested> Group<B> {
         self.members[0].engine.backend()
     }
 
-    /// Steps that every rank began while another was under way.
+    /// Steps that were begun, and how many of them every rank began while another was under way.
     #[cfg(feature = "cuda")]
-    pub(crate) fn overlapped(&self) -> usize {
+    pub(crate) fn counts(&self) -> [usize; 2] {
         let overlapped = self.members.iter().map(|member| member.overlapped);
-        overlapped.min().expect("there is a rank")
+        let steps = usize::try_from(self.next.0).expect("few");
+        [steps, overlapped.min().expect("there is a rank")]
     }
 
     /// Replaces the communicator of a group of one, as after a fault, whatever is under way.
