@@ -221,18 +221,6 @@ mod tests {
         let choices: Vec<_> = choices(requests.clone()).iter().map(answer).collect();
         let chosen = chosen(&plan, &choices);
         assert!(choices.iter().all(|result| result.score.is_none()));
-        // While they are on the device the tokens are known by these requests, on ranks of both kinds.
-        let at = |places: Sampled, requests: &[SampleRequest]| -> Vec<Option<u32>> {
-            let token = |place| match place {
-                Last::Chosen(request) => answer(&requests[request as usize]).token,
-                Last::Token(_) => unreachable!("nobody has waited"),
-            };
-            let places = places.into_iter();
-            places.map(|place| place.map(token)).collect()
-        };
-        assert_eq!(at(places(&plan, true), &requests), chosen);
-        let choosing = super::choices(requests.clone());
-        assert_eq!(at(places(&plan, false), &choosing), chosen);
         let outputs = outputs(&plan, requests.iter().map(answer).collect());
         let sampled: Vec<_> = outputs
             .iter()
@@ -275,6 +263,33 @@ mod tests {
                 .len(),
             0
         );
+    }
+
+    /// On ranks of both kinds.
+    #[test]
+    fn tokens_that_nobody_waited_for_are_known_by_the_requests_that_choose_them() {
+        let plan = StepPlan {
+            rows: vec![
+                row(2, &[], Some(sample(Some(2)))),
+                row(4, &[5, 6], Some(sample(None))),
+                row(3, &[7], None),
+                row(2, &[8, 9], Some(sample(None))),
+                row(1, &[], None),
+            ],
+            ..StepPlan::default()
+        };
+        let all = requests(&plan, &vec![None; 5]);
+        // The rows of logits after the last token of each row that samples.
+        let expected = [Some(0), Some(3), None, Some(6), None];
+        for (reports, requests) in [(true, all.clone()), (false, choices(all))] {
+            let row_of = |place| match place {
+                Last::Chosen(request) => requests[request as usize].row,
+                Last::Token(_) => unreachable!("nobody has waited"),
+            };
+            let places = places(&plan, reports).into_iter();
+            let rows: Vec<_> = places.map(|place| place.map(row_of)).collect();
+            assert_eq!(rows, expected);
+        }
     }
 
     #[test]

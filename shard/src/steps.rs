@@ -111,8 +111,12 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
             (true, false) => sampler::choices(sampler::requests(&plan, &last)),
         };
         let is_whole = host.logit_tokens.len() <= self.decoder.logit_rows();
-        let can_queue = group.under_way.len() < MOST_UNDER_WAY && is_whole;
-        if !group.under_way.is_empty() && !(can_queue && self.backend.defers(&requests)) {
+        let may_begin = match group.under_way.len() {
+            0 => true,
+            MOST_UNDER_WAY.. => false,
+            _ => is_whole && self.backend.defers(&requests),
+        };
+        if !may_begin {
             group.sampled = Some(before);
             return Ok(Some(plan));
         }

@@ -315,6 +315,57 @@ fn steps_queued_behind_another_give_the_same_bits() {
     }
 }
 
+/// A step whose logits come in pieces waits for the one before it, and the one behind it for that.
+#[test]
+fn a_step_in_pieces_is_queued_behind_none() {
+    if let Err(error) = probe() {
+        return println!("not tested: {error}");
+    }
+    let row = |sequence: u32, tokens: &[u32], position, last_from| PlanRow {
+        tokens: tokens.to_vec(),
+        position,
+        blocks: (10 * sequence..10 * sequence + 9).map(BlockId).collect(),
+        sampling: Some(Box::new(Sampling {
+            logprobs: Some(4),
+            presence_penalty: 0.5,
+            ..Sampling::default()
+        })),
+        last_from,
+        ..PlanRow::default()
+    };
+    let prompt: Vec<u32> = (3..24).collect();
+    let scored = PlanRow {
+        targets: prompt[1..].to_vec(),
+        target_alternatives: 2,
+        ..row(1, &prompt, 0, None)
+    };
+    let steps = [
+        vec![row(0, &[9, 8, 7], 0, None)],
+        vec![row(0, &[0], 3, Some(0)), scored],
+        vec![row(1, &[0], 21, Some(1)), row(0, &[0], 4, Some(0))],
+        vec![row(1, &[0], 22, Some(0)), row(0, &[0], 5, Some(1))],
+    ];
+    let folders = fixtures();
+    let folder = folders.iter().find(|f| f.ends_with("llama3"));
+    let (files, _) = open(folder.expect("llama3"));
+    for world_size in [1, 2] {
+        let mut load = load(world_size, 64, "float32");
+        load.max_num_seqs = 2;
+        let mut group = Group::<CudaBackend>::start(&files, &load);
+        let expected = steps.clone().map(|rows| group.step(rows));
+        let mut found = Vec::new();
+        for (index, rows) in steps.iter().enumerate() {
+            group.begin(rows.clone());
+            if index > 0 {
+                found.push(group.end());
+            }
+        }
+        found.push(group.end());
+        assert_eq!(found, expected, "over {world_size}");
+        assert_eq!(group.counts(), [8, 1], "the last is queued behind another");
+    }
+}
+
 /// An epoch that ends with two steps under way leaves nothing behind that the next one meets.
 #[test]
 fn an_epoch_can_end_with_two_steps_under_way() {
