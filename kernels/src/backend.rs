@@ -3,14 +3,15 @@
 //! A backend owns memory and runs operations in order. Everything is taken at start
 //! (`allocate`, `load`, `kv_cache`); the operations allocate nothing. Activations are
 //! matrices `[rows, width]` whose capacity is fixed and whose rows in use are set for each step.
-//! Operations are queued: they may return before the device is done; [`Backend::read`] and
-//! [`Backend::sample`] wait for what they need.
+//! Operations are queued: they may return before the device is done; [`Backend::read`], [`Backend::sample`] and
+//! [`Backend::finish`] wait for what they need.
 //!
 //! Invariant, on the CPU bit for bit: a row of a result depends on that row's inputs alone, never
 //! on what else is in the batch or how a sequence was cut into steps.
 
 use crate::batch::Batch;
 use crate::quantized::{Code, HostQuantized};
+use crate::sampling::{SampleRequest, SampleResult};
 use bytes::Bytes;
 
 /// Why a device cannot do what was asked.
@@ -158,6 +159,15 @@ pub struct Norm {
     pub weight_offset: f32,
 }
 
+/// Where the device's time in a step went, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceTime {
+    /// From its first operation to its last.
+    pub total_us: u64,
+    /// The part of it spent sampling and scoring.
+    pub sample_us: u64,
+}
+
 /// What a gate goes through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -180,6 +190,8 @@ pub trait Backend: Send + 'static {
     type KvCache: Send + std::fmt::Debug;
     /// A batch's index arrays on the device.
     type DeviceBatch: Send + std::fmt::Debug;
+    /// A step that is queued and was not waited for ([`Self::defer`]).
+    type Pending: Send + std::fmt::Debug;
 
     /// The device as the operator would name it.
     fn name(&self) -> String;
@@ -250,7 +262,8 @@ pub trait Backend: Send + 'static {
         max_blocks: usize,
     ) -> Result<Self::DeviceBatch, DeviceError>;
 
-    /// Hands a step's index arrays to the device.
+    /// Hands a step's index arrays to the device. Tokens that are left to it are those that it chose when sampling was
+    /// deferred last.
     fn upload(&self, host: &Batch, device: &mut Self::DeviceBatch) -> Result<(), DeviceError>;
 
     /// Whether [`Self::queue`] records, so that filling a decode step up to a size that comes again pays.
@@ -314,9 +327,9 @@ pub trait Backend: Send + 'static {
     /// From here on, time that the device works is counted, with what is queued next.
     fn start_clock(&self) {}
 
-    /// Microseconds from [`Self::start_clock`] to the end of what the last [`Self::sample`] waited for, as the device
-    /// counts them; `None` where it does not.
-    fn clock_us(&self) -> Option<u64> {
+    /// How long the device worked on the step that [`Self::finish`] or [`Self::sample`] waited for last, from
+    /// [`Self::start_clock`] on; `None` where it does not count.
+    fn device_time(&self) -> Option<DeviceTime> {
         None
     }
 
@@ -427,8 +440,42 @@ pub trait Backend: Send + 'static {
         &self,
         logits: &mut Self::Tensor,
         vocab: usize,
-        requests: &[crate::sampling::SampleRequest],
-    ) -> Result<Vec<crate::sampling::SampleResult>, DeviceError>;
+        requests: &[SampleRequest],
+    ) -> Result<Vec<SampleResult>, DeviceError>;
+
+    /// Whether [`Self::defer`] takes such requests.
+    fn defers(&self, requests: &[SampleRequest]) -> bool {
+        let _ = requests;
+        false
+    }
+
+    /// [`Self::sample`] from logits and a vocabulary, or nothing, as a step's last operation, without waiting: the next step
+    /// may be queued behind it and name its tokens ([`Last::Chosen`](crate::sampling::Last::Chosen)), in its batch and in
+    /// requests that are deferred themselves. Two steps at most wait for [`Self::finish`], in their order.
+    ///
+    /// `None`, and nothing queued, where the backend waits, for such requests or always.
+    ///
+    /// # Errors
+    /// [`DeviceError`], also where a request names what is not there.
+    fn defer(
+        &self,
+        sampled: Option<(&mut Self::Tensor, usize)>,
+        requests: &[SampleRequest],
+    ) -> Result<Option<Self::Pending>, DeviceError> {
+        let _ = (sampled, requests);
+        Ok(None)
+    }
+
+    /// Waits for the end of a step, or until `is_called`, which is asked first and between looks at the device. Whether
+    /// the step has ended.
+    fn wait(
+        &self,
+        pending: &Self::Pending,
+        is_called: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DeviceError>;
+
+    /// Waits for the end of a step. What was sampled, by request.
+    fn finish(&self, pending: Self::Pending) -> Result<Vec<SampleResult>, DeviceError>;
 }
 
 /// The heads in a `qkv` matrix.

@@ -3,11 +3,16 @@
 //! Rows are sequences; each brings one or more new tokens. All rows' tokens stand one after the
 //! other. Built by the shard from a plan; kernels only read it.
 
+use crate::sampling::Last;
+
 /// The index arrays of one step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Token ids. `[tokens]`
     pub token_ids: Vec<u32>,
+    /// Tokens (indices into the step) whose ids are on the device, and the requests that chose them
+    /// ([`Last::Chosen`]). Only for backends that defer sampling. `[at most rows]`
+    pub left: Vec<(u32, u32)>,
     /// Position of each token in its sequence. `[tokens]`
     pub positions: Vec<u32>,
     /// Where each token's key and value go: `block * block_size + offset`. `[tokens]`
@@ -36,10 +41,12 @@ impl Batch {
     }
 
     /// Sets the last token of each row that has one in `tokens`. `[rows]`
-    pub fn set_last_tokens(&mut self, tokens: &[Option<u32>]) {
+    pub fn set_last_tokens(&mut self, tokens: &[Option<Last>]) {
         for (end, token) in self.row_starts[1..].iter().zip(tokens) {
-            if let Some(token) = token {
-                self.token_ids[*end as usize - 1] = *token;
+            match token {
+                Some(Last::Token(token)) => self.token_ids[*end as usize - 1] = *token,
+                Some(Last::Chosen(request)) => self.left.push((*end - 1, *request)),
+                None => {}
             }
         }
     }
@@ -47,6 +54,7 @@ impl Batch {
     /// Empties the arrays and keeps their memory.
     pub fn clear(&mut self) {
         self.token_ids.clear();
+        self.left.clear();
         self.positions.clear();
         self.slots.clear();
         self.row_starts.clear();

@@ -1,5 +1,15 @@
 //! What a sampling kernel is asked and what it answers; the arithmetic is in `ops/sample.rs`.
 
+/// A token that a step takes from the one before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Last {
+    /// It is known.
+    Token(u32),
+    /// It is on the device: what the request of this index chose when sampling was deferred last
+    /// ([`Backend::defer`](crate::backend::Backend::defer)).
+    Chosen(u32),
+}
+
 /// How to choose or score at one row of logits.
 ///
 /// Order of operations, as in `vllm`: scores are taken from the raw logits; then `allowed`, `logit_bias`, penalties,
@@ -54,6 +64,8 @@ pub struct SampleParams {
     pub prompt: Vec<u32>,
     /// Generated tokens, where a penalty needs them.
     pub generated: Vec<u32>,
+    /// One more of them, as [`Last::Chosen`]. Only where sampling is deferred.
+    pub last: Option<u32>,
 }
 
 /// The answer to a [`SampleRequest`].

@@ -87,6 +87,7 @@ fn quantized(
 fn two_sequences() -> Batch {
     Batch {
         token_ids: vec![1, 2, 3, 4, 5, 6, 7, 8],
+        left: Vec::new(),
         positions: vec![0, 1, 2, 3, 4, 5, 0, 1],
         slots: vec![8, 9, 10, 11, 0, 1, 4, 5],
         row_starts: vec![0, 6, 8],

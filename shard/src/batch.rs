@@ -70,6 +70,7 @@ impl Batcher {
         } = limits;
         let batch = Batch {
             token_ids: Vec::with_capacity(max_tokens),
+            left: Vec::with_capacity(max_rows),
             positions: Vec::with_capacity(max_tokens),
             slots: Vec::with_capacity(max_tokens),
             row_starts: Vec::with_capacity(max_rows + 1),

@@ -4,7 +4,10 @@
 //! coordinator gets. It may block for as long as a collective does; whoever has to end that holds the
 //! [`Abort`] that came with the communicator. No I/O but the model's files.
 //!
-//! Invariant: every command is answered once, except a plan or a communicator of an epoch that is
+//! While it waits for a step it listens: the next step is queued behind that one as soon as its plan is there, before
+//! the first is answered. Any other command waits until the steps before it have ended.
+//!
+//! Invariant: every command is answered once and in order, except a plan or a communicator of an epoch that is
 //! over, which changes nothing; after [`FromShard::Failed`] nothing more is answered.
 
 use crate::comm::{Abort, Comm, CommError, Seat};
@@ -15,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use topology::ids::Epoch;
+use topology::ids::{Epoch, Step};
 use topology::model_files::{BuiltInFile, ModelFiles};
 use topology::wire::{FromShard, Load, StepPlan};
 
@@ -158,8 +161,18 @@ struct Worker<B: Backend, C> {
 impl<B: Backend, C: Comm<B>> Worker<B, C> {
     fn run(mut self, backend: B, mut inbox: mpsc::Receiver<Command>) {
         self.backend = Some(backend);
-        while let Some(command) = inbox.blocking_recv() {
-            let answer = match self.handle(command) {
+        // A command that was taken out of the inbox and waits for steps to end.
+        let mut held = None;
+        loop {
+            let answer = if self.is_computing() {
+                self.go_on(&mut inbox, &mut held)
+            } else {
+                let Some(command) = held.take().or_else(|| inbox.blocking_recv()) else {
+                    return;
+                };
+                self.handle(command)
+            };
+            let answer = match answer {
                 Ok(Some(answer)) => answer,
                 Ok(None) => continue,
                 Err(error) => FromShard::Failed {
@@ -171,6 +184,32 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
                 return;
             }
         }
+    }
+
+    fn is_computing(&self) -> bool {
+        self.engine.as_ref().is_some_and(Engine::is_under_way)
+    }
+
+    /// While a step is under way: begins the next one if its plan is there or comes, or else ends the oldest.
+    fn go_on(
+        &mut self,
+        inbox: &mut mpsc::Receiver<Command>,
+        held: &mut Option<Command>,
+    ) -> Result<Option<FromShard>> {
+        let engine = self.engine()?;
+        if held.is_none() && engine.takes_another() {
+            engine.wait(&mut || {
+                *held = inbox.try_recv().ok();
+                held.is_some()
+            });
+            if let Some(Command::Run(plan)) = held.take_if(|held| matches!(held, Command::Run(_))) {
+                match self.begin(plan)? {
+                    None => return Ok(None),
+                    Some(plan) => *held = Some(Command::Run(plan)),
+                }
+            }
+        }
+        self.end()
     }
 
     /// The answer, if there is one. An error is the end of this shard.
@@ -197,7 +236,7 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
                 Ok(Some(FromShard::CommMade { epoch, comm_id }))
             }
             Command::JoinComm { epoch, id, abort } => self.join(epoch, &id, &abort),
-            Command::Run(plan) => self.step(&plan),
+            Command::Run(plan) => self.begin(plan).map(|_| None),
             Command::Leave(epoch) => {
                 if let Some(engine) = &mut self.engine {
                     engine.leave(epoch);
@@ -282,26 +321,40 @@ impl<B: Backend, C: Comm<B>> Worker<B, C> {
         }
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<Option<FromShard>> {
+    /// Begins a step, or gives its plan back where the one under way has to end first.
+    fn begin(&mut self, plan: Box<StepPlan>) -> Result<Option<Box<StepPlan>>> {
         let (epoch, step) = (plan.epoch, plan.step);
-        match self.engine()?.step(plan) {
+        let begun = self.engine()?.begin(plan);
+        begun.or_else(|error| given_up(error, (epoch, step)).map(|()| None))
+    }
+
+    /// Ends the oldest step.
+    fn end(&mut self) -> Result<Option<FromShard>> {
+        let engine = self.engine()?;
+        let Some(oldest) = engine.oldest() else {
+            return Ok(None);
+        };
+        match engine.end() {
             Ok(ran) => Ok(Some(FromShard::Ran(Box::new(ran)))),
-            Err(
-                error @ (StepError::Stale { .. }
-                | StepError::Comm(CommError::Aborted)
-                | StepError::Device(DeviceError::Interrupted { .. })),
-            ) => {
-                tracing::debug!(%epoch, %step, "no result: {error}");
-                Ok(None)
-            }
-            // The coordinator ends the epoch, at the latest when the step is late.
-            Err(error @ StepError::Comm(CommError::Lost(_))) => {
-                tracing::warn!(%epoch, %step, "no result: {error}");
-                Ok(None)
-            }
-            Err(error) => {
-                Err(error).with_context(|| format!("compute step {step} of epoch {epoch}"))
-            }
+            Err(error) => given_up(error, oldest).map(|()| None),
         }
+    }
+}
+
+/// Lets a step go that has no result because its epoch is over. Any other error is the end of this shard.
+fn given_up(error: StepError, (epoch, step): (Epoch, Step)) -> Result<()> {
+    match error {
+        StepError::Stale { .. }
+        | StepError::Comm(CommError::Aborted)
+        | StepError::Device(DeviceError::Interrupted { .. }) => {
+            tracing::debug!(%epoch, %step, "no result: {error}");
+            Ok(())
+        }
+        // The coordinator ends the epoch, at the latest when the step is late.
+        StepError::Comm(CommError::Lost(_)) => {
+            tracing::warn!(%epoch, %step, "no result: {error}");
+            Ok(())
+        }
+        error => Err(error).with_context(|| format!("compute step {step} of epoch {epoch}")),
     }
 }

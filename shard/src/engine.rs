@@ -1,31 +1,28 @@
-//! One rank's part of the engine: loads its weights, holds its KV blocks, computes steps.
+//! One rank's part of the engine: loads its weights, holds its KV blocks, computes steps (`steps.rs`).
 //!
 //! Synchronous; one thread owns it. It is told everything and remembers nothing about requests, so
 //! it can be thrown away at any moment. Weights and KV memory outlive epochs: after a fault only the
 //! communicator goes.
 //!
-//! Invariant: before its first collective a step has passed every check that could fail on one rank
-//! and not on another: epoch, number, digest, limits.
+//! Invariant: whatever happens to an epoch, weights and KV memory are there for the next.
 
 use crate::batch::{Batcher, Limits, PlanError};
 use crate::clock;
 use crate::comm::{Comm, CommError};
 use crate::ladder::Spare;
 use crate::models::decoder::{Decoder, StepSize};
-use crate::run::Run;
-use crate::sampler::{self, Sampled};
+use crate::steps::Group;
 use crate::weights::{self, DecoderWeights};
 use anyhow::{Context, Result, ensure};
 use kernels::backend::{Backend, DeviceError, Element, KvLayout};
 use std::net::IpAddr;
-use std::time::Instant;
 use topology::checkpoint::Checkpoint;
 use topology::ids::{Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, KvDtype, ModelShape};
 use topology::partition::Partition;
 use topology::quantization::{at_load, head_at_load};
-use topology::wire::{Load, Loaded, Ran, StepPlan, StepTimings, digest_of_tokens};
+use topology::wire::{Load, Loaded};
 
 /// Why a step gave no result.
 #[derive(Debug, thiserror::Error)]
@@ -79,40 +76,29 @@ pub struct Place {
 /// One rank: a device, a model on it, and at times KV blocks and a communicator.
 #[derive(Debug)]
 pub struct Engine<B: Backend, C> {
-    backend: B,
-    decoder: Decoder<B>,
-    partition: Partition,
-    batch: B::DeviceBatch,
+    pub(crate) backend: B,
+    pub(crate) decoder: Decoder<B>,
+    pub(crate) partition: Partition,
+    pub(crate) batch: B::DeviceBatch,
     /// Block count and blocks are filled in by [`Self::allocate`].
-    limits: Limits,
+    pub(crate) limits: Limits,
     /// Whether plans may leave tokens to this rank, so that it samples whether it reports or not.
-    keeps_tokens: bool,
+    pub(crate) keeps_tokens: bool,
     layout: KvLayout,
     /// Whether steps are queued one operation after the other, always.
     eager: bool,
     hidden_size: usize,
     loaded: Loaded,
-    pool: Option<Pool<B>>,
-    group: Option<Group<C>>,
+    pub(crate) pool: Option<Pool<B>>,
+    pub(crate) group: Option<Group<B::Pending, C>>,
 }
 
 #[derive(Debug)]
-struct Pool<B: Backend> {
-    cache: B::KvCache,
-    batcher: Batcher,
+pub(crate) struct Pool<B: Backend> {
+    pub(crate) cache: B::KvCache,
+    pub(crate) batcher: Batcher,
     /// Where decode steps are filled up.
-    spare: Option<Spare>,
-}
-
-#[derive(Debug)]
-struct Group<C> {
-    epoch: Epoch,
-    next: Step,
-    comm: C,
-    /// What the last step sampled; `None` if it came to no end, and then nor will those behind it.
-    sampled: Option<Sampled>,
-    /// When it ended.
-    ended: Option<Instant>,
+    pub(crate) spare: Option<Spare>,
 }
 
 impl<B: Backend, C: Comm<B>> Engine<B, C> {
@@ -248,13 +234,7 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
     /// Enters an epoch with its communicator; its first plan will be step 0.
     pub fn enter(&mut self, epoch: Epoch, comm: C) {
         self.backend.forget();
-        self.group = Some(Group {
-            epoch,
-            next: Step(0),
-            comm,
-            sampled: Some(Sampled::new()),
-            ended: None,
-        });
+        self.group = Some(Group::new(epoch, comm));
     }
 
     /// Drops the communicator of `epoch` and of any before it. Weights and KV memory stay.
@@ -263,89 +243,6 @@ impl<B: Backend, C: Comm<B>> Engine<B, C> {
         self.backend.forget();
         self.group.take_if(|group| group.epoch <= epoch);
     }
-
-    /// Computes one step.
-    ///
-    /// # Errors
-    /// [`StepError`]. After one of a collective or the device the epoch is over for this rank.
-    pub fn step(&mut self, plan: &StepPlan) -> Result<Ran, StepError> {
-        let start = clock::now();
-        let group = admit(&mut self.group, plan)?;
-        let pool = self.pool.as_mut().ok_or(StepError::NoBlocks)?;
-        let digest = plan.digest();
-        let before = group.sampled.take().unwrap_or_default();
-        let last = sampler::last_tokens(plan, &before)?;
-        let host = pool.batcher.build(plan)?;
-        host.set_last_tokens(&last);
-        group.next = plan.step.next();
-        group.comm.begin_step(digest);
-        let idle_us = group.ended.map_or(0, |ended| clock::micros(ended, start));
-
-        let reports = self.partition.rank == Rank(0);
-        let samples = reports || self.keeps_tokens;
-        let requests = match (samples, reports) {
-            (false, _) => Vec::new(),
-            (true, true) => sampler::requests(plan, &last),
-            (true, false) => sampler::choices(sampler::requests(plan, &last)),
-        };
-        let mut run = Run {
-            backend: &self.backend,
-            comm: &mut group.comm,
-            decoder: &mut self.decoder,
-            batch: &mut self.batch,
-            vocab: samples.then_some(self.limits.vocab_size),
-            spare: pool.spare,
-            max_rows: self.limits.max_rows,
-            sample_us: 0,
-        };
-        let results = run.compute(host, &mut pool.cache, requests)?;
-        let sample_us = run.sample_us;
-        let (outputs, sampled) = sampler::answers(plan, results, reports);
-        let chosen = samples.then(|| digest_of_tokens(sampled.iter().copied().flatten()));
-        group.sampled = Some(sampled);
-        let collective = group.comm.take_timings();
-        let device_us = self.backend.clock_us();
-        let ended = clock::now();
-        group.ended = Some(ended);
-        let step_us = clock::micros(start, ended);
-        let timings = StepTimings {
-            step_us,
-            idle_us,
-            // Where a measured step stands for this one, it may have been the longer of the two.
-            collective_us: collective.total_us.min(step_us),
-            wait_us: collective.wait_us,
-            sample_us,
-            outside_us: device_us.map_or(0, |us| step_us.saturating_sub(us)),
-        };
-        Ok(Ran {
-            epoch: plan.epoch,
-            step: plan.step,
-            digest,
-            outputs,
-            chosen,
-            timings,
-        })
-    }
-}
-
-/// The group in which `plan` is the next step.
-fn admit<'a, C>(
-    group: &'a mut Option<Group<C>>,
-    plan: &StepPlan,
-) -> Result<&'a mut Group<C>, StepError> {
-    let current = group.as_ref().map(|group| group.epoch);
-    let is_plans = |group: &&mut Group<C>| group.epoch == plan.epoch && group.sampled.is_some();
-    let group = group.as_mut().filter(is_plans).ok_or(StepError::Stale {
-        plan: plan.epoch,
-        current,
-    })?;
-    if group.next != plan.step {
-        return Err(StepError::Order {
-            found: plan.step,
-            expected: group.next,
-        });
-    }
-    Ok(group)
 }
 
 /// `auto` is the checkpoint's own type. `vllm serve` has it so but for f32, which it would round to

@@ -98,6 +98,7 @@ mod tests {
     fn rows_that_are_filled_in_touch_nothing_of_the_others() {
         let batch = Batch {
             token_ids: vec![5, 6],
+            left: Vec::new(),
             positions: vec![9, 3],
             slots: vec![41, 7],
             row_starts: vec![0, 1, 2],

@@ -1,7 +1,7 @@
 //! The process that owns one device: one rank's weights, KV blocks, forward pass and collectives.
 //!
 //! Knows nothing of requests, HTTP or tokenizers and takes no decision by the clock: each step it
-//! is told exactly what to compute. Reading order: [`run`], `session`, `device`, [`engine`],
+//! is told exactly what to compute. Reading order: [`run`], `session`, `device`, [`engine`], `steps`,
 //! [`models::decoder`], [`comm`].
 
 pub mod batch;
@@ -19,6 +19,7 @@ mod probe;
 mod run;
 pub mod sampler;
 mod session;
+mod steps;
 #[cfg(test)]
 mod testing;
 pub mod weights;

@@ -14,6 +14,14 @@ use kernels::backend::{Backend, DeviceError, Queued};
 use kernels::batch::Batch;
 use kernels::sampling::{SampleRequest, SampleResult};
 
+/// What a step gave, or what there is to wait for.
+#[derive(Debug)]
+pub(crate) struct Answers<P> {
+    pub(crate) results: Vec<SampleResult>,
+    /// The results are with it.
+    pub(crate) pending: Option<P>,
+}
+
 /// What one step works with.
 pub(crate) struct Run<'a, B: Backend, C> {
     pub(crate) backend: &'a B,
@@ -28,13 +36,14 @@ pub(crate) struct Run<'a, B: Backend, C> {
 }
 
 impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
-    /// The forward pass, and the answers to `requests` where this rank samples.
+    /// The forward pass, and the answers to `requests` where this rank samples. Waits for none of it where the backend
+    /// need not, and the logits fit one piece.
     pub(crate) fn compute(
         &mut self,
         host: &mut Batch,
         cache: &mut B::KvCache,
         mut requests: Vec<SampleRequest>,
-    ) -> Result<Vec<SampleResult>, StepError> {
+    ) -> Result<Answers<B::Pending>, StepError> {
         // The head is applied to as many rows at a time as fit; the first piece of them goes with the
         // batch, so that there is one upload in the usual case.
         let wanted = std::mem::take(&mut host.logit_tokens);
@@ -46,17 +55,36 @@ impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
         self.decoder.set_tokens(self.backend, host.num_tokens());
         self.forward(size, cache)?;
 
-        let mut results = Vec::with_capacity(requests.len());
+        let mut answers = Answers {
+            results: Vec::new(),
+            pending: None,
+        };
+        let is_whole = pieces.len() == 0;
         if !first.is_empty() {
-            self.answer(first.len(), &mut requests, &mut results)?;
+            self.answer((first.len(), is_whole), &mut requests, &mut answers)?;
         }
         for piece in pieces {
             self.upload(host, piece)?;
-            self.answer(piece.len(), &mut requests, &mut results)?;
+            self.answer((piece.len(), is_whole), &mut requests, &mut answers)?;
         }
         // Give the batch its memory back.
         host.logit_tokens = wanted;
-        Ok(results)
+        if answers.pending.is_none() {
+            self.mark_end(&mut answers)?;
+        }
+        Ok(answers)
+    }
+
+    /// Has the end of a step that deferred no sampling be waited for: at once if it sampled, as its tokens are not kept
+    /// on the device then.
+    fn mark_end(&self, answers: &mut Answers<B::Pending>) -> Result<(), DeviceError> {
+        let end = self.backend.defer(None, &[])?;
+        if answers.results.is_empty() {
+            answers.pending = end;
+        } else if let Some(end) = end {
+            self.backend.finish(end)?;
+        }
+        Ok(())
     }
 
     /// Fills a decode step up to a size that comes again, where the backend and the communicator can make use of it.
@@ -106,12 +134,13 @@ impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
     }
 
     /// Computes the next `rows` rows of logits and answers the requests about them, which are taken off
-    /// the front of `requests`; the rows of the rest are counted from there.
+    /// the front of `requests`; the rows of the rest are counted from there. Does not wait for the answers if these are
+    /// all rows and the backend defers.
     fn answer(
         &mut self,
-        rows: usize,
+        (rows, is_whole): (usize, bool),
         requests: &mut Vec<SampleRequest>,
-        results: &mut Vec<SampleResult>,
+        answers: &mut Answers<B::Pending>,
     ) -> Result<(), StepError> {
         let logits = self
             .decoder
@@ -121,7 +150,13 @@ impl<B: Backend, C: Comm<B>> Run<'_, B, C> {
         };
         let start = clock::now();
         let later = requests.split_off(requests.partition_point(|request| request.row < rows));
-        results.extend(self.backend.sample(logits, vocab, requests)?);
+        if is_whole {
+            answers.pending = self.backend.defer(Some((&mut *logits, vocab)), requests)?;
+        }
+        if answers.pending.is_none() {
+            let results = self.backend.sample(logits, vocab, requests)?;
+            answers.results.extend(results);
+        }
         *requests = later;
         for request in requests {
             request.row -= rows;

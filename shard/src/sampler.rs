@@ -6,11 +6,11 @@
 //! dropped piece by piece.
 
 use crate::batch::{PlanError, wanted_tokens};
-use kernels::sampling::{Choice, SampleParams, SampleRequest, SampleResult, Score};
+use kernels::sampling::{Choice, Last, SampleParams, SampleRequest, SampleResult, Score};
 use topology::wire::{PlanRow, RowOutput, Sampling, ScoredToken, StepPlan, TokenScore};
 
-/// What a step sampled, by row of its plan.
-pub type Sampled = Vec<Option<u32>>;
+/// What a step sampled, by row of its plan: the tokens, or where they are until somebody has waited for them.
+pub type Sampled = Vec<Option<Last>>;
 
 /// The last tokens of the rows that leave them to the step before, which sampled `before`.
 ///
@@ -51,9 +51,11 @@ pub fn requests(plan: &StepPlan, last: &Sampled) -> Vec<SampleRequest> {
         let wanted = wanted_tokens(row).count();
         if let Some(sampling) = &row.sampling {
             let mut params = params(sampling);
-            params
-                .generated
-                .extend(last.filter(|_| sampling.penalises_generated()));
+            match last.filter(|_| sampling.penalises_generated()) {
+                Some(Last::Token(token)) => params.generated.push(token),
+                Some(Last::Chosen(request)) => params.last = Some(request),
+                None => {}
+            }
             requests.push(SampleRequest {
                 row: base + wanted - 1,
                 choice: Choice::Sample(Box::new(params)),
@@ -79,21 +81,35 @@ pub fn choices(requests: Vec<SampleRequest>) -> Vec<SampleRequest> {
     choices.collect()
 }
 
+/// Where the tokens of a plan are while nobody has waited for them: by their places among [`requests`] (if this rank
+/// `reports`) or [`choices`].
+pub fn places(plan: &StepPlan, reports: bool) -> Sampled {
+    let mut next = 0;
+    let mut place = |row: &PlanRow| {
+        next += if reports { row.targets.len() } else { 0 };
+        row.sampling.as_ref()?;
+        let request = u32::try_from(next).expect("a step's tokens are few");
+        next += 1;
+        Some(Last::Chosen(request))
+    };
+    plan.rows.iter().map(&mut place).collect()
+}
+
 /// The tokens that answer [`choices`].
-fn chosen(plan: &StepPlan, results: &[SampleResult]) -> Sampled {
+fn chosen(plan: &StepPlan, results: &[SampleResult]) -> Vec<Option<u32>> {
     let mut results = results.iter().map(|result| result.token);
     let rows = plan.rows.iter();
     rows.map(|row| row.sampling.as_ref().and_then(|_| results.next()))
         .collect()
 }
 
-/// What a rank reports, and what it keeps for the next step, from the answers to [`requests`] (if it
+/// What a rank reports, and the tokens that it keeps for the next step, from the answers to [`requests`] (if it
 /// `reports`), to [`choices`], or to nothing.
 pub fn answers(
     plan: &StepPlan,
     results: Vec<SampleResult>,
     reports: bool,
-) -> (Vec<RowOutput>, Sampled) {
+) -> (Vec<RowOutput>, Vec<Option<u32>>) {
     if !reports {
         return (Vec::new(), chosen(plan, &results));
     }
@@ -141,6 +157,7 @@ fn params(sampling: &Sampling) -> SampleParams {
         allowed: sampling.allowed.clone(),
         prompt: sampling.prompt.clone(),
         generated: sampling.generated.clone(),
+        last: None,
     }
 }
 
@@ -248,6 +265,33 @@ mod tests {
         );
     }
 
+    /// On ranks of both kinds.
+    #[test]
+    fn tokens_that_nobody_waited_for_are_known_by_the_requests_that_choose_them() {
+        let plan = StepPlan {
+            rows: vec![
+                row(2, &[], Some(sample(Some(2)))),
+                row(4, &[5, 6], Some(sample(None))),
+                row(3, &[7], None),
+                row(2, &[8, 9], Some(sample(None))),
+                row(1, &[], None),
+            ],
+            ..StepPlan::default()
+        };
+        let all = requests(&plan, &vec![None; 5]);
+        // The rows of logits after the last token of each row that samples.
+        let expected = [Some(0), Some(3), None, Some(6), None];
+        for (reports, requests) in [(true, all.clone()), (false, choices(all))] {
+            let row_of = |place| match place {
+                Last::Chosen(request) => requests[request as usize].row,
+                Last::Token(_) => unreachable!("nobody has waited"),
+            };
+            let places = places(&plan, reports).into_iter();
+            let rows: Vec<_> = places.map(|place| place.map(row_of)).collect();
+            assert_eq!(rows, expected);
+        }
+    }
+
     #[test]
     fn a_token_of_the_step_before_is_a_generated_one() {
         let penalised = Sampling {
@@ -267,15 +311,20 @@ mod tests {
             ],
             ..StepPlan::default()
         };
-        let before = vec![Some(70), None, Some(72)];
+        let before = vec![Some(Last::Token(70)), None, Some(Last::Token(72))];
         let last = last_tokens(&plan, &before).unwrap();
-        assert_eq!(last, [Some(72), None, Some(70)]);
+        assert_eq!(last, [Some(Last::Token(72)), None, Some(Last::Token(70))]);
         let generated = |request: &SampleRequest| match &request.choice {
-            Choice::Sample(params) => params.generated.clone(),
+            Choice::Sample(params) => (params.generated.clone(), params.last),
             Choice::Score(_) => unreachable!("nothing is scored"),
         };
-        let generated: Vec<_> = requests(&plan, &last).iter().map(generated).collect();
-        assert_eq!(generated, [vec![4, 72], vec![], vec![]]);
+        let found: Vec<_> = requests(&plan, &last).iter().map(generated).collect();
+        assert_eq!(found, [(vec![4, 72], None), (vec![], None), (vec![], None)]);
+        // The same while the tokens are on the device.
+        let before = vec![Some(Last::Chosen(0)), None, Some(Last::Chosen(1))];
+        let last = last_tokens(&plan, &before).unwrap();
+        let found: Vec<_> = requests(&plan, &last).iter().map(generated).collect();
+        assert_eq!(found, [(vec![4], Some(1)), (vec![], None), (vec![], None)]);
         for missing in [1, 3] {
             plan.rows[2].last_from = Some(missing);
             let error = last_tokens(&plan, &before).unwrap_err().to_string();
@@ -325,6 +374,7 @@ mod tests {
             allowed: vec![5, 6],
             prompt: vec![7],
             generated: vec![8, 8],
+            last: None,
         };
         assert_eq!(params(&sampling), expected);
     }

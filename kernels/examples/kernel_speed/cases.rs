@@ -99,6 +99,7 @@ fn batch_of(sequences: usize, new: usize, context: usize) -> Batch {
     let position = |t: usize| context - new + t % new;
     Batch {
         token_ids: (0..tokens).map(|t| narrow(t * 7919 % VOCAB)).collect(),
+        left: Vec::new(),
         positions: (0..tokens).map(|t| narrow(position(t))).collect(),
         slots: (0..tokens)
             .map(|t| narrow(t / new * blocks * BLOCK_SIZE + position(t)))
@@ -313,6 +314,7 @@ pub(crate) fn sampling(bench: &Bench<'_>) -> Result<(), DeviceError> {
                     allowed: Vec::new(),
                     prompt: Vec::new(),
                     generated: Vec::new(),
+                    last: None,
                 })),
                 logprobs,
             };

@@ -19,6 +19,7 @@ impl CpuBatch {
     pub(crate) fn with_capacity(max_tokens: usize, max_rows: usize, max_blocks: usize) -> Self {
         let host = Batch {
             token_ids: Vec::with_capacity(max_tokens),
+            left: Vec::with_capacity(max_rows),
             positions: Vec::with_capacity(max_tokens),
             slots: Vec::with_capacity(max_tokens),
             row_starts: Vec::with_capacity(max_rows + 1),
@@ -58,6 +59,7 @@ impl CpuBatch {
 
         let Batch {
             token_ids,
+            left,
             positions,
             slots,
             row_starts,
@@ -78,6 +80,7 @@ impl CpuBatch {
         ] {
             to.clone_from(from);
         }
+        left.clone_from(&from.left);
         self.token_rows.clear();
         for (row, bounds) in (0_u32..).zip(self.host.row_starts.windows(2)) {
             self.token_rows.resize(bounds[1] as usize, row);
@@ -107,6 +110,10 @@ fn check(batch: &Batch) -> Result<(), &'static str> {
     }
     if !covers(&batch.row_starts, tokens) {
         return Err("rows and tokens");
+    }
+    let is_token = |(token, _): &(u32, u32)| (*token as usize) < tokens;
+    if batch.left.len() > batch.num_rows() || !batch.left.iter().all(is_token) {
+        return Err("tokens that are left to the device");
     }
     if !covers(&batch.block_starts, batch.blocks.len()) {
         return Err("rows and blocks");

@@ -36,6 +36,7 @@ use crate::quantized::{Code, HostQuantized};
 use crate::sampling::{SampleRequest, SampleResult};
 use scratch::Scratch;
 use simd::Isa;
+use std::convert::Infallible;
 use threads::Threads;
 
 /// A share of the machine's cores as a device.
@@ -116,6 +117,8 @@ impl Backend for CpuBackend {
     type Weight = CpuWeight;
     type KvCache = CpuKvCache;
     type DeviceBatch = CpuBatch;
+    /// Nothing is deferred: a step is computed when it is queued.
+    type Pending = Infallible;
 
     fn name(&self) -> String {
         let count = self.threads.count();
@@ -217,6 +220,7 @@ impl Backend for CpuBackend {
     }
 
     fn upload(&self, host: &Batch, device: &mut CpuBatch) -> Result<(), DeviceError> {
+        assert!(host.left.is_empty(), "nothing is deferred, so all is known");
         device.upload(host)
     }
 
@@ -337,5 +341,13 @@ impl Backend for CpuBackend {
         requests: &[SampleRequest],
     ) -> Result<Vec<SampleResult>, DeviceError> {
         ops::sample::sample(self, logits, vocab, requests)
+    }
+
+    fn wait(&self, pending: &Infallible, _: &mut dyn FnMut() -> bool) -> Result<bool, DeviceError> {
+        match *pending {}
+    }
+
+    fn finish(&self, pending: Infallible) -> Result<Vec<SampleResult>, DeviceError> {
+        match pending {}
     }
 }

@@ -11,6 +11,7 @@ use crate::backend::{DeviceError, Element};
 use crate::batch::Batch;
 use crate::cpu::CpuBatch;
 use crate::ops::paged_attention::flashinfer::{FlashInfer, Planned};
+use crate::ops::sample::cuda::not_deferred;
 use std::cell::{RefCell, RefMut};
 use std::ops::Range;
 
@@ -18,6 +19,9 @@ use std::ops::Range;
 const ALIGN: usize = 16;
 const ARRAYS: usize = 9;
 const LOGIT_TOKENS: usize = 7;
+
+/// Marks a token id that is a place among the results of sampling, as in `embed.cu`.
+const LEFT: u32 = 1 << 31;
 
 /// A [`Batch`] in device memory taken at start, and what follows from it.
 #[derive(Debug)]
@@ -57,8 +61,20 @@ impl CudaBatch {
         })
     }
 
-    /// Copies `from`. An error where it is larger than the memory or its arrays contradict each other.
-    pub(crate) fn upload(&mut self, device: &Device, from: &Batch) -> Result<(), DeviceError> {
+    /// Copies `from`. Tokens that are left to the device are named by their `place` among the results of sampling. An
+    /// error where one has none, or where the arrays are larger than the memory or contradict each other.
+    pub(crate) fn upload(
+        &mut self,
+        device: &Device,
+        from: &Batch,
+        place: impl Fn(u32) -> Option<u32>,
+    ) -> Result<(), DeviceError> {
+        for &(_, request) in &from.left {
+            place(request).ok_or_else(|| DeviceError::Failed {
+                device: device.name().to_owned(),
+                reason: not_deferred(request),
+            })?;
+        }
         self.host.upload(from)?;
         let host = &self.host.host;
         let arrays: [&[u32]; ARRAYS] = [
@@ -84,6 +100,10 @@ impl CudaBatch {
                 _ => source.len(),
             };
             end = (end + room).next_multiple_of(ALIGN);
+        }
+        let token_ids: &mut [u32] = bytemuck::cast_slice_mut(&mut bytes[self.ranges[0].clone()]);
+        for &(token, request) in &host.left {
+            token_ids[token as usize] = LEFT | place(request).unwrap_or_default();
         }
         let used = self.ranges[ARRAYS - 1].end;
         device.upload(&self.pinned, used, (&mut self.memory, 0))?;
@@ -136,7 +156,7 @@ impl CudaBatch {
         self.host().logit_tokens.len()
     }
 
-    /// Token ids, on the device. `[tokens]`
+    /// Token ids, or where those are that the step before chose, on the device. `[tokens]`
     pub fn token_ids(&self) -> *const u32 {
         self.array(0)
     }

@@ -46,7 +46,7 @@ pub(crate) struct Pinned {
     stop: Stop,
 }
 
-/// A point in the stream's work, for measuring time.
+/// A point in the stream's work, for waiting and for measuring time.
 #[derive(Debug)]
 pub(crate) struct Mark(CudaEvent);
 
@@ -54,14 +54,17 @@ impl Mark {
     /// Microseconds of the device from `start` to this mark; `None` while it has not come to it.
     pub(crate) fn micros_since(&self, start: &Self) -> Result<Option<f32>, DeviceError> {
         let fails = |error| failed("the device", "cannot measure time", error);
-        // SAFETY: the event lives as long as `self`.
-        let status = unsafe { sys::cuEventQuery(self.0.cu_event()) };
-        if !is_done(status).map_err(fails)? {
+        if !self.is_passed().map_err(fails)? {
             return Ok(None);
         }
         // SAFETY: both events were recorded, and are done: the start comes before the end.
         let elapsed = unsafe { result::event::elapsed(start.0.cu_event(), self.0.cu_event()) };
         elapsed.map(|ms| Some(ms * 1e3)).map_err(fails)
+    }
+
+    fn is_passed(&self) -> Result<bool, DriverError> {
+        // SAFETY: the event lives as long as `self`.
+        is_done(unsafe { sys::cuEventQuery(self.0.cu_event()) })
     }
 }
 
@@ -212,6 +215,21 @@ impl Device {
             Ok(Mark(event))
         });
         mark.map_err(|error| self.failed("cannot mark time", error))
+    }
+
+    /// Waits until the device has come to `mark`, or `is_called` says that the caller is wanted, which is asked first.
+    /// Whether it has come to the mark.
+    pub(crate) fn wait_for(
+        &self,
+        mark: &Mark,
+        is_called: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DeviceError> {
+        let mut called = false;
+        let waited = self.stop.wait(|| {
+            called = is_called();
+            Ok(called || mark.is_passed()?)
+        });
+        ended(waited, &self.name, "did not finish a step").map(|()| !called)
     }
 
     /// What ends waits early.

@@ -10,7 +10,7 @@
 mod batch;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated_blas.rs")]
 mod blas;
-mod clock;
+pub(crate) mod clock;
 #[cfg_attr(feature = "cuda-emulation", path = "emulated.rs")]
 pub(crate) mod device;
 #[cfg(all(test, feature = "cuda-emulation"))]
@@ -40,6 +40,7 @@ mod trials;
 mod weight;
 pub(crate) mod workspace;
 
+pub use crate::ops::sample::cuda::CudaPending;
 pub use batch::CudaBatch;
 pub use gpus::{GpuInfo, gpus};
 pub use kv_cache::CudaKvCache;
@@ -75,7 +76,7 @@ pub struct CudaBackend {
     transfer: RefCell<Transfer>,
     sampler: RefCell<Sampler>,
     graphs: Graphs,
-    clock: Clock,
+    pub(crate) clock: Clock,
     /// The first failure of an operation.
     failure: RefCell<Option<String>>,
     /// Whether an operation was not queued because a wait before it was interrupted.
@@ -139,9 +140,13 @@ impl CudaBackend {
         self.element
     }
 
-    /// Marks the end of what is timed, so far.
-    pub(crate) fn stop_clock(&self) {
-        self.clock.stop(&self.device);
+    /// Waits for the end of a step, or until `is_called` says so. Whether the step has ended.
+    pub(crate) fn wait_for(
+        &self,
+        pending: &CudaPending,
+        is_called: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DeviceError> {
+        self.device.wait_for(pending.span().end(), is_called)
     }
 
     /// Memory for sampling.

@@ -1,16 +1,18 @@
 //! `Backend` on a GPU: memory from the device, operations from `ops` and cuBLASLt.
 //!
 //! Shapes are checked where the launches are. What an operation could not queue is remembered, because
-//! operations return nothing, and said by [`Backend::upload`], [`Backend::read`] and [`Backend::sample`].
+//! operations return nothing, and said by [`Backend::upload`], [`Backend::read`], [`Backend::sample`] and
+//! [`Backend::defer`].
 //!
-//! Invariant: an operation that was not queued is never taken for done: a step ends in one of those three.
+//! Invariant: an operation that was not queued is never taken for done: a step ends in one of those four.
 
 use super::{
-    CudaBackend, CudaBatch, CudaKvCache, CudaTensor, CudaWeight, TensorSource, graphs, load,
+    CudaBackend, CudaBatch, CudaKvCache, CudaPending, CudaTensor, CudaWeight, TensorSource, graphs,
+    load,
 };
 use crate::backend::{
-    Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
-    Precision, Queued,
+    Activation, Attention, Backend, DeviceError, DeviceTime, Element, Heads, HostMatrix, KvLayout,
+    Norm, Precision, Queued,
 };
 use crate::batch::Batch;
 use crate::cpu::element::{Stored, by_element};
@@ -67,6 +69,7 @@ impl Backend for CudaBackend {
     type Weight = CudaWeight;
     type KvCache = CudaKvCache;
     type DeviceBatch = CudaBatch;
+    type Pending = CudaPending;
 
     fn name(&self) -> String {
         self.device.name().to_owned()
@@ -156,7 +159,7 @@ impl Backend for CudaBackend {
         // The first step of all is not to be late. That it is counted from the last `forget` keeps ranks together, some of
         // which may have computed before.
         self.blas.set_tries(self.graphs.begin());
-        device.upload(&self.device, host)
+        device.upload(&self.device, host, |request| self.sampler().place(request))
     }
 
     fn records(&self) -> bool {
@@ -201,8 +204,8 @@ impl Backend for CudaBackend {
         self.clock.start(&self.device);
     }
 
-    fn clock_us(&self) -> Option<u64> {
-        self.clock.elapsed_us()
+    fn device_time(&self) -> Option<DeviceTime> {
+        self.clock.last()
     }
 
     fn set_rows(&self, tensor: &mut CudaTensor, rows: usize) {
@@ -344,5 +347,30 @@ impl Backend for CudaBackend {
     ) -> Result<Vec<SampleResult>, DeviceError> {
         self.check()?;
         ops::sample::cuda::sample(self, logits, vocab, requests)
+    }
+
+    fn defers(&self, requests: &[SampleRequest]) -> bool {
+        ops::sample::cuda::defers(requests)
+    }
+
+    fn defer(
+        &self,
+        sampled: Option<(&mut CudaTensor, usize)>,
+        requests: &[SampleRequest],
+    ) -> Result<Option<CudaPending>, DeviceError> {
+        self.check()?;
+        ops::sample::cuda::defer(self, sampled, requests)
+    }
+
+    fn wait(
+        &self,
+        pending: &CudaPending,
+        is_called: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DeviceError> {
+        self.wait_for(pending, is_called)
+    }
+
+    fn finish(&self, pending: CudaPending) -> Result<Vec<SampleResult>, DeviceError> {
+        ops::sample::cuda::finish(self, pending)
     }
 }

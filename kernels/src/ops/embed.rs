@@ -53,6 +53,7 @@ pub(crate) mod cuda {
             stream: *mut c_void,
             element: c_int,
             token_ids: *const u32,
+            sampled: *const u32,
             table: *const c_void,
             out: *mut c_void,
             tokens: i64,
@@ -84,6 +85,7 @@ pub(crate) mod cuda {
                 cuda.stream(),
                 element_code(out.element()),
                 batch.token_ids(),
+                cuda.sampler().results(),
                 table.pointer(),
                 out.pointer_mut(),
                 long(tokens),
@@ -178,7 +180,7 @@ mod tests {
                     first + vocab - 1,
                     first + vocab,
                     first.saturating_sub(1),
-                    1 << 31,
+                    (1 << 31) - 1,
                 ][rng.within(0..4)] as u32;
                 let (table, known) = weight(rng, cuda, (vocab, width), cuda.element());
                 let batch = upload(cuda, &tokens(ids.clone(), vec![0; count]));

@@ -8,7 +8,10 @@
 //! CPU. Every rank makes the same plans by itself, so nothing but the collectives connects them.
 //! Keys and values of the context are whatever the memory holds: what they are changes no time.
 //!
-//! Invariant: what is timed is `Engine::step`, which is what a shard does for each plan.
+//! Decode steps are queued as a shard does it where the next plan is there in time: one behind the other, each taking its
+//! tokens from the one before. A few more wait for each other. Prompts are computed one by one.
+//!
+//! Invariant: what is timed is `Engine::begin` and `Engine::end`, which is what a shard does for each plan.
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -19,7 +22,7 @@
 mod options;
 mod ranks;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kernels::backend::{Backend, Element};
 use kernels::cpu::CpuBackend;
 use options::{Device, Options};
@@ -38,6 +41,8 @@ const BLOCK_SIZE: u32 = 16;
 /// Decode steps before the clock runs: ranks connect, algorithms are tried (24 for the head, once in a step), the
 /// step is recorded.
 const WARM_UP: u32 = 32;
+/// Decode steps that wait for each other, whose times outside kernels are reported beside the others'.
+const ALONE: u32 = 8;
 /// Prompts before the clock runs.
 const PREFILL_WARM_UP: u32 = 5;
 /// Times a prompt is computed.
@@ -153,19 +158,21 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
     /// Every sequence of the batch gets one token, step after step.
     fn decode(&mut self, batch: u32, options: &Options) -> Result<()> {
         let context = options.context;
-        let per_sequence = (context + WARM_UP + options.steps).div_ceil(BLOCK_SIZE);
+        let per_sequence = decoded(options).div_ceil(BLOCK_SIZE);
         let row = |index: u32, step: u32| {
             let blocks = (0..per_sequence).map(|block| BlockId(index * per_sequence + block));
-            row_of(
-                &[token(&self.shape, index + step)],
-                context + step,
-                blocks.collect(),
-            )
+            let last_from = (step > 0).then_some(index);
+            let first = last_from.map_or(token(&self.shape, index), |_| 0);
+            PlanRow {
+                last_from,
+                ..row_of(&[first], context + step, blocks.collect())
+            }
         };
-        let plans: Vec<Vec<PlanRow>> = (0..WARM_UP + options.steps)
-            .map(|step| (0..batch).map(|index| row(index, step)).collect())
-            .collect();
-        let times = self.time(plans, WARM_UP)?;
+        let step = |step| (0..batch).map(|index| row(index, step)).collect();
+        let mut plans: Vec<Vec<PlanRow>> = (0..WARM_UP + options.steps + ALONE).map(step).collect();
+        let alone = plans.split_off(plans.len() - ALONE as usize);
+        let times = self.time(plans, WARM_UP as usize, true)?;
+        let alone = self.time(alone, 1, false)?;
         let median = times.median();
         let loaded = self.engine.loaded();
         let kv = loaded.block_bytes as f64 / f64::from(BLOCK_SIZE)
@@ -181,6 +188,7 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
             "bytes_per_step": self.weight_bytes_of_a_step() + kv,
             "collective_us": times.collective_us,
             "outside_us": times.outside_us,
+            "outside_alone_us": alone.outside_us,
         }));
         Ok(())
     }
@@ -191,7 +199,7 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
         let blocks: Vec<BlockId> = (0..tokens.div_ceil(BLOCK_SIZE)).map(BlockId).collect();
         let row = row_of(&prompt, 0, blocks);
         let plans = (0..PREFILL_WARM_UP + PREFILLS).map(|_| vec![row.clone()]);
-        let times = self.time(plans.collect(), PREFILL_WARM_UP)?;
+        let times = self.time(plans.collect(), PREFILL_WARM_UP as usize, false)?;
         let median = times.median();
         self.say(&serde_json::json!({
             "what": "prefill",
@@ -206,22 +214,35 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
         Ok(())
     }
 
-    /// Runs the plans and times all but the first `warm_up`.
-    fn time(&mut self, plans: Vec<Vec<PlanRow>>, warm_up: u32) -> Result<Times> {
-        let mut steps = Vec::new();
-        let mut outside = Vec::new();
-        let mut collective_us = 0.0;
-        for (index, rows) in (0u32..).zip(plans) {
-            let plan = StepPlan {
-                epoch: Epoch(0),
-                step: self.next,
-                rows,
-            };
-            self.next = self.next.next();
-            let begun = Instant::now();
-            let ran = self.engine.step(&plan)?;
-            let took = begun.elapsed();
-            if index >= warm_up {
+    /// Runs the plans, if `overlapped` each behind the one before where the device lets them, and times all but the
+    /// first `warm_up`: from the end of one to that of the next.
+    fn time(
+        &mut self,
+        plans: Vec<Vec<PlanRow>>,
+        warm_up: usize,
+        overlapped: bool,
+    ) -> Result<Times> {
+        let (mut steps, mut outside, mut collective_us) = (Vec::new(), Vec::new(), 0.0);
+        let (mut plans, mut ended, mut last) = (plans.into_iter(), 0, Instant::now());
+        while self.engine.is_under_way() || plans.len() > 0 {
+            let waits = overlapped && self.engine.takes_another();
+            let may_begin = waits || !self.engine.is_under_way();
+            if may_begin && let Some(rows) = plans.next() {
+                let plan = Box::new(StepPlan {
+                    epoch: Epoch(0),
+                    step: self.next,
+                    rows,
+                });
+                self.next = self.next.next();
+                let refused = self.engine.begin(plan)?;
+                ensure!(refused.is_none(), "a step cannot be queued behind another");
+                continue;
+            }
+            let ran = self.engine.end()?;
+            let took = last.elapsed();
+            last = Instant::now();
+            ended += 1;
+            if ended > warm_up {
                 steps.push(took.as_secs_f64() * 1e6);
                 outside.push(ran.timings.outside_us as f64);
                 collective_us += ran.timings.collective_us as f64;
@@ -298,7 +319,6 @@ fn token(shape: &ModelShape, seed: u32) -> u32 {
 
 fn load(options: &Options) -> Load {
     let most = |list: &[u32]| list.iter().copied().max().unwrap_or(1);
-    let decoded = options.context + WARM_UP + options.steps;
     Load {
         model: ModelLocation::Directory(options.model.clone()),
         tensor_parallel_size: options.tp,
@@ -306,7 +326,7 @@ fn load(options: &Options) -> Load {
         quantization: options.quantization.clone(),
         kv_cache_dtype: options.kv_cache_dtype.clone(),
         block_size: BLOCK_SIZE,
-        max_model_len: most(&options.prefill).max(decoded) + 1,
+        max_model_len: most(&options.prefill).max(decoded(options)) + 1,
         max_num_batched_tokens: most(&options.prefill).max(most(&options.decode)),
         max_num_seqs: most(&options.decode),
         async_scheduling: true,
@@ -314,9 +334,14 @@ fn load(options: &Options) -> Load {
     }
 }
 
+/// Positions of a sequence when its decode steps are done.
+fn decoded(options: &Options) -> u32 {
+    options.context + WARM_UP + options.steps + ALONE
+}
+
 /// KV blocks for the largest case.
 fn blocks(options: &Options) -> u32 {
-    let per_sequence = (options.context + WARM_UP + options.steps).div_ceil(BLOCK_SIZE);
+    let per_sequence = decoded(options).div_ceil(BLOCK_SIZE);
     let decode = options.decode.iter().map(|batch| batch * per_sequence);
     let prefill = options
         .prefill

@@ -178,7 +178,8 @@ pub trait Comm<B: Backend>: Send + Sized + 'static {
         out: &mut B::Tensor,
     ) -> Result<(), CommError>;
 
-    /// Time inside collectives since the last call, and the part of it spent waiting for other ranks.
+    /// Time inside the collectives of the oldest step whose time was not taken, which is done on the backend, and the part
+    /// of it spent waiting for other ranks. The step after it may have begun.
     fn take_timings(&mut self) -> CommTimings;
 }
 

@@ -7,6 +7,7 @@
 //! Invariant: in f32 the promise is that of the CPU backend; in 16 bits, where every activation is rounded, what is
 //! tested is that the distance to the reference is of the size of that rounding.
 
+use crate::equivalences::{ALL, assert_same_bits, requests};
 use crate::quantised;
 use crate::reference::reference;
 use crate::references::compare;
@@ -18,10 +19,10 @@ use kernels::cuda::{CudaBackend, CudaTensor};
 use shard::comm::shm::ShmComm;
 use shard::comm::{Comm, CommError, CommTimings, Seat};
 use std::net::IpAddr;
-use topology::ids::Rank;
+use topology::ids::{BlockId, Rank};
 use topology::model_shape::Dtype;
 use topology::partition::Partition;
-use topology::wire::{Load, Sampling, ScoredToken};
+use topology::wire::{Load, PlanRow, Sampling, ScoredToken};
 
 /// What the project promises of f32.
 const TOLERANCE: f32 = 1e-3;
@@ -249,13 +250,7 @@ fn replayed_steps_give_what_queued_ones_do() {
                         new_tokens: 12,
                     })
                     .collect();
-                let ways = Ways {
-                    batched: true,
-                    chunked: true,
-                    scattered: true,
-                    ahead: true,
-                };
-                found.push(generate(&mut group, &requests, ways, random));
+                found.push(generate(&mut group, &requests, ALL, random));
                 let backend = group.backend();
                 let recorded = (1..=16).filter(|rows| backend.is_recorded(*rows)).count();
                 if cfg!(feature = "cuda-emulation") {
@@ -278,6 +273,132 @@ fn replayed_steps_give_what_queued_ones_do() {
         if dtype == "float32" {
             assert_eq!(tokens(&replayed), tokens(&queued), "{name}");
         }
+    }
+}
+
+/// Steps that are queued behind the one under way take its tokens on the device: their answers are those of steps that
+/// wait for each other. Greedy and drawn, penalised, scored, in rows that come and go; recorded with one rank.
+#[test]
+fn steps_queued_behind_another_give_the_same_bits() {
+    if let Err(error) = probe() {
+        return println!("not tested: {error}");
+    }
+    let seed = Random::seed("overlapped steps");
+    println!("seed {seed}");
+    for (name, world_size, dtype) in [
+        ("llama31", 1, "float32"),
+        ("qwen3", 1, "bfloat16"),
+        ("gemma2", 1, "float16"),
+        ("mistral", 2, "float32"),
+        ("gemma3", 2, "bfloat16"),
+    ] {
+        let folders = fixtures();
+        let folder = folders.iter().find(|f| f.ends_with(name)).expect(name);
+        let (files, shape) = open(folder);
+        let mut group = Group::<CudaBackend>::start(&files, &load(world_size, 128, dtype));
+        let wanted = requests(shape.vocab_size as usize, &mut Random::new(seed));
+        let mut run = |overlapped| {
+            let before = group.counts();
+            let ways = Ways { overlapped, ..ALL };
+            // The same steps of the same rows in either way.
+            let answers = generate(&mut group, &wanted, ways, &mut Random::new(seed));
+            let counts = group.counts();
+            (answers, [0, 1].map(|at| counts[at] - before[at]))
+        };
+        let rounds = [false, true, true].map(&mut run);
+        let [steps, overlapped] = rounds[0].1;
+        assert!(steps > 9 && overlapped == 0, "{overlapped} of {steps}");
+        for (answers, counts) in &rounds[1..] {
+            assert_eq!(*counts, [steps, steps - 1], "all but the first");
+            assert_same_bits(answers, &rounds[0].0, name);
+        }
+    }
+}
+
+/// A step whose logits come in pieces waits for the one before it, and the one behind it for that.
+#[test]
+fn a_step_in_pieces_is_queued_behind_none() {
+    if let Err(error) = probe() {
+        return println!("not tested: {error}");
+    }
+    let row = |sequence: u32, tokens: &[u32], position, last_from| PlanRow {
+        tokens: tokens.to_vec(),
+        position,
+        blocks: (10 * sequence..10 * sequence + 9).map(BlockId).collect(),
+        sampling: Some(Box::new(Sampling {
+            logprobs: Some(4),
+            presence_penalty: 0.5,
+            ..Sampling::default()
+        })),
+        last_from,
+        ..PlanRow::default()
+    };
+    let prompt: Vec<u32> = (3..24).collect();
+    let scored = PlanRow {
+        targets: prompt[1..].to_vec(),
+        target_alternatives: 2,
+        ..row(1, &prompt, 0, None)
+    };
+    let steps = [
+        vec![row(0, &[9, 8, 7], 0, None)],
+        vec![row(0, &[0], 3, Some(0)), scored],
+        vec![row(1, &[0], 21, Some(1)), row(0, &[0], 4, Some(0))],
+        vec![row(1, &[0], 22, Some(0)), row(0, &[0], 5, Some(1))],
+    ];
+    let folders = fixtures();
+    let folder = folders.iter().find(|f| f.ends_with("llama3"));
+    let (files, _) = open(folder.expect("llama3"));
+    for world_size in [1, 2] {
+        let mut load = load(world_size, 64, "float32");
+        load.max_num_seqs = 2;
+        let mut group = Group::<CudaBackend>::start(&files, &load);
+        let expected = steps.clone().map(|rows| group.step(rows));
+        let mut found = Vec::new();
+        for (index, rows) in steps.iter().enumerate() {
+            group.begin(rows.clone());
+            if index > 0 {
+                found.push(group.end());
+            }
+        }
+        found.push(group.end());
+        assert_eq!(found, expected, "over {world_size}");
+        assert_eq!(group.counts(), [8, 1], "the last is queued behind another");
+    }
+}
+
+/// An epoch that ends with two steps under way leaves nothing behind that the next one meets.
+#[test]
+fn an_epoch_can_end_with_two_steps_under_way() {
+    if let Err(error) = probe() {
+        return println!("not tested: {error}");
+    }
+    let seed = Random::seed("given up");
+    println!("seed {seed}");
+    let folders = fixtures();
+    let folder = folders.iter().find(|f| f.ends_with("llama3"));
+    let (files, shape) = open(folder.expect("llama3"));
+    let mut group = Group::<CudaBackend>::start(&files, &load(1, 128, "float32"));
+    let wanted = requests(shape.vocab_size as usize, &mut Random::new(seed));
+    let run = |group: &mut Group<_>| generate(group, &wanted, ALL, &mut Random::new(seed));
+    let undisturbed = run(&mut group);
+    let row = |tokens: usize, position| PlanRow {
+        tokens: vec![5; tokens],
+        position,
+        blocks: (0..3).map(BlockId).collect(),
+        sampling: Some(Box::default()),
+        ..PlanRow::default()
+    };
+    for steps in [1, 2] {
+        group.begin(vec![row(7, 0)]);
+        if steps == 2 {
+            let last_from = Some(0);
+            group.begin(vec![PlanRow {
+                last_from,
+                ..row(1, 7)
+            }]);
+        }
+        group.reform();
+        assert_same_bits(&run(&mut group), &undisturbed, "after the fault");
     }
 }
 
@@ -304,14 +425,8 @@ fn batched_chunked_and_scattered_work_gives_the_tokens_of_the_cpu() {
             })
             .collect();
         let load = load(1, 128, "float32");
-        let ways = Ways {
-            batched: true,
-            chunked: true,
-            scattered: true,
-            ahead: true,
-        };
         let mut cuda = Group::<CudaBackend>::start(&files, &load);
-        let found = generate(&mut cuda, &requests, ways, random);
+        let found = generate(&mut cuda, &requests, ALL, random);
         let mut cpu = Cluster::start(&files, &load);
         let expected = generate(&mut cpu, &requests, Ways::default(), random);
         let tokens = |answers: &[Vec<ScoredToken>]| -> Vec<Vec<u32>> {

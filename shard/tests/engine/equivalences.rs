@@ -10,7 +10,7 @@ use topology::partition::Partition;
 use topology::wire::{PlanRow, Sampling, ScoredToken};
 
 /// Requests of different lengths, greedy and sampled, with every kind of parameter among them.
-fn requests(vocab: usize, random: &mut Random) -> Vec<Request> {
+pub(crate) fn requests(vocab: usize, random: &mut Random) -> Vec<Request> {
     let token = |random: &mut Random| u32::try_from(random.below(vocab)).expect("small");
     (0..6)
         .map(|index: u64| {
@@ -30,6 +30,10 @@ fn requests(vocab: usize, random: &mut Random) -> Vec<Request> {
                 sampling.prompt.clone_from(&prompt);
                 sampling.banned = vec![token(random)];
             }
+            if index == 4 {
+                sampling.presence_penalty = 0.4;
+                sampling.frequency_penalty = 0.7;
+            }
             Request {
                 prompt,
                 sampling,
@@ -39,11 +43,12 @@ fn requests(vocab: usize, random: &mut Random) -> Vec<Request> {
         .collect()
 }
 
-const ALL: Ways = Ways {
+pub(crate) const ALL: Ways = Ways {
     batched: true,
     chunked: true,
     scattered: true,
     ahead: true,
+    overlapped: true,
 };
 
 #[test]
@@ -76,6 +81,10 @@ fn company_cuts_and_places_change_no_bit() {
                 },
                 Ways {
                     ahead: true,
+                    ..Ways::default()
+                },
+                Ways {
+                    overlapped: true,
                     ..Ways::default()
                 },
                 ALL,
@@ -146,7 +155,11 @@ fn scores_do_not_depend_on_how_many_rows_the_head_takes_at_a_time() {
     assert!(outputs[0][0].sampled.is_some());
 }
 
-fn assert_same_bits(found: &[Vec<ScoredToken>], expected: &[Vec<ScoredToken>], case: &str) {
+pub(crate) fn assert_same_bits(
+    found: &[Vec<ScoredToken>],
+    expected: &[Vec<ScoredToken>],
+    case: &str,
+) {
     let bits = |answers: &[Vec<ScoredToken>]| -> Vec<Vec<_>> {
         let bits = |answer: &ScoredToken| {
             let score = answer

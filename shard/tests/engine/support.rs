@@ -10,13 +10,16 @@ use kernels::cpu::CpuBackend;
 use shard::comm::shm::ShmComm;
 use shard::comm::{Abort, Comm, Seat};
 use shard::engine::{Engine, Place};
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::model_shape::ModelShape;
-use topology::wire::{Load, ModelLocation, PlanRow, RowOutput, Sampling, ScoredToken, StepPlan};
+use topology::wire::{
+    Load, ModelLocation, PlanRow, Ran, RowOutput, Sampling, ScoredToken, StepPlan,
+};
 
 pub(crate) use crate::testing::Random;
 
@@ -96,8 +99,16 @@ impl Tested for CpuBackend {
 
 /// A group of engines over one model.
 pub(crate) struct Group<B: Tested> {
-    engines: Vec<Engine<B, B::Comm>>,
+    members: Vec<Member<B>>,
     next: Step,
+}
+
+/// One rank, and what it answered to steps that had to end before another could begin.
+struct Member<B: Tested> {
+    engine: Engine<B, B::Comm>,
+    answered: VecDeque<Ran>,
+    /// Steps that it began while another was under way.
+    overlapped: usize,
 }
 
 /// A group on the CPU backend.
@@ -110,7 +121,7 @@ impl<B: Tested> Group<B> {
         let id = B::Comm::new_id(world_size, 1 << 16, None).expect("shared memory can be had");
         let abort = Abort::default();
         let (id, abort) = (&id, &abort);
-        let engines = thread::scope(|scope| {
+        let members = thread::scope(|scope| {
             let ranks = (0..world_size).map(|rank| {
                 scope.spawn(move || {
                     let place = Place {
@@ -133,7 +144,11 @@ impl<B: Tested> Group<B> {
                     };
                     let comm = B::Comm::join(engine.backend(), &seat).expect("all ranks join");
                     engine.enter(Epoch(1), comm);
-                    engine
+                    Member {
+                        engine,
+                        answered: VecDeque::new(),
+                        overlapped: 0,
+                    }
                 })
             });
             let ranks: Vec<_> = ranks.collect();
@@ -143,28 +158,42 @@ impl<B: Tested> Group<B> {
                 .collect()
         });
         Self {
-            engines,
+            members,
             next: Step(0),
         }
     }
 
     /// Bytes of weights on rank 0.
     pub(crate) fn weight_bytes(&self) -> u64 {
-        self.engines[0].loaded().weight_bytes
+        self.members[0].engine.loaded().weight_bytes
     }
 
     /// The backend of rank 0.
     #[cfg(feature = "cuda")]
     pub(crate) fn backend(&self) -> &B {
-        self.engines[0].backend()
+        self.members[0].engine.backend()
     }
 
-    /// Replaces the communicator of a group of one, as after a fault.
+    /// Steps that were begun, and how many of them every rank began while another was under way.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn counts(&self) -> [usize; 2] {
+        let overlapped = self.members.iter().map(|member| member.overlapped);
+        let steps = usize::try_from(self.next.0).expect("few");
+        [steps, overlapped.min().expect("there is a rank")]
+    }
+
+    /// Replaces the communicator of a group of one, as after a fault, whatever is under way.
     #[cfg(feature = "cuda")]
     pub(crate) fn reform(&mut self) {
-        let [engine] = &mut self.engines[..] else {
+        let [
+            Member {
+                engine, answered, ..
+            },
+        ] = &mut self.members[..]
+        else {
             panic!("a group of one");
         };
+        answered.clear();
         let id = B::Comm::new_id(1, 1 << 16, None).expect("shared memory can be had");
         let seat = Seat {
             id: &id,
@@ -182,27 +211,66 @@ impl<B: Tested> Group<B> {
 
     /// Runs one plan on all ranks.
     pub(crate) fn step(&mut self, rows: Vec<PlanRow>) -> Vec<RowOutput> {
+        self.begin(rows);
+        self.end()
+    }
+
+    /// Has all ranks begin a step, each behind the one under way if it can.
+    pub(crate) fn begin(&mut self, rows: Vec<PlanRow>) {
         let plan = &StepPlan {
             epoch: Epoch(1),
             step: self.next,
             rows,
         };
         self.next = self.next.next();
-        let mut answers = thread::scope(|scope| {
-            let ranks: Vec<_> = self
-                .engines
-                .iter_mut()
-                .map(|engine| scope.spawn(|| engine.step(plan).expect("the plan is valid")))
-                .collect();
-            let join = |rank: thread::ScopedJoinHandle<'_, _>| rank.join().expect("no rank panics");
-            ranks.into_iter().map(join).collect::<Vec<_>>()
-        });
+        self.each(|member| member.begin(plan));
+    }
+
+    /// What the oldest step gave that has no answer yet.
+    pub(crate) fn end(&mut self) -> Vec<RowOutput> {
+        let mut answers = self.each(Member::end);
         for answer in &answers[1..] {
             assert_eq!(answer.digest, answers[0].digest);
             assert!(answer.outputs.is_empty(), "rank 0 alone reports");
             assert!(answer.chosen.is_some() && answer.chosen == answers[0].chosen);
         }
         answers.swap_remove(0).outputs
+    }
+
+    /// Calls `act` on a thread for each rank: they meet in collectives.
+    fn each<T: Send>(&mut self, act: impl Fn(&mut Member<B>) -> T + Sync) -> Vec<T> {
+        let act = &act;
+        thread::scope(|scope| {
+            let members = self.members.iter_mut();
+            let ranks: Vec<_> = members.map(|m| scope.spawn(move || act(m))).collect();
+            let join = |rank: thread::ScopedJoinHandle<'_, T>| rank.join().expect("no rank panics");
+            ranks.into_iter().map(join).collect()
+        })
+    }
+}
+
+impl<B: Tested> Member<B> {
+    fn begin(&mut self, plan: &StepPlan) {
+        let engine = &mut self.engine;
+        let begin = |engine: &mut Engine<B, B::Comm>| {
+            let begun = engine.begin(Box::new(plan.clone()));
+            begun.expect("the plan is valid").is_none()
+        };
+        if engine.is_under_way() && !engine.takes_another() {
+            self.answered.push_back(engine.end().expect("it ends"));
+        }
+        let behind = engine.is_under_way();
+        if begin(engine) {
+            self.overlapped += usize::from(behind);
+        } else {
+            self.answered.push_back(engine.end().expect("it ends"));
+            assert!(begin(engine), "nothing is before it");
+        }
+    }
+
+    fn end(&mut self) -> Ran {
+        let answered = self.answered.pop_front();
+        answered.unwrap_or_else(|| self.engine.end().expect("it ends"))
     }
 }
 
@@ -226,6 +294,8 @@ pub(crate) struct Ways {
     pub(crate) scattered: bool,
     /// A token that the last step chose is left to it.
     pub(crate) ahead: bool,
+    /// A step begins before the one before it has ended; its tokens are left to that.
+    pub(crate) overlapped: bool,
 }
 
 struct Sequence {
@@ -233,9 +303,12 @@ struct Sequence {
     computed: usize,
     blocks: Vec<BlockId>,
     answers: Vec<ScoredToken>,
-    /// Its row in the last step, if that chose a token.
+    /// Its row in the last step, if that chooses a token.
     chosen_in: Option<u32>,
 }
+
+/// The sequences of a step's rows, and where the tokens go that it chooses.
+type Places = Vec<(usize, Option<usize>)>;
 
 /// Generates for all requests, and gives what each got.
 pub(crate) fn generate<B: Tested>(
@@ -255,41 +328,80 @@ pub(crate) fn generate<B: Tested>(
             chosen_in: None,
         })
         .collect();
+    let mut under_way: VecDeque<Places> = VecDeque::new();
     loop {
-        let open = |i: &usize| sequences[*i].answers.len() < requests[*i].new_tokens;
-        let mut chosen: Vec<usize> = (0..requests.len()).filter(open).collect();
-        if chosen.is_empty() {
+        let chosen = choose(&sequences, requests, ways, random);
+        if chosen.is_empty() && under_way.is_empty() {
             return sequences
                 .into_iter()
                 .map(|sequence| sequence.answers)
                 .collect();
         }
-        if ways.batched {
-            // Any non-empty subset, in any order.
-            for i in (1..chosen.len()).rev() {
-                chosen.swap(i, random.below(i + 1));
+        let stay = usize::from(ways.overlapped && !chosen.is_empty());
+        if !chosen.is_empty() {
+            let mut rows = Vec::new();
+            for i in &chosen {
+                let (sequence, request) = (&mut sequences[*i], &requests[*i]);
+                rows.push(sequence.next_row(request, ways, &mut free, random));
             }
-            chosen.truncate(1 + random.below(chosen.len()));
-        } else {
-            chosen.truncate(1);
+            under_way.push_back(expect_tokens(&mut sequences, &chosen, &rows));
+            cluster.begin(rows);
         }
-        let mut rows = Vec::new();
-        for i in &chosen {
-            let (sequence, request) = (&mut sequences[*i], &requests[*i]);
-            rows.push(sequence.next_row(request, ways, &mut free, random));
-        }
-        let outputs = cluster.step(rows);
-        for sequence in &mut sequences {
-            sequence.chosen_in = None;
-        }
-        for ((i, output), row) in chosen.iter().zip(outputs).zip(0..) {
-            if let Some(token) = output.sampled {
-                sequences[*i].chosen_in = Some(row);
-                sequences[*i].tokens.push(token.token);
-                sequences[*i].answers.push(token);
+        if under_way.len() > stay {
+            let places = under_way.pop_front().expect("one is under way");
+            for ((i, place), output) in places.into_iter().zip(cluster.end()) {
+                assert_eq!(place.is_some(), output.sampled.is_some());
+                if let (Some(place), Some(token)) = (place, output.sampled) {
+                    sequences[i].tokens[place] = token.token;
+                    sequences[i].answers.push(token);
+                }
             }
         }
     }
+}
+
+/// Sequences of the next step, of those that have tokens to come.
+fn choose(
+    sequences: &[Sequence],
+    requests: &[Request],
+    ways: Ways,
+    random: &mut Random,
+) -> Vec<usize> {
+    let open = |i: &usize| {
+        let wanted = requests[*i].prompt.len() + requests[*i].new_tokens;
+        sequences[*i].tokens.len() < wanted
+    };
+    let mut chosen: Vec<usize> = (0..requests.len()).filter(open).collect();
+    if chosen.is_empty() {
+        return chosen;
+    }
+    if ways.batched {
+        // Any non-empty subset, in any order.
+        for i in (1..chosen.len()).rev() {
+            chosen.swap(i, random.below(i + 1));
+        }
+        chosen.truncate(1 + random.below(chosen.len()));
+    } else {
+        chosen.truncate(1);
+    }
+    chosen
+}
+
+/// Makes room for the tokens that a step with these rows will choose.
+fn expect_tokens(sequences: &mut [Sequence], chosen: &[usize], rows: &[PlanRow]) -> Places {
+    for sequence in &mut *sequences {
+        sequence.chosen_in = None;
+    }
+    let places = chosen.iter().zip(rows).zip(0..).map(|((i, row), index)| {
+        let sequence = &mut sequences[*i];
+        row.sampling.as_ref()?;
+        sequence.chosen_in = Some(index);
+        // Nobody looks at it before it is known.
+        sequence.tokens.push(0);
+        Some(sequence.tokens.len() - 1)
+    });
+    let places: Vec<_> = places.collect();
+    chosen.iter().copied().zip(places).collect()
 }
 
 impl Sequence {
@@ -335,7 +447,7 @@ impl Sequence {
             ..PlanRow::default()
         };
         if let (true, Some(last)) = (
-            ways.ahead && end == self.tokens.len(),
+            (ways.ahead || ways.overlapped) && end == self.tokens.len(),
             row.tokens.last_mut(),
         ) && self.chosen_in.is_some()
         {

@@ -275,7 +275,7 @@ pub struct Ran {
 /// Where the time of a step went on one rank, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
 pub struct StepTimings {
-    /// From the plan's arrival at the device thread to its end.
+    /// From the plan's arrival at the device thread, or from the end of the step before where that came later, to its end.
     pub step_us: u64,
     /// From the end of the step before to this one's begin, while the device had nothing to do; 0 for the
     /// first of an epoch.

@@ -32,9 +32,11 @@ struct Request {
     float repetition, presence, frequency;
     uint32_t edits_at, edits;               // Changes of logits, among the words.
     uint32_t allowed_at, allowed;           // The tokens that may be chosen; as many as EVERY: all.
+    uint32_t last;       // The request of the step before whose token counts as generated once more; EVERY: none.
 };
 
-// All that happens to one token's logit.
+// All that happens to one token's logit. They stand in the order of their tokens; where `last` names a token, the last
+// one has none and takes it if it is none of the others'.
 struct Edit {
     uint32_t token;
     uint32_t saved; // The logit's bits, for putting them back.
@@ -127,18 +129,37 @@ __device__ __forceinline__ uint32_t draw(const Changed& view, const Request& req
 
 // ---- Changing and scoring ------------------------------------------------------------------------
 
+// Whether one of `count` edits is about `token`.
+__device__ __forceinline__ bool contains(const Edit* edits, uint32_t count, uint32_t token) {
+    uint32_t first = 0;
+    while (count > 0) {
+        const uint32_t half = count / 2;
+        const bool after = edits[first + half].token < token;
+        first += after ? half + 1 : 0;
+        count = after ? count - half - 1 : half;
+    }
+    return edits[first].token == token;
+}
+
 // Step 2, but for `allowed`: all that happens to a token is done by one thread.
-__device__ __forceinline__ void change(float* row, const Request& request, uint32_t* words) {
+__device__ __forceinline__ void change(float* row, const Request& request, uint32_t* words, const Result* before) {
     auto* edits = reinterpret_cast<Edit*>(words + request.edits_at);
+    const bool has_last = request.last != EVERY;
+    const uint32_t last = has_last ? before[request.last].token : EVERY;
     for (uint32_t i = threadIdx.x; i < request.edits; i += THREADS) {
         Edit& edit = edits[i];
-        const float before = row[edit.token];
-        edit.saved = __float_as_uint(before);
-        float logit = finite(before);
+        if (has_last && i == request.edits - 1) {
+            if (contains(edits, i, last)) continue;
+            edit.token = last;
+        }
+        const uint32_t mark = edit.mark + (edit.token == last);
+        const float raw = row[edit.token];
+        edit.saved = __float_as_uint(raw);
+        float logit = finite(raw);
         for (uint32_t b = 0; b < edit.biases; ++b) logit = finite(plus(logit, __uint_as_float(words[edit.bias_at + b])));
-        if (edit.mark != 0) {
+        if (mark != 0) {
             logit = logit > 0.0F ? logit / request.repetition : times(logit, request.repetition);
-            const uint32_t count = edit.mark & ~IN_PROMPT;
+            const uint32_t count = mark & ~IN_PROMPT;
             if (count > 0) logit = plus(logit, -plus(times(request.frequency, static_cast<float>(count)), request.presence));
             logit = finite(logit);
         }
@@ -150,14 +171,16 @@ __device__ __forceinline__ void change(float* row, const Request& request, uint3
 __device__ __forceinline__ void change_back(float* row, const Request& request, const uint32_t* words) {
     __syncthreads();
     const auto* edits = reinterpret_cast<const Edit*>(words + request.edits_at);
-    for (uint32_t i = threadIdx.x; i < request.edits; i += THREADS) row[edits[i].token] = __uint_as_float(edits[i].saved);
+    for (uint32_t i = threadIdx.x; i < request.edits; i += THREADS)
+        if (edits[i].token != EVERY) row[edits[i].token] = __uint_as_float(edits[i].saved);
     __syncthreads();
 }
 
-__device__ __forceinline__ uint32_t choose(float* row, uint32_t vocab, const Request& request, uint32_t* words, Shared& shared) {
+__device__ __forceinline__ uint32_t choose(float* row, uint32_t vocab, const Request& request, uint32_t* words,
+                                           const Result* before, Shared& shared) {
     if (request.kind == SCORE) return request.token;
     if (request.kind == GREEDY) return id_of(largest(Raw{row, vocab}, shared));
-    change(row, request, words);
+    change(row, request, words, before);
     const bool every = request.allowed == EVERY;
     const Changed view{row, every ? nullptr : words + request.allowed_at, every ? vocab : request.allowed};
     uint32_t token = 0;
@@ -209,14 +232,15 @@ __device__ __forceinline__ void score(const float* row, uint32_t vocab, const Re
 }
 
 __global__ void __launch_bounds__(THREADS, 1) sample(float* logits, int64_t width, uint32_t vocab, uint32_t* words,
-                                                     uint32_t requests_at, uint32_t rows_at, uint32_t* results) {
+                                                     uint32_t requests_at, uint32_t rows_at, const uint32_t* before,
+                                                     uint32_t* results) {
     __shared__ Shared shared;
     const Row row = reinterpret_cast<const Row*>(words + rows_at)[blockIdx.x];
     float* values = logits + static_cast<int64_t>(row.row) * width;
     for (uint32_t i = row.first; i < row.first + row.count; ++i) {
         const Request& request = reinterpret_cast<const Request*>(words + requests_at)[i];
         Result& result = reinterpret_cast<Result*>(results)[i];
-        const uint32_t token = choose(values, vocab, request, words, shared);
+        const uint32_t token = choose(values, vocab, request, words, reinterpret_cast<const Result*>(before), shared);
         if (threadIdx.x == 0) result.token = token;
         if (request.scored) score(values, vocab, request, token, results, result, shared);
     }
@@ -225,12 +249,13 @@ __global__ void __launch_bounds__(THREADS, 1) sample(float* logits, int64_t widt
 }  // namespace
 
 // `logits: [_, width]` of f32, changed and changed back. `words` hold the requests, row by row, at `requests_at`, `rows` rows at
-// `rows_at`, and the lists that requests name; `results` begin with one Result for each request.
+// `rows_at`, and the lists that requests name; `results` begin with one Result for each request, and `before` are those of
+// the step before.
 extern "C" int cluster_sample(void* stream, void* logits, int64_t width, int64_t vocab, void* words, int64_t requests_at,
-                              int64_t rows_at, int64_t rows, void* results) {
+                              int64_t rows_at, int64_t rows, const void* before, void* results) {
     if (rows == 0) return cudaSuccess;
     return CLUSTER_LAUNCH(sample, static_cast<unsigned>(rows), THREADS, 0, stream, static_cast<float*>(logits), width,
                           static_cast<uint32_t>(vocab), static_cast<uint32_t*>(words),
                           static_cast<uint32_t>(requests_at), static_cast<uint32_t>(rows_at),
-                          static_cast<uint32_t*>(results));
+                          static_cast<const uint32_t*>(before), static_cast<uint32_t*>(results));
 }

@@ -1,46 +1,30 @@
 //! Sampling on a GPU: requests packed for the kernel of `cuda.cu`, and answers made of its results.
 //!
 //! A call's requests, their sparse lists and the rows they are about go to the device in one copy and the results
-//! come back in one; more than fits goes in several. What happens to one token's logit is collected here
-//! first, so that one thread can do it. Randomness and logarithms are computed here, by the CPU path's
+//! come back in one; more than fits goes in several. Randomness and logarithms are computed here, by the CPU path's
 //! own functions. A request that no memory taken at start can hold is answered by the CPU path.
+//!
+//! What is deferred is queued like everything else and read later. Its tokens stay among the results, where the next
+//! step's operations find them: results take turns in two halves of their memory, so that one kernel can read the
+//! tokens of the step before while it writes its own. The host's buffers take turns with them.
 //!
 //! Invariant: every answer is the CPU path's, bit for bit, to the same logits.
 
 #![expect(unsafe_code, reason = "the launcher is C")]
 
-use super::score::Sum;
-use super::{SCRATCH, answer, changes_logits, check, has_penalty, is_greedy, philox};
+use super::packed::{Packed, RESULT, RESULT_WORDS, WORDS, fits};
+use super::{SCRATCH, answer, check, check_known};
 use crate::backend::{DeviceError, Element};
 use crate::cpu::simd::Isa;
+use crate::cuda::clock::Span;
 use crate::cuda::device::{Device, Memory, Pinned};
 use crate::cuda::launch::{long, unsigned};
 use crate::cuda::{CudaBackend, CudaTensor};
-use crate::sampling::{Choice, SampleParams, SampleRequest, SampleResult, Score};
+use crate::sampling::{Choice, SampleRequest, SampleResult};
 use std::ffi::{c_int, c_void};
 
-/// 32-bit words that go to the device at once: the lists of some hundred requests with penalties over long texts.
-const WORDS: usize = 1 << 20;
-
-/// 32-bit words that come back at once.
-const RESULT_WORDS: usize = 1 << 18;
-
-/// Alternatives that the kernel can report; requests for more are rare.
-const MOST_TOP: usize = 1024;
-
-/// Words of a row, a request, a change and a result, as in `cuda.cu`.
-const ROW: usize = 3;
-const REQUEST: usize = 18;
-const RESULT: usize = 6;
-
-/// The word of a request that says where its alternatives go.
-const TOP_AT: usize = 4;
-
-/// Kinds of requests, as in `cuda.cu`.
-const SCORE: u32 = 0;
-const GREEDY: u32 = 1;
-const GREEDY_CHANGED: u32 = 2;
-const DRAW: u32 = 3;
+/// Runs of the kernel whose results are there at the same time.
+const TURNS: usize = 2;
 
 unsafe extern "C" {
     fn cluster_sample(
@@ -52,6 +36,7 @@ unsafe extern "C" {
         requests_at: i64,
         rows_at: i64,
         rows: i64,
+        before: *const c_void,
         results: *mut c_void,
     ) -> c_int;
 }
@@ -60,56 +45,81 @@ unsafe extern "C" {
 #[derive(Debug)]
 pub(crate) struct Space {
     words: Memory,
-    upload: Pinned,
+    /// [`TURNS`] times [`RESULT_WORDS`].
     results: Memory,
+    slots: [Slot; TURNS],
+    /// Runs of the kernel so far; the next one's slot and results follow from it.
+    runs: u64,
+    /// Requests of the last run, if that was deferred.
+    deferred: usize,
+}
+
+/// What belongs to one run.
+#[derive(Debug)]
+struct Slot {
+    upload: Pinned,
     download: Pinned,
     packed: Packed,
 }
 
-/// What is to go to the device.
-#[derive(Debug, Default)]
-struct Packed {
-    /// Changes of logits, biases and allowed tokens.
-    lists: Vec<u32>,
-    requests: Vec<[u32; REQUEST]>,
-    /// Places of `requests` in the caller's order.
-    places: Vec<usize>,
-    rows: Vec<[u32; ROW]>,
-    /// Words of results.
-    results: usize,
-    changes: Vec<Change>,
+/// A step that was queued: its marks, and the run of the kernel that it ends with, if it samples.
+#[derive(Debug)]
+pub struct CudaPending {
+    span: Span,
+    run: Option<Run>,
 }
 
-/// Something that happens to a token's logit. Sorts by token, and then in the order in which it happens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Change {
-    token: u32,
-    kind: ChangeKind,
-    /// Where several biases are added to one token, the order matters.
-    place: usize,
-    bias: u32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum ChangeKind {
-    Bias,
-    Prompt,
-    Generated,
-    Banned,
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    number: u64,
+    vocab: usize,
 }
 
 impl Space {
     /// Takes the memory.
     pub(crate) fn new(device: &Device) -> Result<Self, DeviceError> {
         let (up, down) = (WORDS * size_of::<u32>(), RESULT_WORDS * size_of::<u32>());
+        let slot = || {
+            Ok(Slot {
+                upload: device.pinned("sampling requests", up)?,
+                download: device.pinned("sampling results", down)?,
+                packed: Packed::default(),
+            })
+        };
         Ok(Self {
             words: device.allocate("sampling requests", up)?,
-            upload: device.pinned("sampling requests", up)?,
-            results: device.allocate("sampling results", down)?,
-            download: device.pinned("sampling results", down)?,
-            packed: Packed::default(),
+            results: device.allocate("sampling results", TURNS * down)?,
+            slots: [slot()?, slot()?],
+            runs: 0,
+            deferred: 0,
         })
     }
+
+    /// Results of all turns, on the device; the first word of each is its token.
+    pub(crate) fn results(&self) -> *const u32 {
+        self.results.pointer().cast()
+    }
+
+    /// The word of the token among [`Self::results`] that `request` of the last run chooses, if that was deferred.
+    pub(crate) fn place(&self, request: u32) -> Option<u32> {
+        let is_there = (request as usize) < self.deferred;
+        // The run before the next one.
+        let half = turn(self.runs + 1) * RESULT_WORDS;
+        is_there.then(|| unsigned(half + request as usize * RESULT))
+    }
+
+    fn next_slot(&mut self) -> &mut Slot {
+        &mut self.slots[turn(self.runs)]
+    }
+}
+
+fn turn(run: u64) -> usize {
+    usize::from(!run.is_multiple_of(2))
+}
+
+/// Whether [`defer`] takes such requests.
+pub(crate) fn defers(requests: &[SampleRequest]) -> bool {
+    fits(requests)
 }
 
 /// The operation, as [`super::sample`] defines it. Logits are f32.
@@ -120,65 +130,149 @@ pub(crate) fn sample(
     requests: &[SampleRequest],
 ) -> Result<Vec<SampleResult>, DeviceError> {
     assert_eq!(logits.element(), Element::F32, "logits are f32");
-    check((logits.rows(), logits.width()), vocab, requests).map_err(|reason| {
-        DeviceError::Failed {
-            device: cuda.device.name().to_owned(),
-            reason,
-        }
-    })?;
+    let checked = check((logits.rows(), logits.width()), vocab, requests);
+    let checked = checked.and_then(|()| check_known(requests));
+    checked.map_err(|reason| failed(cuda, reason))?;
     // A block answers all requests about its row, so they have to follow each other.
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|&place| requests[place].row);
 
     let mut space = cuda.sampler();
     let mut results = vec![None; requests.len()];
-    space.packed.clear();
+    space.next_slot().packed.clear();
     for place in order {
         let request = &requests[place];
-        if space.packed.push(place, request, vocab) {
+        if space.next_slot().packed.push(place, request, vocab) {
             continue;
         }
-        space.run(cuda, logits, vocab, requests, &mut results)?;
-        if !space.packed.push(place, request, vocab) {
+        space.run(cuda, logits, vocab, &mut results)?;
+        if !space.next_slot().packed.push(place, request, vocab) {
             results[place] = Some(space.answer_on_host(cuda, logits, vocab, request)?);
         }
     }
-    space.run(cuda, logits, vocab, requests, &mut results)?;
+    space.run(cuda, logits, vocab, &mut results)?;
     Ok(results.into_iter().flatten().collect())
 }
 
+/// [`sample`] without waiting, as [`Backend::defer`](crate::backend::Backend::defer) has it.
+pub(crate) fn defer(
+    cuda: &CudaBackend,
+    sampled: Option<(&mut CudaTensor, usize)>,
+    requests: &[SampleRequest],
+) -> Result<Option<CudaPending>, DeviceError> {
+    let mut space = cuda.sampler();
+    let Some((logits, vocab)) = sampled.filter(|_| !requests.is_empty()) else {
+        space.deferred = 0;
+        let span = cuda.clock.span(&cuda.device, None)?;
+        return Ok(Some(CudaPending { span, run: None }));
+    };
+    if !fits(requests) {
+        return Ok(None);
+    }
+    assert_eq!(logits.element(), Element::F32, "logits are f32");
+    let checked = check((logits.rows(), logits.width()), vocab, requests);
+    let checked = checked.and_then(|()| space.check_last(requests));
+    checked.map_err(|reason| failed(cuda, reason))?;
+    let slot = space.next_slot();
+    slot.packed.clear();
+    for (place, request) in requests.iter().enumerate() {
+        let is_packed = slot.packed.push(place, request, vocab);
+        assert!(is_packed, "what fits by a generous count fits");
+    }
+    let pending = space.queue(cuda, logits, vocab)?;
+    space.deferred = requests.len();
+    Ok(Some(pending))
+}
+
+/// Waits for what was deferred and reads the answers.
+pub(crate) fn finish(
+    cuda: &CudaBackend,
+    pending: CudaPending,
+) -> Result<Vec<SampleResult>, DeviceError> {
+    cuda.wait_for(&pending, &mut || false)?;
+    let space = cuda.sampler();
+    let mut results = Vec::new();
+    if let Some(run) = pending.run {
+        results.resize(space.slots[turn(run.number)].packed.len(), None);
+        space.read(cuda, run, &mut results)?;
+    }
+    cuda.clock.read(pending.span);
+    Ok(results.into_iter().flatten().collect())
+}
+
+impl CudaPending {
+    /// The marks around it.
+    pub(crate) fn span(&self) -> &Span {
+        &self.span
+    }
+}
+
 impl Space {
-    /// Answers what is packed, and empties it.
+    /// Answers what is packed.
     fn run(
         &mut self,
         cuda: &CudaBackend,
         logits: &mut CudaTensor,
         vocab: usize,
-        requests: &[SampleRequest],
         results: &mut [Option<SampleResult>],
     ) -> Result<(), DeviceError> {
-        if self.packed.requests.is_empty() {
+        if self.next_slot().packed.is_empty() {
             return Ok(());
         }
-        let words: &mut [u32] = bytemuck::cast_slice_mut(self.upload.write()?);
-        let (requests_at, rows_at, used) = self.packed.write(words);
+        self.deferred = 0;
+        let pending = self.queue(cuda, logits, vocab)?;
+        cuda.wait_for(&pending, &mut || false)?;
+        if let Some(run) = pending.run {
+            self.read(cuda, run, results)?;
+        }
+        cuda.clock.read(pending.span);
+        self.next_slot().packed.clear();
+        Ok(())
+    }
+
+    /// Queues the kernel on what is packed, and the copy of its results.
+    fn queue(
+        &mut self,
+        cuda: &CudaBackend,
+        logits: &mut CudaTensor,
+        vocab: usize,
+    ) -> Result<CudaPending, DeviceError> {
+        let number = self.runs;
+        let half = turn(number) * RESULT_WORDS * size_of::<u32>();
+        let slot = &mut self.slots[turn(number)];
+        let words: &mut [u32] = bytemuck::cast_slice_mut(slot.upload.write()?);
+        let (requests_at, rows_at, used) = slot.packed.write(words);
         let bytes = used * size_of::<u32>();
-        cuda.device
-            .upload(&self.upload, bytes, (&mut self.words, 0))?;
+        let begun = cuda.device.mark_now().ok();
+        (cuda.device).upload(&slot.upload, bytes, (&mut self.words, 0))?;
         self.launch(cuda, logits, vocab, (requests_at, rows_at));
         cuda.check()?;
-        let bytes = self.packed.results * size_of::<u32>();
-        // Before the copy that is waited for, so that it is there to be read then.
-        cuda.stop_clock();
-        cuda.device
-            .download((&self.results, 0), bytes, &mut self.download)?;
-        let words: &[u32] = bytemuck::cast_slice(self.download.read()?);
-        for (i, &place) in self.packed.places.iter().enumerate() {
-            let top = self.packed.requests[i][TOP_AT] as usize..;
-            let result = &words[i * RESULT..][..RESULT];
-            results[place] = Some(read_result(&requests[place], vocab, result, &words[top]));
+        let slot = &mut self.slots[turn(number)];
+        let bytes = slot.packed.result_words() * size_of::<u32>();
+        (cuda.device).download((&self.results, half), bytes, &mut slot.download)?;
+        self.runs += 1;
+        Ok(CudaPending {
+            span: cuda.clock.span(&cuda.device, begun)?,
+            run: Some(Run { number, vocab }),
+        })
+    }
+
+    /// Reads the results of a run.
+    fn read(
+        &self,
+        cuda: &CudaBackend,
+        run: Run,
+        results: &mut [Option<SampleResult>],
+    ) -> Result<(), DeviceError> {
+        if self.runs - run.number > TURNS as u64 {
+            let reason = "sampled for two steps before one was asked for its tokens";
+            return Err(failed(cuda, reason.to_owned()));
         }
-        self.packed.clear();
+        let slot = &self.slots[turn(run.number)];
+        let words: &[u32] = bytemuck::cast_slice(slot.download.read()?);
+        for (place, result) in slot.packed.read(words, run.vocab) {
+            results[place] = Some(result);
+        }
         Ok(())
     }
 
@@ -190,7 +284,10 @@ impl Space {
         (requests_at, rows_at): (usize, usize),
     ) {
         let width = long(logits.width());
-        // SAFETY: rows, tokens and lists are inside the logits and the words: `check` and `Packed` saw to it.
+        let half = |run| turn(run) * RESULT_WORDS * size_of::<u32>();
+        let rows = long(self.slots[turn(self.runs)].packed.num_rows());
+        // SAFETY: rows, tokens and lists are inside the logits and the words, and tokens of the run before among its
+        // results: `check`, `check_last` and `Packed` saw to it.
         let code = unsafe {
             cluster_sample(
                 cuda.stream(),
@@ -200,11 +297,25 @@ impl Space {
                 self.words.pointer_mut(),
                 long(requests_at),
                 long(rows_at),
-                long(self.packed.rows.len()),
-                self.results.pointer_mut(),
+                rows,
+                self.results.at(half(self.runs + 1)),
+                self.results.at_mut(half(self.runs)),
             )
         };
         cuda.launched("sample", code);
+    }
+
+    /// Says what is wrong with the tokens of the run before that `requests` name.
+    fn check_last(&self, requests: &[SampleRequest]) -> Result<(), String> {
+        let last = |request: &SampleRequest| match &request.choice {
+            Choice::Sample(params) => params.last,
+            Choice::Score(_) => None,
+        };
+        let mut lasts = requests.iter().filter_map(last);
+        match lasts.find(|request| self.place(*request).is_none()) {
+            Some(request) => Err(not_deferred(request)),
+            None => Ok(()),
+        }
     }
 
     /// For what is too large to pack: the CPU path, on a copy of the row.
@@ -217,13 +328,13 @@ impl Space {
     ) -> Result<SampleResult, DeviceError> {
         let mut row: Vec<f32> = Vec::with_capacity(vocab);
         let start = request.row * logits.width();
+        let download = &mut self.next_slot().download;
         while row.len() < vocab {
             let count = (vocab - row.len()).min(RESULT_WORDS);
             let at = (start + row.len()) * size_of::<f32>();
             let from = (logits.memory(), at);
-            cuda.device
-                .download(from, count * size_of::<f32>(), &mut self.download)?;
-            let values: &[f32] = bytemuck::cast_slice(self.download.read()?);
+            (cuda.device).download(from, count * size_of::<f32>(), download)?;
+            let values: &[f32] = bytemuck::cast_slice(download.read()?);
             row.extend_from_slice(&values[..count]);
         }
         let isa = Isa::detect();
@@ -231,216 +342,14 @@ impl Space {
     }
 }
 
-/// The answer in a result's words; `top` begins with the alternatives, if there are any.
-fn read_result(request: &SampleRequest, vocab: usize, words: &[u32], top: &[u32]) -> SampleResult {
-    let sum = Sum {
-        max: f32::from_bits(words[3]),
-        total: u64::from(words[5]) << 32 | u64::from(words[4]),
-    };
-    let score = |count: usize| Score {
-        logprob: sum.logprob(f32::from_bits(words[2])),
-        rank: words[1],
-        top: top[..2 * count.min(vocab)]
-            .chunks_exact(2)
-            .map(|pair| (pair[0], sum.logprob(f32::from_bits(pair[1]))))
-            .collect(),
-    };
-    SampleResult {
-        token: words[0],
-        score: request.logprobs.map(score),
-    }
+/// What is wrong with a token that is on no device.
+pub(crate) fn not_deferred(request: u32) -> String {
+    format!("a step takes the token of request {request} of the one before it, which left none")
 }
 
-impl Packed {
-    fn clear(&mut self) {
-        self.lists.clear();
-        self.requests.clear();
-        self.places.clear();
-        self.rows.clear();
-        self.results = 0;
+fn failed(cuda: &CudaBackend, reason: String) -> DeviceError {
+    DeviceError::Failed {
+        device: cuda.device.name().to_owned(),
+        reason,
     }
-
-    fn words(&self) -> usize {
-        self.lists.len() + self.requests.len() * REQUEST + self.rows.len() * ROW
-    }
-
-    /// Adds a request that was checked. `false`, and nothing added, where it does not fit.
-    fn push(&mut self, place: usize, request: &SampleRequest, vocab: usize) -> bool {
-        let top = request.logprobs.unwrap_or(0).min(vocab);
-        let lists = self.lists.len();
-        let results = self.results + RESULT + 2 * top;
-        let mut words = self.pack(request, vocab);
-        if top > MOST_TOP || results > RESULT_WORDS || self.words() + REQUEST + ROW > WORDS {
-            self.lists.truncate(lists);
-            return false;
-        }
-        // Alternatives stand behind the results of all requests; `write` adds where that is.
-        words[TOP_AT] = unsigned(self.results - self.requests.len() * RESULT);
-        self.results = results;
-        let index = unsigned(self.requests.len());
-        self.requests.push(words);
-        self.places.push(place);
-        let row = unsigned(request.row);
-        match self.rows.last_mut() {
-            Some(last) if last[0] == row => last[2] += 1,
-            _ => self.rows.push([row, index, 1]),
-        }
-        true
-    }
-
-    /// A request's words, its lists added to the others.
-    fn pack(&mut self, request: &SampleRequest, vocab: usize) -> [u32; REQUEST] {
-        let scored = u32::from(request.logprobs.is_some());
-        let top = unsigned(request.logprobs.unwrap_or(0).min(vocab));
-        let params = match &request.choice {
-            Choice::Score(token) => {
-                let mut words = [0; REQUEST];
-                words[..4].copy_from_slice(&[SCORE, *token, scored, top]);
-                return words;
-            }
-            Choice::Sample(params) => params,
-        };
-        let kind = match (is_greedy(params), changes_logits(params)) {
-            (true, false) => GREEDY,
-            (true, true) => GREEDY_CHANGED,
-            (false, _) => DRAW,
-        };
-        let [u_low, u_high] = philox::words(philox::uniform(params.seed, params.position));
-        let (top_k, top_p, min_p) = filters(params, vocab);
-        let (edits_at, edits) = self.pack_changes(params, vocab);
-        let (allowed_at, allowed) = self.pack_allowed(params, vocab);
-        [
-            kind,
-            0,
-            scored,
-            top,
-            0, // `top_at`: `push` fills it in.
-            u_low,
-            u_high,
-            (1.0 / params.temperature).to_bits(),
-            min_p.to_bits(),
-            top_p.to_bits(),
-            top_k,
-            params.repetition_penalty.to_bits(),
-            params.presence_penalty.to_bits(),
-            params.frequency_penalty.to_bits(),
-            edits_at,
-            edits,
-            allowed_at,
-            allowed,
-        ]
-    }
-
-    /// Where the changes begin, and how many there are.
-    fn pack_changes(&mut self, params: &SampleParams, vocab: usize) -> (u32, u32) {
-        let Self { changes, lists, .. } = self;
-        changes.clear();
-        let mut add = |token: u32, kind, bias: f32| {
-            if (token as usize) < vocab {
-                let place = changes.len();
-                let bias = bias.to_bits();
-                changes.push(Change {
-                    token,
-                    kind,
-                    place,
-                    bias,
-                });
-            }
-        };
-        for &(token, bias) in &params.logit_bias {
-            add(token, ChangeKind::Bias, bias);
-        }
-        if has_penalty(params) {
-            params
-                .prompt
-                .iter()
-                .for_each(|&token| add(token, ChangeKind::Prompt, 0.0));
-            params
-                .generated
-                .iter()
-                .for_each(|&token| add(token, ChangeKind::Generated, 0.0));
-        }
-        params
-            .banned
-            .iter()
-            .for_each(|&token| add(token, ChangeKind::Banned, 0.0));
-        changes.sort_unstable();
-
-        let mut biases_at = unsigned(lists.len());
-        let biases = changes
-            .iter()
-            .filter(|change| change.kind == ChangeKind::Bias);
-        lists.extend(biases.map(|change| change.bias));
-        let start = unsigned(lists.len());
-        let mut count = 0;
-        for of_token in changes.chunk_by(|a, b| a.token == b.token) {
-            let times = |kind| unsigned(of_token.iter().filter(|c| c.kind == kind).count());
-            let in_prompt = if times(ChangeKind::Prompt) > 0 {
-                super::IN_PROMPT
-            } else {
-                0
-            };
-            let mark = in_prompt | times(ChangeKind::Generated);
-            let banned = u32::from(times(ChangeKind::Banned) > 0);
-            let biases = times(ChangeKind::Bias);
-            // The second word is the kernel's, for what it has to put back.
-            lists.extend([of_token[0].token, 0, mark, banned, biases_at, biases]);
-            biases_at += biases;
-            count += 1;
-        }
-        (start, count)
-    }
-
-    /// Where the allowed tokens begin, and how many there are; `u32::MAX` where all are.
-    fn pack_allowed(&mut self, params: &SampleParams, vocab: usize) -> (u32, u32) {
-        if params.allowed.is_empty() {
-            return (0, u32::MAX);
-        }
-        let start = self.lists.len();
-        let inside = params
-            .allowed
-            .iter()
-            .filter(|token| (**token as usize) < vocab);
-        self.lists.extend(inside);
-        self.lists[start..].sort_unstable();
-        let mut kept = start;
-        for i in start..self.lists.len() {
-            if i == start || self.lists[i] != self.lists[kept - 1] {
-                self.lists[kept] = self.lists[i];
-                kept += 1;
-            }
-        }
-        self.lists.truncate(kept);
-        (unsigned(start), unsigned(kept - start))
-    }
-
-    /// Writes lists, requests and rows; says where the latter two begin, and the end.
-    fn write(&mut self, words: &mut [u32]) -> (usize, usize, usize) {
-        let results = unsigned(self.requests.len() * RESULT);
-        for request in &mut self.requests {
-            request[TOP_AT] += results;
-        }
-        let requests_at = self.lists.len();
-        let rows_at = requests_at + self.requests.len() * REQUEST;
-        let end = rows_at + self.rows.len() * ROW;
-        words[..requests_at].copy_from_slice(&self.lists);
-        words[requests_at..rows_at].copy_from_slice(self.requests.as_flattened());
-        words[rows_at..end].copy_from_slice(self.rows.as_flattened());
-        (requests_at, rows_at, end)
-    }
-}
-
-/// Top-k, top-p and min-p, each neutral where it would remove nothing.
-fn filters(params: &SampleParams, vocab: usize) -> (u32, f32, f32) {
-    let top_k = if params.top_k < vocab {
-        unsigned(params.top_k)
-    } else {
-        0
-    };
-    let top_p = if params.top_p < 1.0 {
-        params.top_p.max(0.0)
-    } else {
-        1.0
-    };
-    (top_k, top_p, params.min_p.max(0.0))
 }

@@ -21,6 +21,8 @@
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+mod packed;
 mod philox;
 mod score;
 mod select;
@@ -79,11 +81,11 @@ pub(crate) fn sample(
     vocab: usize,
     requests: &[SampleRequest],
 ) -> Result<Vec<SampleResult>, DeviceError> {
-    check((logits.rows(), logits.width()), vocab, requests).map_err(|reason| {
-        DeviceError::Failed {
-            device: "cpu".into(),
-            reason,
-        }
+    let checked = check((logits.rows(), logits.width()), vocab, requests);
+    let checked = checked.and_then(|()| check_known(requests));
+    checked.map_err(|reason| DeviceError::Failed {
+        device: "cpu".into(),
+        reason,
     })?;
     // Sampling a token costs about as much as eight multiply-adds.
     Ok(cpu.threads.map(requests.len(), 8 * vocab, |i| {
@@ -118,6 +120,21 @@ fn check(
         }
     }
     Ok(())
+}
+
+/// Says what is wrong with requests whose answers are waited for: they have no part in what was deferred.
+fn check_known(requests: &[SampleRequest]) -> Result<(), String> {
+    let is_left = |request: &&SampleRequest| match &request.choice {
+        Choice::Sample(params) => params.last.is_some(),
+        Choice::Score(_) => false,
+    };
+    match requests.iter().find(is_left) {
+        Some(request) => Err(format!(
+            "row {} needs a token that nobody has waited for",
+            request.row
+        )),
+        None => Ok(()),
+    }
 }
 
 fn answer(isa: Isa, row: &[f32], request: &SampleRequest, scratch: &mut Scratch) -> SampleResult {

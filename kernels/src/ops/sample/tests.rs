@@ -21,6 +21,7 @@ pub(super) fn neutral() -> SampleParams {
         allowed: Vec::new(),
         prompt: Vec::new(),
         generated: Vec::new(),
+        last: None,
     }
 }
 
@@ -115,6 +116,7 @@ fn random_case(rng: &mut Rng) -> (Vec<f32>, SampleParams) {
         allowed: Vec::new(),
         prompt: some(rng, 9),
         generated: some(rng, 9),
+        last: None,
     };
     if rng.within(0..4) == 0 {
         params.allowed = some(rng, vocab);

@@ -3,11 +3,12 @@
 //! Runs under emulation, and on a device where there is one.
 
 use super::tests::neutral;
-use crate::backend::{Backend, Precision};
+use crate::backend::{Backend, Element, Precision};
+use crate::batch::Batch;
 use crate::cpu::{CpuBackend, CpuTensor};
-use crate::cuda::{CudaBackend, CudaTensor};
+use crate::cuda::{CudaBackend, CudaPending, CudaTensor, CudaWeight};
 use crate::sampling::{Choice, SampleParams, SampleRequest};
-use crate::testing::{Rng, bits, cuda_backend, tensor};
+use crate::testing::{Rng, bits, cuda_backend, tensor, tokens, upload, weight};
 
 /// The same logits on both.
 struct Twins {
@@ -32,6 +33,25 @@ impl Twins {
             host,
             device,
         }
+    }
+
+    /// Embeds tokens that are left to the device, and the same ones known: `[vocab, 3]` of f32 is the `table`.
+    fn embed_left(&self, table: &(CudaWeight, Vec<f32>), left: &[(u32, u32)], known: &[u32]) {
+        let batch = Batch {
+            left: left.to_vec(),
+            ..tokens(vec![0; known.len()], vec![0; known.len()])
+        };
+        let rows = known.len();
+        let mut out = self.cuda.allocate(rows, 3, Precision::F32).unwrap();
+        let batch = upload(&self.cuda, &batch);
+        self.cuda.embed(&batch, &table.0, 0, 1.0, &mut out);
+        let mut found = Vec::new();
+        self.cuda.read(&out, &mut found).unwrap();
+        let row = |&token: &u32| &table.1[token as usize * 3..][..3];
+        assert_eq!(
+            found,
+            known.iter().flat_map(row).copied().collect::<Vec<_>>()
+        );
     }
 
     /// Asks both, and checks that the logits are as they were.
@@ -113,6 +133,7 @@ fn params(rng: &mut Rng, vocab: usize) -> SampleParams {
         allowed: Vec::new(),
         prompt: some_tokens(rng, limit, vocab),
         generated: some_tokens(rng, limit, vocab),
+        last: None,
     };
     if rng.within(0..4) == 0 {
         params.allowed = some_tokens(rng, vocab.min(500) + 1, vocab);
@@ -248,6 +269,105 @@ fn a_vocabulary_of_today_is_drawn_from_alike() {
         })
         .to_vec();
     twins.agree(&requests);
+}
+
+/// Steps that are queued behind each other: each names tokens that nobody has read, in penalties and in its batch.
+#[test]
+fn deferred_sampling_gives_the_answers_of_the_cpu_and_leaves_its_tokens() {
+    let mut rng = Rng::new(29);
+    for case in 0..30 {
+        let Some(cuda) = cuda_backend() else { return };
+        let vocab = rng.pick(&[3, 40, 1024, 3000]);
+        let rows = rng.within(1..5);
+        println!("case {case}: {rows} rows of {vocab} tokens");
+        let values = logits(&mut rng, rows * vocab);
+        let mut twins = Twins::new(cuda, &values, (vocab, vocab));
+        let table = weight(&mut rng, &twins.cuda, (vocab, 3), Element::F32);
+        // Tokens that the step before chose, by request, and that step if it is not read yet.
+        let (mut before, mut unread): (Vec<u32>, Option<(CudaPending, Vec<_>)>) =
+            (Vec::new(), None);
+        for step in 0..6 {
+            let left: Vec<_> = (0..before.len()).map(|r| (r as u32, r as u32)).collect();
+            twins.embed_left(&table, &left, &before);
+            let mut requests: Vec<_> = (0..rng.within(1..7))
+                .map(|_| request(&mut rng, rows, vocab))
+                .collect();
+            requests.sort_by_key(|request| request.row);
+            let mut known = requests.clone();
+            for (request, known) in requests.iter_mut().zip(&mut known) {
+                if before.is_empty() || rng.within(0..3) == 0 {
+                    continue;
+                }
+                if let (Choice::Sample(left), Choice::Sample(known)) =
+                    (&mut request.choice, &mut known.choice)
+                {
+                    let index = rng.within(0..before.len());
+                    left.last = Some(index as u32);
+                    known.generated.push(before[index]);
+                }
+            }
+            let expected = twins.cpu.sample(&mut twins.host, vocab, &known).unwrap();
+            assert!(twins.cuda.defers(&requests));
+            let logits = Some((&mut twins.device, vocab));
+            let pending = twins.cuda.defer(logits, &requests).unwrap().unwrap();
+            before = expected.iter().map(|answer| answer.token).collect();
+            let waits = rng.within(0..4) > 0 && step < 5;
+            let end = |(pending, expected): (CudaPending, Vec<_>)| {
+                assert!(twins.cuda.wait(&pending, &mut || false).unwrap());
+                assert_eq!(twins.cuda.finish(pending).unwrap(), expected);
+            };
+            if let Some(unread) = unread.replace((pending, expected)) {
+                end(unread);
+            }
+            if !waits {
+                unread.take().into_iter().for_each(end);
+            }
+        }
+        let mut after = Vec::new();
+        twins.cuda.read(&twins.device, &mut after).unwrap();
+        assert_eq!(bits(&after), bits(twins.host.values()));
+    }
+}
+
+#[test]
+fn tokens_that_nobody_left_are_refused() {
+    let Some(cuda) = cuda_backend() else { return };
+    let mut twins = Twins::new(cuda, &[0.5; 8], (4, 4));
+    let of = |last| SampleRequest {
+        row: 0,
+        choice: Choice::Sample(Box::new(SampleParams {
+            repetition_penalty: 2.0,
+            last,
+            ..neutral()
+        })),
+        logprobs: None,
+    };
+    let Twins { cuda, device, .. } = &mut twins;
+    assert!(cuda.defer(Some((&mut *device, 4)), &[of(Some(0))]).is_err());
+    let first = cuda.defer(Some((&mut *device, 4)), &[of(None)]).unwrap();
+    assert!(cuda.defer(Some((&mut *device, 4)), &[of(Some(1))]).is_err());
+    assert!(
+        cuda.sample(device, 4, &[of(Some(0))]).is_err(),
+        "not deferred"
+    );
+    let mut batch = tokens(vec![0], vec![0]);
+    let mut uploaded = cuda.batch(1, 1, 0).unwrap();
+    for (request, is_left) in [(0, true), (1, false)] {
+        batch.left = vec![(0, request)];
+        assert_eq!(cuda.upload(&batch, &mut uploaded).is_ok(), is_left);
+    }
+    assert_eq!(cuda.finish(first.unwrap()).unwrap().len(), 1);
+    // What was waited for is nobody's any more.
+    cuda.sample(device, 4, &[of(None)]).unwrap();
+    assert!(cuda.defer(Some((&mut *device, 4)), &[of(Some(0))]).is_err());
+    // Of three, the oldest can no longer be told.
+    let mut three = Vec::new();
+    for _ in 0..3 {
+        let pending = cuda.defer(Some((&mut *device, 4)), &[of(None)]).unwrap();
+        three.extend(pending);
+    }
+    let told: Vec<_> = three.into_iter().map(|p| cuda.finish(p).is_ok()).collect();
+    assert_eq!(told, [false, true, true]);
 }
 
 #[test]

@@ -5,6 +5,8 @@
 //! measurement stands for them. Decode steps are alike; that is what makes it honest. A step that is recorded or
 //! replayed carries no events, so now and then one is queued in the ordinary way, to be measured.
 //!
+//! A step may be queued while the one before it runs, so there are events for two.
+//!
 //! Invariant: what is reported was measured, on a step no more than [`MEASURE_EVERY`] steps before, or
 //! [`MEASURE_REPLAYED_EVERY`] where they could be replayed.
 
@@ -20,13 +22,15 @@ const MEASURE_REPLAYED_EVERY: u32 = 64;
 /// A step whose collectives have this many bytes takes long enough to be measured every time.
 const LONG_BYTES: usize = 1 << 20;
 
-/// The events of one step.
+/// The events of the steps under way, and what decides which steps have any.
 #[derive(Debug, Default)]
 pub(super) struct Timing {
-    pairs: Vec<(Event, Event)>,
-    used: usize,
-    /// What this step does; `None` before its first collective.
-    measures: Option<bool>,
+    /// Steps take turns.
+    steps: [Marks; 2],
+    /// That of the step that was begun last.
+    turn: usize,
+    /// Steps that were begun and not ended.
+    under_way: usize,
     unmeasured: u32,
     /// Steps that could be replayed since one was kept from it.
     replayable: u32,
@@ -34,25 +38,41 @@ pub(super) struct Timing {
     last_us: u64,
 }
 
+/// The events of one step.
+#[derive(Debug, Default)]
+struct Marks {
+    pairs: Vec<(Event, Event)>,
+    used: usize,
+    /// What this step does; `None` before its first collective.
+    measures: Option<bool>,
+}
+
 impl Timing {
-    /// A step begins.
+    /// A step begins. Of those before it, one at most has not ended.
     pub(super) fn begin(&mut self) {
-        self.used = 0;
-        self.measures = None;
+        self.turn = 1 - self.turn;
+        self.under_way = (self.under_way + 1).min(self.steps.len());
+        let step = self.step();
+        step.used = 0;
+        step.measures = None;
+    }
+
+    fn step(&mut self) -> &mut Marks {
+        &mut self.steps[self.turn]
     }
 
     /// Whether this step may be replayed, being one that could; if not, it is measured.
     pub(super) fn may_replay(&mut self) -> bool {
         self.replayable = (self.replayable + 1) % MEASURE_REPLAYED_EVERY;
         if self.replayable == 0 {
-            self.measures = Some(true);
+            self.step().measures = Some(true);
         }
         self.replayable != 0
     }
 
     /// This step is recorded or replayed, and not measured.
     pub(super) fn skip(&mut self) {
-        self.measures = Some(false);
+        self.step().measures = Some(false);
     }
 
     /// A collective over `bytes` is about to be queued.
@@ -60,30 +80,36 @@ impl Timing {
         if !self.decide(bytes) {
             return Ok(());
         }
-        if self.used == self.pairs.len() {
-            self.pairs.push((Event::timed()?, Event::timed()?));
+        let step = self.step();
+        if step.used == step.pairs.len() {
+            step.pairs.push((Event::timed()?, Event::timed()?));
         }
-        self.pairs[self.used].0.record(stream)
+        step.pairs[step.used].0.record(stream)
     }
 
     /// It was queued.
     pub(super) fn after(&mut self, stream: Stream) -> Result<(), CommError> {
-        if self.measures != Some(true) {
+        let step = self.step();
+        if step.measures != Some(true) {
             return Ok(());
         }
-        self.used += 1;
-        self.pairs[self.used - 1].1.record(stream)
+        step.used += 1;
+        step.pairs[step.used - 1].1.record(stream)
     }
 
-    /// Microseconds inside collectives; everything recorded is done.
-    pub(super) fn total_us(&mut self) -> Result<u64, CommError> {
-        match self.measures {
+    /// The oldest step ends: microseconds inside its collectives; everything that was recorded in it is done.
+    pub(super) fn end(&mut self) -> Result<u64, CommError> {
+        let is_last = self.under_way < self.steps.len();
+        let turn = if is_last { self.turn } else { 1 - self.turn };
+        self.under_way = self.under_way.saturating_sub(1);
+        let step = &self.steps[turn];
+        match step.measures {
             None => return Ok(0),
             Some(false) => return Ok(self.last_us),
             Some(true) => {}
         }
         let mut total = 0.0;
-        for (start, end) in &self.pairs[..self.used] {
+        for (start, end) in &step.pairs[..step.used] {
             total += end.micros_since(start)?;
         }
         #[expect(
@@ -98,9 +124,10 @@ impl Timing {
 
     /// Whether this step is measured, which its first collective decides.
     fn decide(&mut self, bytes: usize) -> bool {
-        *self.measures.get_or_insert_with(|| {
-            let measures = bytes >= LONG_BYTES || self.unmeasured == 0;
-            self.unmeasured = (self.unmeasured + 1) % MEASURE_EVERY;
+        let unmeasured = &mut self.unmeasured;
+        *self.steps[self.turn].measures.get_or_insert_with(|| {
+            let measures = bytes >= LONG_BYTES || *unmeasured == 0;
+            *unmeasured = (*unmeasured + 1) % MEASURE_EVERY;
             measures
         })
     }
@@ -128,6 +155,29 @@ mod tests {
     }
 
     #[test]
+    fn a_step_that_ends_after_the_next_has_begun_gives_its_own_time() {
+        let mut timing = Timing {
+            last_us: 7,
+            ..Timing::default()
+        };
+        // Its own way of being measured is what tells a step from the other here: events need a device.
+        let replayed = |timing: &mut Timing| timing.skip();
+        let without = |_: &mut Timing| {};
+        let begin = |timing: &mut Timing, step: fn(&mut Timing)| {
+            timing.begin();
+            step(timing);
+        };
+        begin(&mut timing, replayed);
+        begin(&mut timing, without);
+        assert_eq!(timing.end().unwrap(), 7, "the first");
+        begin(&mut timing, replayed);
+        assert_eq!(timing.end().unwrap(), 0, "the second");
+        assert_eq!(timing.end().unwrap(), 7, "the third");
+        begin(&mut timing, without);
+        assert_eq!(timing.end().unwrap(), 0, "one that was alone");
+    }
+
+    #[test]
     fn long_steps_are_measured_always_and_short_ones_now_and_then() {
         let mut timing = Timing::default();
         let mut measured = 0;
@@ -146,7 +196,8 @@ mod tests {
             timing.begin();
             assert!(timing.decide(LONG_BYTES));
         }
+        let mut timing = Timing::default();
         timing.begin();
-        assert_eq!(timing.total_us().unwrap(), 0, "a step without collectives");
+        assert_eq!(timing.end().unwrap(), 0, "a step without collectives");
     }
 }
