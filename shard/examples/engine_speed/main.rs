@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::model_shape::ModelShape;
+use topology::quantization::{at_load, head_at_load};
 use topology::wire::{Load, ModelLocation, PlanRow, Sampling, StepPlan};
 
 /// Tokens per KV block.
@@ -88,6 +89,8 @@ struct Bench<B: Backend, C: Comm<B>> {
     next: Step,
     speaks: bool,
     shape: ModelShape,
+    /// Whether the head is read as a matrix of its own, and not as the embedding's.
+    has_own_head: bool,
 }
 
 /// What a number of equal steps took.
@@ -107,6 +110,8 @@ fn measure<B: Backend, C: Comm<B>>(
     let shape = ModelShape::from_config(&files.read_json("config.json")?)?;
     let rank = options.rank.unwrap_or(0);
     let load = load(options);
+    let quantised = at_load(&load.quantization, &shape).map_err(anyhow::Error::msg)?;
+    let quantised_head = head_at_load(quantised).filter(|_| kv_element.is_some());
     let id = ranks::identity(options, || {
         let elements = load.max_num_batched_tokens as usize * shape.hidden_size as usize;
         Ok(C::new_id(options.tp, elements, None)?)
@@ -135,6 +140,7 @@ fn measure<B: Backend, C: Comm<B>>(
         engine,
         next: Step(0),
         speaks: rank == 0,
+        has_own_head: quantised_head.is_some() || !shape.tie_word_embeddings,
         shape,
     };
     bench.say(&serde_json::json!({
@@ -261,7 +267,7 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
     /// Bytes of weights that a decode step reads: all but the embedding, of which it reads a row per token.
     fn weight_bytes_of_a_step(&self) -> f64 {
         let loaded = self.engine.loaded().weight_bytes as f64;
-        if self.shape.tie_word_embeddings {
+        if !self.has_own_head {
             return loaded;
         }
         let table = f64::from(self.shape.vocab_size) * f64::from(self.shape.hidden_size);
