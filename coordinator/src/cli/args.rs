@@ -336,8 +336,7 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_GPUS", value_name = "LIST", value_parser = NonEmpty::new(),
           help_heading = DEVICES)]
     pub gpus: Option<String>,
-    /// CPU cores for all shards together: a list (0-3,8), to which threads are pinned, or a count (4), for which
-    /// each shard stays on a NUMA node of its own where there are several.
+    /// CPU cores for all shards: a list to pin threads to (0-3,8), or a count (4), spread over NUMA nodes.
     #[arg(long, env = "CLUSTER_CPUS", value_name = "COUNT|LIST", value_parser = NonEmpty::new(),
           help_heading = DEVICES)]
     pub cpus: Option<String>,
