@@ -14,8 +14,10 @@
 # Bochs 3.0 has the tiles but not XFD, by which Linux saves them only for those who use them. The kernel is told that
 # XFD is there (setcpuid=324), and its registers are ignored, so tiles are not saved when threads are switched. That is
 # why the tests run as real-time threads, which are switched only where they wait, and there no tiles are in use.
-# And it takes bytes with a sign for bytes without one, so the test of those is left out; the one of tiles in plain Rust
-# needs no emulation.
+# And it takes bytes with a sign for bytes without one, in all four products of bytes (tdpbssd of -1 and 1 is 255). What
+# multiplies such codes is left out: two tests of tiles, and those of quantised weights, which come to tiles with more
+# than 16 rows. Codes of seven bits go through all of it here; that signs count is what tiles in plain Rust show, whose
+# tests need no emulation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -89,7 +91,7 @@ cd_image() {
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox grep -m1 'model name' /proc/cpuinfo
 /bin/busybox grep -o 'amx_[a-z0-9]*' /proc/cpuinfo
-RUST_BACKTRACE=0 /bin/chrt -f 1 /tests --test-threads=1 --nocapture --skip codes_with_a_sign --skip tiles_in_plain_rust ${FILTERS[*]}
+RUST_BACKTRACE=0 /bin/chrt -f 1 /tests --test-threads=1 --nocapture --skip codes_with_a_sign --skip quantized_tests --skip tiles_in_plain_rust ${FILTERS[*]}
 echo "exit code: \$?"
 /bin/busybox sleep 1000
 INIT

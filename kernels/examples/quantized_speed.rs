@@ -1,9 +1,10 @@
 //! Prints how much faster the CPU backend multiplies with quantised weights than with bfloat16.
 //!
-//! `cargo run --release -p kernels --example quantized_speed [-- THREADS [ROUNDS]]`. One run is all products of some layers
-//! shaped like a model of half a billion parameters, more than caches hold. Formats take turns, and
-//! what is printed are medians over the rounds, of wall time and, where the machine is busy with other things, too, of
-//! CPU time of one thread, and the ratios.
+//! `cargo run --release -p kernels --example quantized_speed [-- THREADS [ROUNDS [CPU_ISA]]]`. One run is all products of
+//! some layers shaped like a model of half a billion parameters, more than caches hold. Formats take turns, and what is
+//! printed are medians over the rounds, of wall time and, where the machine is busy with other things, too, of CPU time of
+//! one thread, and the ratios. `amx` and `avx512vnni` compared show what matrix tiles are worth: codes of more than 16 rows
+//! are multiplied on them.
 #![expect(
     clippy::print_stdout,
     clippy::disallowed_methods,
@@ -21,7 +22,7 @@ const SHAPES: [(usize, usize); 4] = [(1152, 896), (896, 896), (9728, 896), (896,
 
 const LAYERS: usize = 8;
 
-const ROWS: [usize; 5] = [1, 4, 8, 16, 512];
+const ROWS: [usize; 7] = [1, 4, 8, 16, 32, 128, 512];
 
 /// What weights are stored as: codes in groups of so many columns (0: all), or bfloat16.
 type Format = Option<(Code, usize)>;
@@ -41,7 +42,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         given.map_or(Ok(default), |count| count.parse())
     };
     let (threads, rounds) = (argument(1, 2)?, argument(2, 9)?);
-    let cpu = CpuBackend::new(threads, None)?;
+    let isa = std::env::args().nth(3).unwrap_or("auto".into());
+    let cpu = CpuBackend::with_isa(threads, None, &isa)?;
     println!("{}", cpu.name());
     let models = FORMATS.map(|format| Model::load(&cpu, format));
     let models: Vec<Model> = models.into_iter().collect::<Result<_, _>>()?;

@@ -103,7 +103,7 @@ impl Panel<'_> {
         &mut self,
         row: usize,
         column: usize,
-    ) -> Option<[&mut [[f32; LANES]; N]; M]> {
+    ) -> Option<Block<'_, M, N>> {
         assert!(
             self.rows.start <= row && row + M <= self.rows.end,
             "{M} rows from {row} on of {:?}",
@@ -113,23 +113,48 @@ impl Panel<'_> {
             return None;
         }
         let start = row * self.matrix.width + self.columns.start + column;
-        Some(std::array::from_fn(|m| {
-            #[expect(
-                unsafe_code,
-                reason = "a panel is a strided view, which slices cannot express"
-            )]
-            // SAFETY: the panel has these rows and columns, so it is inside the slice that `base` was taken from.
-            let first = unsafe { self.matrix.base.add(start + m * self.matrix.width) };
-            #[expect(
-                unsafe_code,
-                reason = "a panel is a strided view, which slices cannot express"
-            )]
-            // SAFETY: so are the vectors from there on. No other thread has these columns of these rows, `&mut self`
-            // keeps this one from having them twice, and rows do not overlap, as columns end within a row.
-            unsafe {
-                &mut *first.cast()
-            }
-        }))
+        #[expect(
+            unsafe_code,
+            reason = "a panel is a strided view, which slices cannot express"
+        )]
+        // SAFETY: the panel has these rows and columns, so it is inside the slice that `base` was taken from.
+        let first = unsafe { self.matrix.base.add(start) };
+        Some(Block {
+            first,
+            width: self.matrix.width,
+            lifetime: PhantomData,
+        })
+    }
+}
+
+/// `N` vectors of each of `M` rows of a panel, all within it.
+#[derive(Debug)]
+pub(crate) struct Block<'a, const M: usize, const N: usize> {
+    first: *mut f32,
+    width: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+impl<const M: usize, const N: usize> Block<'_, M, N> {
+    /// Those of one row.
+    #[inline(always)]
+    pub(crate) fn row(&mut self, m: usize) -> &mut [[f32; LANES]; N] {
+        assert!(m < M, "row {m} of {M}");
+        #[expect(
+            unsafe_code,
+            reason = "a panel is a strided view, which slices cannot express"
+        )]
+        // SAFETY: the panel has these rows, so their beginnings are inside the slice that `base` was taken from.
+        let first = unsafe { self.first.add(m * self.width) };
+        #[expect(
+            unsafe_code,
+            reason = "a panel is a strided view, which slices cannot express"
+        )]
+        // SAFETY: so are these columns. No other thread has these columns of these rows, and `&mut self` keeps this one
+        // from having them twice.
+        unsafe {
+            &mut *first.cast()
+        }
     }
 }
 
@@ -141,11 +166,11 @@ mod tests {
     fn a_block_is_those_rows_and_columns_or_nothing() {
         let mut values: Vec<f32> = (0..6 * 40_u8).map(f32::from).collect();
         let mut panel = Matrix::of(&mut values, 40).panel(1..5, 3..40);
-        let block = panel.block::<2, 1>(2, 21).unwrap();
-        for (row, vectors) in (2..).zip(block) {
-            let first = row * 40 + 3 + 21;
+        let mut block = panel.block::<2, 1>(2, 21).unwrap();
+        for m in 0..2 {
+            let first = (2 + m) * 40 + 3 + 21;
             let expected = std::array::from_fn(|lane| (first + lane) as f32);
-            assert_eq!(*vectors, [expected]);
+            assert_eq!(*block.row(m), [expected]);
         }
         assert!(panel.block::<2, 1>(2, 22).is_none());
         assert!(panel.block::<4, 2>(1, 5).is_some());

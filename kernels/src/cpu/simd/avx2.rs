@@ -12,9 +12,10 @@ use half::{bf16, f16};
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_movehdup_ps,
     _mm_movehl_ps, _mm_prefetch, _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_cmpeq_epi16, _mm256_cvtepu8_epi16, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_or_si256, _mm256_set1_epi16,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srai_epi16,
+    _mm256_castsi256_ps, _mm256_cmpeq_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps,
+    _mm256_or_si256, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi16,
+    _mm256_slli_epi32, _mm256_srai_epi16,
 };
 
 /// Proof of AVX2, FMA and F16C.
@@ -157,6 +158,13 @@ impl Simd for Avx2 {
     fn load_f16(self, values: &[f16; LANES]) -> [__m256; 2] {
         // SAFETY: `self` proves that the CPU has AVX2 and F16C.
         unsafe { widen_f16(values) }
+    }
+
+    #[inline(always)]
+    fn load_i32(self, values: &[i32; LANES]) -> [__m256; 2] {
+        let halves: [__m256i; 2] = bytemuck::cast(*values);
+        // SAFETY: `self` proves that the CPU has AVX2.
+        halves.map(|half| unsafe { _mm256_cvtepi32_ps(half) })
     }
 
     #[inline(always)]

@@ -13,9 +13,9 @@ use std::arch::x86_64::{
     __m256i, __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm256_and_si256, _mm256_cmpeq_epi16_mask,
     _mm256_cvtepu8_epi16, _mm256_mask_mov_epi16, _mm256_set1_epi16, _mm256_slli_epi16,
     _mm256_srai_epi16, _mm512_and_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
-    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps,
-    _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
+    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
+    _mm512_fmadd_ps, _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
 };
 
 /// Proof of AVX-512 F, BW and VL, AVX2, FMA and F16C.
@@ -170,6 +170,14 @@ impl Simd for Avx512 {
     fn load_f16(self, values: &[f16; LANES]) -> __m512 {
         // SAFETY: `self` proves that the CPU has AVX-512.
         unsafe { widen_f16(values) }
+    }
+
+    #[inline(always)]
+    fn load_i32(self, values: &[i32; LANES]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512, and the reference covers 16 i32.
+        let values = unsafe { _mm512_loadu_epi32(values.as_ptr()) };
+        // SAFETY: as above.
+        unsafe { _mm512_cvtepi32_ps(values) }
     }
 
     #[inline(always)]

@@ -55,6 +55,9 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// Reads and widens half.
     fn load_f16(self, values: &[f16; LANES]) -> Self::Vector;
 
+    /// Reads and converts integers, to nearest even; exact below 2^24.
+    fn load_i32(self, values: &[i32; LANES]) -> Self::Vector;
+
     /// Reads a cell of bfloat16, `[16][2]`, and widens the first of each pair, or the second.
     fn column_bf16<const SECOND: bool>(self, cell: &[bf16; CELL]) -> Self::Vector;
 
@@ -99,7 +102,7 @@ const NAMES: [&str; 5] = ["amx", "avx512vnni", "avx512", "avx2", "portable"];
 /// The instruction set in use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
-    /// Tiles for matrices of bfloat16, and 512-bit vectors for all else.
+    /// Tiles for matrices of bfloat16 and many rows of codes, and 512-bit vectors for all else.
     #[cfg(target_arch = "x86_64")]
     Amx(amx::Amx),
     /// 512-bit vectors, and instructions for products of bytes.
@@ -192,7 +195,7 @@ impl Isa {
         }
     }
 
-    /// Whether products of bfloat16 matrices run on tiles, which take `x` in bfloat16 too.
+    /// Whether products of bfloat16 matrices run on tiles, which take `x` in bfloat16 too, and those of codes may.
     pub(crate) fn has_tiles(self) -> bool {
         self.key() == "amx"
     }

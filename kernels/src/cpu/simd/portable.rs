@@ -37,6 +37,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_i32(self, values: &[i32; LANES]) -> Self::Vector {
+        values.map(|value| value as f32)
+    }
+
+    #[inline(always)]
     fn column_bf16<const SECOND: bool>(self, cell: &[bf16; CELL]) -> Self::Vector {
         std::array::from_fn(|i| cell[2 * i + usize::from(SECOND)].widen())
     }

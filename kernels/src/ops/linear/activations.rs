@@ -2,8 +2,8 @@
 //!
 //! `scale = max|x| / 127` over the segment and `code = x / scale`, rounded to nearest even: what a code stands for is at
 //! most half a scale from `x`. Rows are quantised once for all threads, into memory that they share, in the order in
-//! which tiles read them: a slot for each tile of rows, `[padded columns / 4][rows of the tile]` quads, then
-//! `[segments][rows of the tile]` factors.
+//! which products read them: a slot for each tile of rows, `[padded columns / 4][rows of the tile]` quads, then
+//! `[segments][rows of the tile]` factors. For matrix tiles they are laid out in `code_tiles.rs`.
 //!
 //! Invariant: a row's codes follow from that row and from how the weight's columns are cut.
 
@@ -32,7 +32,7 @@ const MOST: f32 = 127.0;
 const LEAST: f32 = 1e-30;
 
 /// Most columns of a segment.
-const SEGMENT: usize = 128;
+pub(super) const SEGMENT: usize = 128;
 
 /// How shared memory is divided.
 #[derive(Clone, Copy, Debug)]
@@ -108,12 +108,8 @@ impl IntKernel for Quantize<'_> {
             {
                 let quads = &mut quads[segment.padded.start / QUAD * count + m..];
                 let mut quads = quads.iter_mut().step_by(count);
-                let (codes, scale, sum) = quantized(self.columns, segment, row);
-                factors[m] = Factor {
-                    scale,
-                    sum: sum as f32,
-                    start: -i32::from(self.zero) * sum,
-                };
+                let (codes, factor) = quantized(self.columns, segment, row, self.zero);
+                factors[m] = factor;
                 for codes in &codes.as_chunks::<QUAD>().0[..segment.padded.len() / QUAD] {
                     if let Some(quad) = quads.next() {
                         *quad = simd.quad(*codes);
@@ -124,9 +120,14 @@ impl IntKernel for Quantize<'_> {
     }
 }
 
-/// The codes of one segment of a row, zeros after them, their scale and their sum.
+/// The codes of one segment of a row, zeros after them, and what comes with them for weights whose zero is `zero`.
 #[inline(always)]
-fn quantized(columns: &Columns, segment: &Segment, row: &[f32]) -> ([i8; SEGMENT], f32, i32) {
+pub(super) fn quantized(
+    columns: &Columns,
+    segment: &Segment,
+    row: &[f32],
+    zero: u8,
+) -> ([i8; SEGMENT], Factor) {
     let mut values = [0.0_f32; SEGMENT];
     columns.gather(segment, row, &mut values[..segment.columns.len()]);
     // As integers, sizes are in the order of the numbers, and what is no number is above all.
@@ -137,7 +138,11 @@ fn quantized(columns: &Columns, segment: &Segment, row: &[f32]) -> ([i8; SEGMENT
     let max = f32::from_bits(max);
     if !max.is_finite() || max < LEAST {
         let scale = if max.is_finite() { 0.0 } else { f32::NAN };
-        return ([0; SEGMENT], scale, 0);
+        let factor = Factor {
+            scale,
+            ..Factor::zeroed()
+        };
+        return ([0; SEGMENT], factor);
     }
     let (inverse, mut sum) = (MOST / max, 0);
     let mut codes = [0; SEGMENT];
@@ -146,7 +151,12 @@ fn quantized(columns: &Columns, segment: &Segment, row: &[f32]) -> ([i8; SEGMENT
         sum += rounded;
         *code = rounded.to_le_bytes()[0].cast_signed();
     }
-    (codes, max / MOST, sum)
+    let factor = Factor {
+        scale: max / MOST,
+        sum: sum as f32,
+        start: -i32::from(zero) * sum,
+    };
+    (codes, factor)
 }
 
 /// To nearest even, of what is smaller than 2^22: adding a number whose last bit is 1 rounds.

@@ -9,9 +9,12 @@
 //! segment's products summed one by one from the first to the last, times its scale if it has one (and then the bias).
 //! On tiles (AMX, bfloat16 weights) `x` is rounded to bfloat16, and segments have 32 columns: to the sum so far comes
 //! what the products of even columns, one by one, and those of odd columns, one by one, make together. Nothing else
-//! about the shapes, and nothing about threads, changes a bit. Integer codes: `codes.rs`.
+//! about the shapes, and nothing about threads, changes a bit. Integer codes: `codes.rs`, whose bits `code_tiles` gives
+//! too.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod code_tiles;
 mod codes;
 #[cfg(test)]
 mod quantized_tests;
@@ -24,18 +27,18 @@ use crate::backend::Element;
 use crate::cpu::element::{F8, Stored, by_element};
 use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Part, Quantized};
-use crate::cpu::scratch::VECTORS;
 use crate::cpu::simd::{Kernel, LANES, MAX_TILE, Simd, dot};
 use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
-use round::{Round, Turn, WIDENED, add_bias};
+use round::{Round, Slots, Turn, WIDENED, add_bias};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Vectors of rows that a thread's memory holds.
-const ROOM: usize = VECTORS - WIDENED;
+/// Vectors of rows of one round, 416 KiB: with a panel of weights and the outputs they stay in a second-level cache of
+/// 1 MiB.
+const ROOM: usize = 13 << 9;
 
-/// Rows of one segment that it holds.
+/// Rows of one segment that these are.
 const MAX_ROWS: usize = ROOM / (BLOCK / LANES);
 
 /// The fast path.
@@ -81,15 +84,18 @@ fn multiply<E: Stored>(
     out: &mut CpuTensor,
 ) {
     let (width, within) = (out.width(), first..first + packed.rows());
+    let segments = packed.columns().segments();
+    let mut shared = cpu.scratch.shared();
+    let (shared, _) = shared.as_chunks_mut::<LANES>();
     for part in equal_parts(x.rows(), MAX_ROWS, MAX_TILE) {
-        let mut segments = packed.columns().segments();
-        while let Some(one) = segments.first() {
-            // All segments at once where memory allows: threads meet after each round.
-            let room = one.padded.start + ROOM * LANES / part.len();
-            let at_once = segments.partition_point(|segment| segment.padded.end <= room);
-            let (these, rest) = segments.split_at(at_once);
-            segments = rest;
-            let bias = bias.filter(|_| rest.is_empty());
+        let slots = Slots::of(cpu, part.len(), packed.columns());
+        let mut left = segments.len();
+        // All segments at once where caches allow: threads meet after each round.
+        for these in segments.chunks((ROOM / slots.of_segment()).max(1)) {
+            left -= these.len();
+            let bias = bias.filter(|_| left == 0);
+            let laid_out = &mut shared[..these.len() * slots.of_segment()];
+            slots.lay_out(cpu, (x, part.start), (packed, these), laid_out);
             let columns = these.iter().map(|segment| segment.columns.len());
             let cost = part.len() * columns.sum::<usize>() * PANEL_ROWS;
             let out = (out.values_mut(), width);
@@ -97,14 +103,14 @@ fn multiply<E: Stored>(
                 .panels(out, within.clone(), (PANEL_ROWS, cost), |panels| {
                     let mut space = cpu.scratch.of_thread(panels.thread());
                     let (rows, stored) = (part.clone(), PhantomData::<E>);
-                    let (weight, space) = (packed, &mut space[..]);
                     let round = Round {
-                        x,
-                        weight,
+                        x: laid_out,
+                        slots,
+                        weight: packed,
                         bias,
                         rows,
                         segments: these,
-                        space,
+                        widened: bytemuck::cast_slice_mut(&mut space[..WIDENED]),
                         stored,
                     };
                     cpu.isa.run(Turn { round, panels });
@@ -124,6 +130,13 @@ fn linear_quantized(
     let mut first = 0;
     for part in weight.parts() {
         match part {
+            #[cfg(target_arch = "x86_64")]
+            Part::Codes(codes)
+                if cpu.isa.has_tiles() && code_tiles::pays(x.rows(), codes.columns()) =>
+            {
+                let unit = cpu.isa.tiles().expect("it has tiles");
+                code_tiles::linear((cpu, unit), x, (codes, first), bias, out);
+            }
             Part::Codes(codes) => codes::linear(cpu, x, (codes, first), bias, out),
             Part::Floats(packed) => multiply::<F8<false>>(cpu, x, (packed, first), bias, out),
         }

@@ -1,29 +1,139 @@
-//! One thread's part of a product: some rows of `x` with the panels of the weight that it claims.
+//! One round of a product: some rows of `x` with some columns of the weight.
 //!
-//! The rows are copied once into the thread's memory, in the order in which tiles read them, so that a product's speed
-//! does not depend on how far apart rows are. What a sum is, and in which order, is said in `mod.rs`.
+//! The rows are copied once for all threads, in the order in which tiles read them, so that a product's speed does not
+//! depend on how far apart rows are. Then each thread takes the panels of the weight that it claims. What a sum is, and
+//! in which order, is said in `mod.rs`.
 
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
-use crate::cpu::quantized::{PanelScales, Segment};
-use crate::cpu::scratch::{Space, VECTORS};
+use crate::cpu::quantized::{Columns, PanelScales, Segment};
 use crate::cpu::simd::{CELL, Kernel, LANES, Simd, by_rows, panel, tiles};
 use crate::cpu::threads::Panels;
-use crate::cpu::{CpuTensor, CpuWeight};
+use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+/// Where rows lie: a slot for each tile of them in each segment, `[segments][tiles]`, of which each is
+/// `[vectors][rows of the tile][16]`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slots {
+    rows: usize,
+    /// Rows of the largest tile there can be.
+    most: usize,
+    /// How many there are.
+    tiles: usize,
+    /// Vectors of one.
+    slot: usize,
+}
+
+impl Slots {
+    /// For so many rows of what is multiplied with such columns.
+    pub(super) fn of(cpu: &CpuBackend, rows: usize, columns: &Columns) -> Self {
+        let most = cpu.isa.run(TileRows);
+        // The first tile is the largest.
+        let largest = tiles(rows, most).next().map_or(0, |tile| tile.len());
+        let segments = columns.segments().iter();
+        let longest = segments.map(|segment| segment.padded.len()).max();
+        Self {
+            rows,
+            most,
+            tiles: tiles(rows, most).count(),
+            slot: largest * longest.unwrap_or(0) / LANES,
+        }
+    }
+
+    /// Vectors of all rows of a segment.
+    pub(super) fn of_segment(&self) -> usize {
+        self.tiles * self.slot
+    }
+
+    /// Copies the columns of `segments` of the rows of `x` from `first` on.
+    pub(super) fn lay_out(
+        &self,
+        cpu: &CpuBackend,
+        (x, first): (&CpuTensor, usize),
+        (weight, segments): (&Packed, &[Segment]),
+        to: &mut [[f32; LANES]],
+    ) {
+        let inputs = weight.columns().inputs();
+        let cost = self.slot * LANES;
+        cpu.threads.rows(to, self.slot, cost, |i, to| {
+            let columns = segments[i / self.tiles].columns.clone();
+            let tile = tiles(self.rows, self.most).nth(i % self.tiles);
+            let tile = tile.expect("a slot for each tile");
+            cpu.isa.run(LayOut {
+                x,
+                inputs,
+                columns,
+                rows: first + tile.start..first + tile.end,
+                to,
+            });
+        });
+    }
+}
+
+/// Rows of the largest tile of an instruction set.
+struct TileRows;
+
+impl Kernel for TileRows {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> usize {
+        S::TILE.0
+    }
+}
+
+/// Copies a tile of rows into its slot.
+struct LayOut<'a> {
+    x: &'a CpuTensor,
+    /// Which column of `x` each is, if they are not in order.
+    inputs: Option<&'a [u32]>,
+    columns: Range<usize>,
+    rows: Range<usize>,
+    to: &'a mut [[f32; LANES]],
+}
+
+impl Kernel for LayOut<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let mut to = self.to.iter_mut();
+        for column in self.columns.clone().step_by(LANES) {
+            for row in self.rows.clone() {
+                let row = self.x.row(row);
+                let to = to.next().expect("a slot is as long as its tile");
+                if let Some(inputs) = self.inputs {
+                    *to = [0.0; LANES];
+                    for (to, input) in to.iter_mut().zip(&inputs[column..self.columns.end]) {
+                        *to = row[*input as usize];
+                    }
+                } else if let Some(vector) = row[column..self.columns.end].first_chunk() {
+                    *to = *vector;
+                } else {
+                    *to = [0.0; LANES];
+                    to[..self.columns.end - column].copy_from_slice(&row[column..self.columns.end]);
+                }
+            }
+        }
+    }
+}
+
 /// Some rows of `x` times some columns of the weight, in the hands of one thread.
 pub(super) struct Round<'a, E> {
-    pub(super) x: &'a CpuTensor,
+    /// As [`Slots`] says.
+    pub(super) x: &'a [[f32; LANES]],
+    pub(super) slots: Slots,
     pub(super) weight: &'a Packed,
     /// To be added, when `segments` are the last.
     pub(super) bias: Option<&'a CpuWeight>,
     pub(super) rows: Range<usize>,
     pub(super) segments: &'a [Segment],
-    pub(super) space: &'a mut Space,
+    /// The thread's memory for a segment of a panel.
+    pub(super) widened: &'a mut [[bf16; CELL]],
     pub(super) stored: PhantomData<E>,
 }
 
@@ -42,12 +152,7 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
             mut round,
             mut panels,
         } = self;
-        let mut is_laid_out = false;
         while let Some((groups, mut panel)) = panels.claim() {
-            if !is_laid_out {
-                round.lay_out_rows(S::TILE.0);
-                is_laid_out = true;
-            }
             for (i, group) in groups.enumerate() {
                 round.group(simd, (group, i * PANEL_ROWS), &mut panel);
             }
@@ -59,35 +164,6 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
 }
 
 impl<E: Stored> Round<'_, E> {
-    /// Copies the rows into the thread's memory: `[segments][tiles][vectors][rows of the tile][16]`.
-    #[inline(always)]
-    fn lay_out_rows(&mut self, most: usize) {
-        let mut space = self.space.iter_mut();
-        let inputs = self.weight.columns().inputs();
-        for segment in self.segments {
-            let columns = segment.columns.clone();
-            for tile in tiles(self.rows.len(), most) {
-                for column in columns.clone().step_by(LANES) {
-                    for row in tile.clone() {
-                        let row = self.x.row(self.rows.start + row);
-                        let to = space.next().expect("a round fits into the memory");
-                        if let Some(inputs) = inputs {
-                            *to = [0.0; LANES];
-                            for (to, input) in to.iter_mut().zip(&inputs[column..columns.end]) {
-                                *to = row[*input as usize];
-                            }
-                        } else if let Some(vector) = row[column..columns.end].first_chunk() {
-                            *to = *vector;
-                        } else {
-                            *to = [0.0; LANES];
-                            to[..columns.end - column].copy_from_slice(&row[column..columns.end]);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
     /// 32 columns of `out`.
     #[inline(always)]
     fn group<S: Simd>(&mut self, simd: S, (group, column): (usize, usize), panel: &mut Panel<'_>) {
@@ -95,15 +171,13 @@ impl<E: Stored> Round<'_, E> {
         let start = group * self.weight.panel_cells();
         let scales = self.weight.scales(group);
         let rows = self.rows.len();
-        let (laid_out, widened) = self.space.split_at_mut(VECTORS - WIDENED);
         let is_widened = size_of::<E>() == 1 && rows > S::TILE.0;
-        let mut x = 0;
+        let mut slots = self.x.chunks_exact(self.slots.slot.max(1));
         for segment in self.segments {
             let padded = segment.padded.clone();
             let cells = &all[start + padded.start..start + padded.end];
-            let widened: &mut [[bf16; CELL]] = bytemuck::cast_slice_mut(widened);
             if is_widened {
-                widen(simd, cells, widened);
+                widen(simd, cells, self.widened);
             }
             // What is read next: this panel's next segment, or the next panel where the round has one segment.
             let next = start
@@ -113,12 +187,11 @@ impl<E: Stored> Round<'_, E> {
                     padded.start + self.weight.panel_cells()
                 };
             let ahead = &all[next.min(all.len())..(next + padded.len()).min(all.len())];
-            for tile in tiles(rows, S::TILE.0) {
-                let vectors = tile.len() * padded.len() / LANES;
+            for (tile, x) in tiles(rows, S::TILE.0).zip(&mut slots) {
                 // Each tile asks for as much as it has work.
                 let asked = [tile.start, tile.end].map(|row| row * ahead.len() / rows);
                 let work = Work {
-                    x: &laid_out[x..x + vectors],
+                    x: &x[..tile.len() * padded.len() / LANES],
                     cells,
                     ahead: &ahead[asked[0]..asked[1]],
                     scales: scales.map(|scales| (scales, segment.group)),
@@ -130,12 +203,12 @@ impl<E: Stored> Round<'_, E> {
                 };
                 if is_widened {
                     let ahead = &work.ahead[..work.ahead.len() / 2 * 2];
-                    let (cells, ahead) = (&widened[..padded.len()], bytemuck::cast_slice(ahead));
+                    let ahead = bytemuck::cast_slice(ahead);
+                    let cells = &self.widened[..padded.len()];
                     run(simd, tile.len(), work.with(cells, ahead));
                 } else {
                     run(simd, tile.len(), work);
                 }
-                x += vectors;
             }
         }
     }
@@ -256,9 +329,9 @@ pub(super) fn prefetch<S: Simd, const M: usize>(
     panel: &mut Panel<'_>,
     (row, column): (usize, usize),
 ) {
-    if let Some(block) = panel.block::<M, { PANEL_ROWS / LANES }>(row, column) {
-        for vectors in block {
-            for vector in vectors {
+    if let Some(mut block) = panel.block::<M, { PANEL_ROWS / LANES }>(row, column) {
+        for m in 0..M {
+            for vector in block.row(m) {
                 simd.prefetch(vector);
             }
         }
@@ -274,17 +347,17 @@ pub(super) fn put<S: Simd, const M: usize, const N: usize>(
     (row, column, is_first): (usize, usize, bool),
     sums: &[[S::Vector; N]; M],
 ) {
-    if let Some(block) = panel.block::<M, N>(row, column) {
+    if let Some(mut block) = panel.block::<M, N>(row, column) {
         let one = simd.splat(1.0);
-        for m in 0..M {
+        for (m, sums) in sums.iter().enumerate() {
+            let out = block.row(m);
             for n in 0..N {
-                let before = simd.load(&block[m][n]);
                 let sum = if is_first {
-                    sums[m][n]
+                    sums[n]
                 } else {
-                    simd.mul_add(one, sums[m][n], before)
+                    simd.mul_add(one, sums[n], simd.load(&out[n]))
                 };
-                block[m][n] = simd.to_array(sum);
+                out[n] = simd.to_array(sum);
             }
         }
         return;

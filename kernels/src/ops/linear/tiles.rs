@@ -215,7 +215,8 @@ impl<T: Multiply> Turn<'_, T> {
                 }
             }
             for (panel, sums) in group.zip(sums.chunks_exact(self.shape.sums())) {
-                self.put(sums, panel * PANEL_ROWS - columns.start, out);
+                let rows = (self.first_row, self.shape.rows, self.shape.tile_rows);
+                put(sums, rows, panel * PANEL_ROWS - columns.start, out);
             }
         }
     }
@@ -277,19 +278,24 @@ impl<T: Multiply> Turn<'_, T> {
             }
         }
     }
+}
 
-    /// Copies a panel's sums to the columns from `column` on; what is beyond the end is the weight's padding.
-    fn put(&self, sums: &[[f32; LANES]], column: usize, out: &mut Panel<'_>) {
-        let rows = self.shape.tile_rows;
-        for (tile, sums) in sums.chunks_exact(2 * rows).enumerate() {
-            let halves = sums.split_at(rows);
-            for (place, sums) in halves.0.iter().zip(halves.1).enumerate() {
-                let row = tile * rows + place;
-                if row < self.shape.rows {
-                    let to = &mut out.row(self.first_row + row)[column..];
-                    for (to, sums) in to.chunks_mut(LANES).zip([sums.0, sums.1]) {
-                        to.copy_from_slice(&sums[..to.len()]);
-                    }
+/// Copies a panel's sums, `[tiles][2][tile_rows]`, to `rows` rows from `first` on and the columns from `column` on; what is
+/// beyond the end is the weight's padding.
+pub(super) fn put(
+    sums: &[[f32; LANES]],
+    (first, rows, tile_rows): (usize, usize, usize),
+    column: usize,
+    out: &mut Panel<'_>,
+) {
+    for (tile, sums) in sums.chunks_exact(2 * tile_rows).enumerate() {
+        let halves = sums.split_at(tile_rows);
+        for (place, sums) in halves.0.iter().zip(halves.1).enumerate() {
+            let row = tile * tile_rows + place;
+            if row < rows {
+                let to = &mut out.row(first + row)[column..];
+                for (to, sums) in to.chunks_mut(LANES).zip([sums.0, sums.1]) {
+                    to.copy_from_slice(&sums[..to.len()]);
                 }
             }
         }

@@ -1,8 +1,8 @@
 //! The matrix extension of x86 processors (AMX): tiles of up to sixteen rows of 64 bytes, and products of them.
 //!
-//! A product adds to tiles of sums what one or two tiles of activations give with the two cells of a packed panel that
-//! lie side by side, over as many chunks as a block has. A chunk is what one tile holds of a row: 32 bfloat16 or 64
-//! codes of a byte. What is not here: how matrices are cut into blocks (`ops/linear/tiles.rs`).
+//! A product is what one or two tiles of activations give with the two cells of a packed panel that lie side by side,
+//! over as many chunks as there are. A chunk is what one tile holds of a row: 32 bfloat16 or 64 codes of a byte. What is
+//! not here: how matrices are cut into blocks (`ops/linear/tiles.rs`, `ops/linear/code_tiles.rs`).
 //!
 //! Unsafe code here rests on two facts: an [`Amx`] exists only where CPU and system let this process use the
 //! instructions, and while a [`Tiles`] lives, its thread's tiles have the shapes that it says.
@@ -29,10 +29,8 @@ pub(crate) const CHUNK_CELLS: usize = 2 * TILE_ROWS;
 
 /// What tiles hold of activations, of weights and of sums: 64 bytes each.
 pub(crate) type Floats = [bf16; CELL];
-/// Codes of a byte with a sign.
+/// The same of codes of a byte with a sign.
 pub(crate) type Signed = [i8; 64];
-/// Codes of a byte without one.
-pub(crate) type Unsigned = [u8; 64];
 
 /// Operands of a product of `n` chunks.
 #[derive(Debug)]
@@ -41,7 +39,7 @@ pub(crate) struct Product<'a, A, B, S> {
     pub(crate) rows: &'a [&'a [A]],
     /// `[n][16][2]`: each of 16 lines has 2 columns (of bytes: 4) of sixteen rows of the panel, as packed matrices do.
     pub(crate) cells: &'a [B],
-    /// What is added to: `[tiles][2][rows]`.
+    /// What is added to, or written: `[tiles][2][rows]`.
     pub(crate) sums: &'a mut [S],
     /// Lines that will be read some time later, which are asked for now.
     pub(crate) ahead: &'a [B],
@@ -62,6 +60,9 @@ pub(crate) trait Multiply {
     /// by one from zero, and of those of odd ones. Each is rounded to nearest even together with its sum; what is too
     /// small for a normal f32 counts as zero.
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>);
+
+    /// Of codes, both with a sign. The sums are written, whatever was there; they are exact. At least one chunk.
+    fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>);
 }
 
 /// Proof that this process may use AMX with bfloat16 and bytes, and of all that [`Vnni`] proves.
@@ -83,7 +84,7 @@ impl Amx {
         self.0.run(kernel)
     }
 
-    /// For integer products, which do not run on tiles.
+    /// For integer products of few rows, which do not run on tiles.
     pub(super) fn ints(self) -> Vnni {
         self.0
     }
@@ -177,19 +178,29 @@ struct Operands {
     lines: usize,
 }
 
+/// How a tile of sums begins: as it is in memory, or at zero.
+macro_rules! begin {
+    (add, $tile:literal, $from:literal) => {
+        concat!("tileloadd ", $tile, ", [", $from, " + {line}]")
+    };
+    (write, $tile:literal, $from:literal) => {
+        concat!("tilezero ", $tile)
+    };
+}
+
 /// With two tiles of activations: four sums, for each of which half a tile is read, so that the cache keeps up.
 ///
 /// The caller vouches that the memory behind each address is as large as tiles and chunks say. A prefetch may go beyond.
 macro_rules! run_two {
-    ($instruction:literal, $operands:ident) => {
+    ($instruction:literal, $begin:ident, $operands:ident) => {
         asm!(
-            "tileloadd tmm0, [{sums} + {line}]",
+            begin!($begin, "tmm0", "{sums}"),
             "lea {at}, [{sums} + {tile}]",
-            "tileloadd tmm1, [{at} + {line}]",
+            begin!($begin, "tmm1", "{at}"),
             "add {at}, {tile}",
-            "tileloadd tmm2, [{at} + {line}]",
+            begin!($begin, "tmm2", "{at}"),
             "add {at}, {tile}",
-            "tileloadd tmm3, [{at} + {line}]",
+            begin!($begin, "tmm3", "{at}"),
             "2:",
             "tileloadd tmm6, [{cells} + {pair}]",
             "tileloadd tmm4, [{rows} + {line}]",
@@ -242,11 +253,11 @@ macro_rules! run_two {
 ///
 /// The caller vouches for the same as with two.
 macro_rules! run_one {
-    ($instruction:literal, $operands:ident) => {
+    ($instruction:literal, $begin:ident, $operands:ident) => {
         asm!(
-            "tileloadd tmm0, [{sums} + {line}]",
+            begin!($begin, "tmm0", "{sums}"),
             "lea {at}, [{sums} + {tile}]",
-            "tileloadd tmm1, [{at} + {line}]",
+            begin!($begin, "tmm1", "{at}"),
             "2:",
             "tileloadd tmm6, [{cells} + {pair}]",
             "tileloadd tmm4, [{rows} + {line}]",
@@ -286,10 +297,10 @@ macro_rules! run_one {
     };
 }
 
-/// One product: the sums come from memory and go back there, between them all chunks. One instruction adds the product
-/// of two tiles to a third.
+/// One product: the sums begin, go through all chunks, and go to memory. One instruction adds the product of two tiles
+/// to a third.
 macro_rules! multiply {
-    ($instruction:literal, $tiles:expr, $product:expr) => {{
+    ($instruction:literal, $begin:ident, $tiles:expr, $product:expr) => {{
         let (rows, product) = ($tiles.rows, $product);
         let chunks = chunks(rows, &product);
         // Empty products would run the loop below once.
@@ -311,10 +322,10 @@ macro_rules! multiply {
         };
         if second.is_some() {
             // SAFETY: see `run_two!`; `chunks()` has checked the sizes.
-            unsafe { run_two!($instruction, operands) }
+            unsafe { run_two!($instruction, $begin, operands) }
         } else {
             // SAFETY: see `run_one!`; `chunks()` has checked the sizes.
-            unsafe { run_one!($instruction, operands) }
+            unsafe { run_one!($instruction, $begin, operands) }
         }
     }};
 }
@@ -350,29 +361,16 @@ impl Tiles {
             here: PhantomData,
         }
     }
-
-    /// Of codes, summed exactly: activations with a sign, weights without one.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "no matrix of bytes is kept in this form yet")
-    )]
-    pub(crate) fn signed_by_unsigned(&mut self, p: Product<'_, Signed, Unsigned, [i32; LANES]>) {
-        multiply!("tdpbsud", self, p);
-    }
-
-    /// Of codes, summed exactly: both with a sign.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "no matrix of bytes is kept in this form yet")
-    )]
-    pub(crate) fn signed_by_signed(&mut self, p: Product<'_, Signed, Signed, [i32; LANES]>) {
-        multiply!("tdpbssd", self, p);
-    }
 }
 
 impl Multiply for Tiles {
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>) {
-        multiply!("tdpbf16ps", self, product);
+        multiply!("tdpbf16ps", add, self, product);
+    }
+
+    fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>) {
+        assert!(!product.cells.is_empty(), "a chunk at least");
+        multiply!("tdpbssd", write, self, product);
     }
 }
 
