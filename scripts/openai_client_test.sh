@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-cargo build --release --locked --quiet
+cargo build --release --locked --quiet -p coordinator --bin cluster
 scripts/python_env.sh --client >/dev/null
 
 log=$(mktemp)

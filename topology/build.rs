@@ -27,15 +27,22 @@ fn main() {
 }
 
 fn revision() -> Option<String> {
-    // A commit moves one of these; without them cargo would keep an old name.
-    for name in ["HEAD", "logs/HEAD", "index"] {
+    // A commit moves one of these; without them cargo would keep an old name. Not the index: whoever only looks at the
+    // tree writes it, and everything would be built anew.
+    for name in ["HEAD", "logs/HEAD"] {
         let path = git(&["rev-parse", "--git-path", name])?;
         if Path::new(&path).exists() {
             println!("cargo::rerun-if-changed={path}");
         }
     }
     let revision = git(&["rev-parse", "--short=12", "HEAD"])?;
-    let is_changed = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    let is_changed = !git(&[
+        "--no-optional-locks",
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+    ])?
+    .is_empty();
     Some(if is_changed {
         format!("{revision}+")
     } else {
