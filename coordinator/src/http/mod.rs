@@ -128,9 +128,9 @@ fn handler(path: &str) -> MethodRouter<Arc<ServerState>> {
     match path {
         "/v1/models" => get(openai::models::list),
         "/v1/models/{*id}" => get(openai::models::one),
-        "/v1/completions" => post(openai::completions::handle),
+        "/v1/completions" => openai::route(Api::Completions),
         "/v1/completions/{id}" => background::route(Api::Completions),
-        "/v1/chat/completions" => post(openai::chat::handle),
+        "/v1/chat/completions" => openai::route(Api::Chat),
         "/v1/chat/completions/{id}" => background::route(Api::Chat),
         "/tokenize" => post(openai::tokenize::tokenize),
         "/detokenize" => post(openai::tokenize::detokenize),

@@ -2,21 +2,20 @@
 //!
 //! Only text goes in and comes out. Templates come from the model, never from a request.
 
+use super::asked::Head;
 use super::logprobs::{self, ChatToken};
-use super::params::{Extra, Params};
+use super::params::Extra;
 use super::prompt::encode;
-use super::{Api, Call, ChunkUsage, StreamUsage, UsageBody, finish_fields, unsupported};
-use crate::http::auth::Tenant;
+use super::{Api, ChunkUsage, StreamUsage, UsageBody, finish_fields};
+use crate::http::body;
 use crate::http::error::ApiError;
 use crate::http::generate::{Delta, GenerateRequest, Generation, StopReason, Usage};
 use crate::http::limits::{Bounded, MAX_MESSAGES, Whole};
 use crate::http::served::Served;
-use crate::http::sse::{self, Dialect, Frames};
-use crate::http::{RequestId, ServerState, background, body};
+use crate::http::sse::{Dialect, Frames};
 use crate::text::pieces::Pieces;
 use crate::text::template::{Ending, TemplateError};
 use axum::Json;
-use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -71,54 +70,16 @@ impl Body {
     }
 }
 
-/// `POST /v1/chat/completions`.
-pub async fn handle(
-    State(state): State<Arc<ServerState>>,
-    Extension(id): Extension<RequestId>,
-    Extension(tenant): Extension<Tenant>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let bytes = body::read(&state, request).await?;
-    let asked = Asked::read(&state, &bytes, Call::now(id.0, tenant)).await?;
-    if asked.is_background {
-        let seed = asked.request.sampling.seed;
-        return background::accept(&state, asked.served, (Api::Chat, tenant), (seed, bytes)).await;
-    }
-    drop(bytes);
-    if !asked.is_streamed {
-        return asked.whole().await;
-    }
-    let keep_alive = asked.served.limits.keep_alive_interval;
-    let generation = Generation::start(asked.served, asked.request).await?;
-    Ok(sse::respond(generation, asked.writer, keep_alive))
-}
+impl super::asked::Writer for Writer {
+    const API: Api = Api::Chat;
 
-/// The whole answer to a body, as [`super::answer`].
-pub(super) async fn answer(
-    state: &ServerState,
-    bytes: &[u8],
-    call: Call,
-) -> Result<Response, ApiError> {
-    Asked::read(state, bytes, call).await?.whole().await
-}
-
-/// What a body asks for, checked.
-struct Asked<'a> {
-    served: &'a Arc<Served>,
-    request: GenerateRequest,
-    writer: Writer,
-    show_prompt_logprobs: bool,
-    is_streamed: bool,
-    is_background: bool,
-}
-
-impl<'a> Asked<'a> {
-    async fn read(state: &'a ServerState, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
-        let mut params: Params = body::parse(bytes)?;
-        let served = state.models.choose(params.model.as_deref())?;
-        unsupported::refuse(bytes)?;
-        params.fix_seed(call.seed);
-        let streaming = params.streaming()?;
+    async fn read(head: &Head<'_>, bytes: &[u8]) -> Result<(GenerateRequest, Self), ApiError> {
+        let Head {
+            call,
+            served,
+            params,
+            streaming,
+        } = head;
         let body: Body = body::parse(bytes)?;
         if body.echo == Some(true) {
             let message = "echo is available for /v1/completions only.";
@@ -139,30 +100,50 @@ impl<'a> Asked<'a> {
             echo: false,
         };
         let request = params.request(served, call.tenant, extra)?;
-        let writer = Writer {
-            id: Api::Chat.name(&call.id),
+        let writer = Self {
+            id: Self::API.name(&call.id),
             created: call.created,
             model: served.model.name().to_owned(),
             pieces: served.model.text.tokenizer.pieces(),
             n: request.n,
             logprobs: logprobs.is_some(),
+            prompt_logprobs: params.prompt_logprobs(served)?.is_some(),
             token_ids: params.return_token_ids(),
             prompt,
             usage: streaming.unwrap_or_default(),
         };
-        Ok(Self {
-            served,
-            request,
-            writer,
-            show_prompt_logprobs: params.prompt_logprobs(served)?.is_some(),
-            is_streamed: streaming.is_some(),
-            is_background: params.is_background(),
-        })
+        Ok((request, writer))
     }
 
-    async fn whole(self) -> Result<Response, ApiError> {
-        let generation = Generation::start(self.served, self.request).await?;
-        whole(generation, &self.writer, self.show_prompt_logprobs).await
+    async fn whole(self, mut generation: Generation) -> Result<Response, ApiError> {
+        let mut choices: Vec<Choice> = (0..self.n).map(|_| Choice::default()).collect();
+        let mut prompt_logprobs = None;
+        while let Some(delta) = generation.next().await? {
+            let scores = delta.prompt_scores.as_ref();
+            if let Some(scores) = scores.filter(|_| self.prompt_logprobs) {
+                prompt_logprobs = Some(logprobs::prompt(&self.pieces, &self.prompt, scores));
+            }
+            choices[delta.choice].append(delta, &self.pieces);
+        }
+        let choices: Vec<Value> = (0..)
+            .zip(choices)
+            .map(|(i, it)| it.json(i, &self))
+            .collect();
+        let mut body = json!({
+            "id": self.id,
+            "object": Self::API.object(),
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": UsageBody::from(generation.usage()),
+        });
+        if let Some(entries) = prompt_logprobs {
+            body["prompt_logprobs"] = entries;
+        }
+        if self.token_ids {
+            body["prompt_token_ids"] = json!(&*self.prompt);
+        }
+        Ok(Json(body).into_response())
     }
 }
 
@@ -208,54 +189,6 @@ pub(super) async fn render(
     rendered.map_err(|error| ApiError::parameter("messages", error.to_string()))
 }
 
-async fn whole(
-    mut generation: Generation,
-    writer: &Writer,
-    show_prompt_logprobs: bool,
-) -> Result<Response, ApiError> {
-    let mut choices: Vec<Choice> = (0..writer.n).map(|_| Choice::default()).collect();
-    let mut prompt_logprobs = None;
-    while let Some(delta) = generation.next().await? {
-        if let Some(scores) = delta
-            .prompt_scores
-            .as_ref()
-            .filter(|_| show_prompt_logprobs)
-        {
-            prompt_logprobs = Some(logprobs::prompt(&writer.pieces, &writer.prompt, scores));
-        }
-        let choice = &mut choices[delta.choice];
-        choice.text += &delta.text;
-        if let Some(token) = &delta.token {
-            choice.token_ids.push(token.id);
-            choice
-                .logprobs
-                .extend(ChatToken::new(&writer.pieces, token));
-        }
-        if delta.finish.is_some() {
-            (choice.finish_reason, choice.stop_reason) = finish_fields(delta.finish);
-        }
-    }
-    let choices: Vec<Value> = (0..)
-        .zip(choices)
-        .map(|(i, it)| it.json(i, writer))
-        .collect();
-    let mut body = json!({
-        "id": writer.id,
-        "object": "chat.completion",
-        "created": writer.created,
-        "model": writer.model,
-        "choices": choices,
-        "usage": UsageBody::from(generation.usage()),
-    });
-    if let Some(entries) = prompt_logprobs {
-        body["prompt_logprobs"] = entries;
-    }
-    if writer.token_ids {
-        body["prompt_token_ids"] = json!(&*writer.prompt);
-    }
-    Ok(Json(body).into_response())
-}
-
 #[derive(Debug, Default)]
 struct Choice {
     text: String,
@@ -266,6 +199,17 @@ struct Choice {
 }
 
 impl Choice {
+    fn append(&mut self, delta: Delta, pieces: &Pieces) {
+        self.text += &delta.text;
+        if let Some(token) = &delta.token {
+            self.token_ids.push(token.id);
+            self.logprobs.extend(ChatToken::new(pieces, token));
+        }
+        if delta.finish.is_some() {
+            (self.finish_reason, self.stop_reason) = finish_fields(delta.finish);
+        }
+    }
+
     fn json(self, index: usize, writer: &Writer) -> Value {
         let mut choice = json!({
             "index": index,
@@ -281,15 +225,16 @@ impl Choice {
     }
 }
 
-/// Writes deltas as chunks.
+/// Writes what comes as chunks or whole.
 #[derive(Debug)]
-struct Writer {
+pub(super) struct Writer {
     id: String,
     created: u64,
     model: String,
     pieces: Arc<Pieces>,
     n: usize,
     logprobs: bool,
+    prompt_logprobs: bool,
     token_ids: bool,
     prompt: Arc<[u32]>,
     usage: StreamUsage,

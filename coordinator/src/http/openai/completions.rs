@@ -2,22 +2,20 @@
 //!
 //! Streamed and whole answers are made of the same `Piece`s, so they cannot differ.
 
+use super::asked::Head;
 use super::logprobs::{self, Legacy};
-use super::params::{Extra, Params};
+use super::params::Extra;
 use super::prompt::{Prompt, PromptInput};
-use super::{Api, Call, ChunkUsage, StreamUsage, finish_fields, unsupported};
-use crate::http::auth::Tenant;
+use super::{Api, ChunkUsage, StreamUsage, finish_fields};
+use crate::http::body;
 use crate::http::error::ApiError;
 use crate::http::generate::{Delta, GenerateRequest, Generation, StopReason, Usage};
 use crate::http::limits::Whole;
-use crate::http::served::Served;
-use crate::http::sse::{self, Dialect, Frames};
-use crate::http::{RequestId, ServerState, background, body};
+use crate::http::sse::{Dialect, Frames};
 use crate::text::detokenize::Detokenizer;
 use crate::text::pieces::Pieces;
-use axum::extract::{Extension, Request, State};
+use axum::Json;
 use axum::response::{IntoResponse, Response};
-use axum::{Json, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::sync::Arc;
@@ -34,54 +32,16 @@ struct Body {
     add_special_tokens: Option<bool>,
 }
 
-/// `POST /v1/completions`.
-pub async fn handle(
-    State(state): State<Arc<ServerState>>,
-    Extension(id): Extension<RequestId>,
-    Extension(tenant): Extension<Tenant>,
-    request: Request,
-) -> Result<Response, ApiError> {
-    let bytes = body::read(&state, request).await?;
-    let asked = Asked::read(&state, &bytes, Call::now(id.0, tenant)).await?;
-    if asked.is_background {
-        let seed = asked.request.sampling.seed;
-        let whose = (Api::Completions, tenant);
-        return background::accept(&state, asked.served, whose, (seed, bytes)).await;
-    }
-    drop(bytes);
-    if !asked.is_streamed {
-        return asked.whole().await;
-    }
-    let keep_alive = asked.served.limits.keep_alive_interval;
-    let generation = Generation::start(asked.served, asked.request).await?;
-    Ok(sse::respond(generation, asked.writer, keep_alive))
-}
+impl super::asked::Writer for Writer {
+    const API: Api = Api::Completions;
 
-/// The whole answer to a body, as [`super::answer`].
-pub(super) async fn answer(
-    state: &ServerState,
-    bytes: &[u8],
-    call: Call,
-) -> Result<Response, ApiError> {
-    Asked::read(state, bytes, call).await?.whole().await
-}
-
-/// What a body asks for, checked.
-struct Asked<'a> {
-    served: &'a Arc<Served>,
-    request: GenerateRequest,
-    writer: Writer,
-    is_streamed: bool,
-    is_background: bool,
-}
-
-impl<'a> Asked<'a> {
-    async fn read(state: &'a ServerState, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
-        let mut params: Params = body::parse(bytes)?;
-        let served = state.models.choose(params.model.as_deref())?;
-        unsupported::refuse(bytes)?;
-        params.fix_seed(call.seed);
-        let streaming = params.streaming()?;
+    async fn read(head: &Head<'_>, bytes: &[u8]) -> Result<(GenerateRequest, Self), ApiError> {
+        let Head {
+            call,
+            served,
+            params,
+            streaming,
+        } = head;
         let body: Body = body::parse(bytes)?;
         let echo = body.echo == Some(true);
         let logprobs = super::params::logprobs(served, "logprobs", body.logprobs)?;
@@ -96,8 +56,8 @@ impl<'a> Asked<'a> {
             echo,
         };
         let request = params.request(served, call.tenant, extra)?;
-        let writer = Writer {
-            id: Api::Completions.name(&call.id),
+        let writer = Self {
+            id: Self::API.name(&call.id),
             created: call.created,
             model: served.model.name().to_owned(),
             pieces: served.model.text.tokenizer.pieces(),
@@ -111,39 +71,25 @@ impl<'a> Asked<'a> {
             token_ids: params.return_token_ids(),
             usage: streaming.unwrap_or_default(),
         };
-        Ok(Self {
-            served,
-            request,
-            writer,
-            is_streamed: streaming.is_some(),
-            is_background: params.is_background(),
-        })
+        Ok((request, writer))
     }
 
-    async fn whole(self) -> Result<Response, ApiError> {
-        let generation = Generation::start(self.served, self.request).await?;
-        whole(generation, self.writer).await
+    async fn whole(mut self, mut generation: Generation) -> Result<Response, ApiError> {
+        let mut choices: Vec<Piece> = (0..self.choices.len()).map(Piece::new).collect();
+        while let Some(delta) = generation.next().await? {
+            let piece = self.piece(delta);
+            choices[piece.index].append(piece);
+        }
+        let body = Answer {
+            id: &self.id,
+            object: Self::API.object(),
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: ChunkUsage::Counts(generation.usage().into()),
+        };
+        Ok(Json(body).into_response())
     }
-}
-
-async fn whole(mut generation: Generation, mut writer: Writer) -> Result<Response, ApiError> {
-    let mut choices: Vec<Piece> = Vec::new();
-    for index in 0..writer.choices.len() {
-        choices.push(Piece::new(index));
-    }
-    while let Some(delta) = generation.next().await? {
-        let piece = writer.piece(delta);
-        choices[piece.index].append(piece);
-    }
-    let body = Answer {
-        id: &writer.id,
-        object: "text_completion",
-        created: writer.created,
-        model: &writer.model,
-        choices,
-        usage: ChunkUsage::Counts(generation.usage().into()),
-    };
-    Ok((StatusCode::OK, Json(body)).into_response())
 }
 
 /// Turns deltas into pieces of choices.
@@ -152,7 +98,7 @@ async fn whole(mut generation: Generation, mut writer: Writer) -> Result<Respons
     reason = "each is a field of the request, independent of the others"
 )]
 #[derive(Debug)]
-struct Writer {
+pub(super) struct Writer {
     id: String,
     created: u64,
     model: String,

@@ -3,8 +3,9 @@
 //! Field names and their meaning are OpenAI's, and `vllm`'s where OpenAI has none. A field that is known
 //! and cannot be honoured is refused, never ignored; an unknown field is ignored.
 
-pub mod chat;
-pub mod completions;
+mod asked;
+mod chat;
+mod completions;
 mod logprobs;
 pub mod message;
 pub mod models;
@@ -18,7 +19,9 @@ use super::auth::Tenant;
 use super::error::ApiError;
 use super::generate::{Finish, StopReason, Usage};
 use axum::response::Response;
+use axum::routing::{MethodRouter, post};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// The APIs that complete a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,8 +95,16 @@ pub(super) async fn answer(
     call: Call,
 ) -> Result<Response, ApiError> {
     match api {
-        Api::Chat => chat::answer(state, body, call).await,
-        Api::Completions => completions::answer(state, body, call).await,
+        Api::Chat => asked::answer::<chat::Writer>(state, body, call).await,
+        Api::Completions => asked::answer::<completions::Writer>(state, body, call).await,
+    }
+}
+
+/// What answers requests of an API.
+pub(super) fn route(api: Api) -> MethodRouter<Arc<ServerState>> {
+    match api {
+        Api::Chat => post(asked::handle::<chat::Writer>),
+        Api::Completions => post(asked::handle::<completions::Writer>),
     }
 }
 

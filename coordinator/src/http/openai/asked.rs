@@ -1,0 +1,94 @@
+//! What the endpoints that complete a text have in common: a body is checked once, and its answer is streamed, given
+//! whole, or made later.
+//!
+//! What a body says and how an answer looks is each endpoint's own.
+
+use super::params::Params;
+use super::{Api, Call, StreamUsage, unsupported};
+use crate::http::auth::Tenant;
+use crate::http::error::ApiError;
+use crate::http::generate::{GenerateRequest, Generation};
+use crate::http::served::Served;
+use crate::http::sse::{self, Dialect};
+use crate::http::{RequestId, ServerState, background, body};
+use axum::extract::{Extension, Request, State};
+use axum::response::Response;
+use std::sync::Arc;
+
+/// What writes the answers of one API.
+pub(super) trait Writer: Dialect + Sized {
+    const API: Api;
+
+    /// Checks what the API alone has in a body.
+    fn read(
+        head: &Head<'_>,
+        bytes: &[u8],
+    ) -> impl Future<Output = Result<(GenerateRequest, Self), ApiError>> + Send;
+
+    /// The answer when all is there.
+    fn whole(
+        self,
+        generation: Generation,
+    ) -> impl Future<Output = Result<Response, ApiError>> + Send;
+}
+
+/// What all APIs have in a body, checked.
+#[derive(Debug)]
+pub(super) struct Head<'a> {
+    pub(super) call: Call,
+    pub(super) served: &'a Arc<Served>,
+    pub(super) params: Params,
+    /// If it is to be streamed.
+    pub(super) streaming: Option<StreamUsage>,
+}
+
+impl<'a> Head<'a> {
+    fn read(state: &'a ServerState, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
+        let mut params: Params = body::parse(bytes)?;
+        let served = state.models.choose(params.model.as_deref())?;
+        unsupported::refuse(bytes)?;
+        params.fix_seed(call.seed);
+        let streaming = params.streaming()?;
+        Ok(Self {
+            call,
+            served,
+            params,
+            streaming,
+        })
+    }
+}
+
+/// Answers a request.
+pub(super) async fn handle<W: Writer>(
+    State(state): State<Arc<ServerState>>,
+    Extension(id): Extension<RequestId>,
+    Extension(tenant): Extension<Tenant>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let bytes = body::read(&state, request).await?;
+    let head = Head::read(&state, &bytes, Call::now(id.0, tenant))?;
+    let (request, writer) = W::read(&head, &bytes).await?;
+    if head.params.is_background() {
+        let seed = request.sampling.seed;
+        return background::accept(&state, head.served, (W::API, tenant), (seed, bytes)).await;
+    }
+    drop(bytes);
+    let generation = Generation::start(head.served, request).await?;
+    if head.streaming.is_none() {
+        return writer.whole(generation).await;
+    }
+    let keep_alive = head.served.limits.keep_alive_interval;
+    Ok(sse::respond(generation, writer, keep_alive))
+}
+
+/// The whole answer to a body, as [`super::answer`].
+pub(super) async fn answer<W: Writer>(
+    state: &ServerState,
+    bytes: &[u8],
+    call: Call,
+) -> Result<Response, ApiError> {
+    let head = Head::read(state, bytes, call)?;
+    let (request, writer) = W::read(&head, bytes).await?;
+    let generation = Generation::start(head.served, request).await?;
+    writer.whole(generation).await
+}
