@@ -8,6 +8,7 @@ use coordinator::cli::args::{Command, Rest};
 use coordinator::{builtin, cli};
 use std::ffi::OsString;
 use std::process::ExitCode;
+use topology::launch::attend::{self, Charge};
 
 fn main() -> ExitCode {
     let cli = match cli::parse(std::env::args_os()) {
@@ -17,9 +18,21 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Shard { probe: true, .. } => shard::probe(),
         Command::Shard { examine: true, .. } => shard::examine(),
+        Command::Shard {
+            attend: Some(charge),
+            ..
+        } => look_after(&charge),
         Command::Shard { log, .. } => shard::run(&shard::Options { log }, builtin::FILES),
         Command::Bench(rest) => bench(rest),
         command => cli::run(&command),
+    }
+}
+
+/// Standard output gets what the shard says.
+fn look_after(charge: &Charge) -> ExitCode {
+    match attend::attend(charge, std::io::stdin(), std::io::stdout()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

@@ -110,7 +110,12 @@ pub fn run(options: &Options, built_in: &'static [BuiltInFile]) -> ExitCode {
 async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
     let (launch, identity, parent) = child::announce().await?;
     if let Some(hold) = &launch.hold {
-        log::fall_back_to(&hold.log);
+        if hold.legacy.is_some() {
+            log::fall_back_to(&hold.log);
+        } else {
+            // On another host nothing is written that nobody would come to read: only once it waits.
+            hold.forget_the_dead();
+        }
     }
     match launch.device.clone() {
         placement::Device::Cpu { threads, cores } => {

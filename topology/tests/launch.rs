@@ -6,6 +6,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::Rank;
+use topology::launch::child::Gone;
+use topology::launch::process::ProcessId;
 use topology::launch::{Launch, LaunchError, child, local};
 use topology::link::{Listener, connect};
 use topology::placement::Device;
@@ -46,7 +48,7 @@ fn shard_process() {
                     ToShard::Stop => std::process::exit(0),
                     _ => link.sender.send(&FromShard::Allocated { kv_bytes: 5 }).await.unwrap(),
                 },
-                () = &mut gone => std::process::exit(9),
+                gone = &mut gone => std::process::exit(if gone == Gone::Lost { 9 } else { 10 }),
             }
         }
     });
@@ -70,7 +72,8 @@ async fn shard() -> Shard {
     let started = local::start(OsStr::new("sh"), arguments)
         .await
         .expect("it announces itself");
-    listener.expect(Rank(3), started.certificate.clone());
+    assert!(started.said.process.is_running());
+    listener.expect(Rank(3), started.said.certificate.clone());
     let launch = Launch {
         coordinator: listener.local_addr().expect("an address"),
         certificate: listener.certificate().clone(),
@@ -145,6 +148,13 @@ async fn a_shard_ends_with_its_parent() {
     process.hang_up();
     let status = timeout(LIMIT, process.wait()).await.unwrap().unwrap();
     assert_eq!(status.code(), Some(9));
+    // One that is told to end knows that nobody else will come.
+    let Shard {
+        mut process,
+        link: _link,
+    } = shard().await;
+    let ended = process.dismiss(LIMIT).await.expect("it hears");
+    assert_eq!(ended.code(), Some(10));
 }
 
 #[tokio::test]
@@ -198,6 +208,7 @@ async fn output_waits_and_is_not_lost() {
     let identity = topology::link::Identity::generate().unwrap();
     let announcement = topology::launch::Announcement {
         certificate: identity.certificate().clone(),
+        process: ProcessId::own().unwrap(),
     };
     let line = serde_json::to_string(&announcement).unwrap();
     let script = format!(

@@ -5,12 +5,12 @@
 //! tells a [`Section`] that knows where its own begin. Decides nothing. Invariant: the entry in the run directory says of every rank the
 //! process it has now, and every line a shard printed is in its rank's file.
 
-use super::entry::Claim;
+use super::entry::{self, Claim};
 use super::shard_log::ShardLog;
 use super::status::{ModelStatus, Queue, RankStatus, Stand, Status};
 use crate::clock::{now, since, unix_seconds, utc};
 use crate::engine::handle::Readiness;
-use crate::fleet::{Legacy, RankReport, Source, Witness};
+use crate::fleet::{RankReport, Source, Witness};
 use crate::metrics::Metrics;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -103,9 +103,13 @@ impl Board {
     /// The process ends; `how` in a sentence.
     pub fn close(&self, how: &str) {
         let mut inner = self.inner();
-        inner.change(|state| state.ended = Some(how.to_owned()));
-        // What ended in order has no successor.
-        Legacy::remove(inner.claim.dir(), |_| false);
+        let left = match entry::orphans(inner.claim.dir()) {
+            0 => String::new(),
+            count => {
+                format!("; {count} shards of the process before it still wait for another one")
+            }
+        };
+        inner.change(|state| state.ended = Some(format!("{how}{left}")));
         // Nobody answers there any more.
         let _ = std::fs::remove_file(inner.claim.socket());
     }
@@ -188,7 +192,7 @@ impl Board {
 
 impl Inner {
     /// The file is for people; where it cannot be written the cluster serves on.
-    fn change(&mut self, change: impl FnOnce(&mut super::entry::State)) {
+    fn change(&mut self, change: impl FnOnce(&mut entry::State)) {
         if let Err(error) = self.claim.update(change) {
             tracing::warn!("{error:#}");
         }

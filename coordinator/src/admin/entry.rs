@@ -14,9 +14,10 @@
 //! is not used; an entry that is over stays readable until its name is taken again or
 //! eight newer ones have ended.
 
-use crate::fleet::Legacy;
+use crate::fleet::{Ended, Legacy};
 use crate::http::background;
 use anyhow::{Context, Result, bail, ensure};
+use futures_util::future::join_all;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -266,17 +267,18 @@ impl Entry {
     }
 }
 
-fn orphans(dir: &Path) -> usize {
+/// How many shards wait that a process left which was killed.
+pub(super) fn orphans(dir: &Path) -> usize {
     let legacies = Legacy::read(dir).into_values();
     legacies.map(|legacy| legacy.alive().count()).sum()
 }
 
-/// Ends the shards, of models that are not `kept`, that wait for a successor of the process that held the entry;
-/// how many they were.
+/// Ends the shards, of models that are not `kept`, that wait for a successor of the process that held the entry. Those
+/// that cannot be told to stay known. Must not be called within a tokio runtime.
 ///
 /// # Errors
-/// If a process holds it now, or a shard does not end.
-pub fn end_orphans(dir: &Path, kept: impl Fn(usize) -> bool) -> Result<usize> {
+/// If a process holds it now, or its files cannot be written.
+pub fn end_orphans(dir: &Path, kept: impl Fn(usize) -> bool) -> Result<Ended> {
     let lock = lock_in(dir, LOCK)?;
     ensure!(
         is_locked_within(&lock, GLANCE_LIMIT),
@@ -285,22 +287,21 @@ pub fn end_orphans(dir: &Path, kept: impl Fn(usize) -> bool) -> Result<usize> {
     );
     let mut legacies = Legacy::read(dir);
     legacies.retain(|model, _| !kept(*model));
-    let alive = legacies.values().flat_map(Legacy::alive);
-    let alive: Vec<_> = alive.map(|(_, holder)| holder.process).collect();
-    Legacy::remove(dir, kept);
-    let begun = crate::clock::now();
-    for process in &alive {
-        process.kill();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let ends = join_all(legacies.values_mut().map(Legacy::end));
+    let mut all = Ended::default();
+    for ended in runtime.context("cannot start a thread")?.block_on(ends) {
+        all.count += ended.count;
+        all.unreached.extend(ended.unreached);
     }
-    while let Some(process) = alive.iter().find(|process| process.is_running()) {
-        let pid = process.pid;
-        ensure!(
-            crate::clock::since(begun) < TURN_LIMIT,
-            "the system does not end process {pid}"
-        );
-        std::thread::sleep(Duration::from_millis(5));
+    // Whoever could not be told to end can be the next time.
+    Legacy::remove(dir, |model| kept(model) || legacies.contains_key(&model));
+    for (model, legacy) in legacies {
+        legacy.leave(dir, model)?;
     }
-    Ok(alive.len())
+    Ok(all)
 }
 
 fn read(dir: &Path) -> Result<State> {

@@ -5,11 +5,12 @@
 //! the fleet's business. Invariant: shards of a process that lives are never touched.
 
 use super::args::Up;
-use super::find;
 use super::prepare::{Drafts, Prepared, PreparedModel};
+use super::{find, nodes};
 use crate::admin::entry::{self, Claim, Entry};
 use crate::fleet::{
-    Fault, Fleet, Keeper, Legacy, LocalHost, Program, ProgramFile, Ready, Setup, StartEvent, Terms,
+    Cause, Ended, Fault, Fleet, Keeper, Legacy, LocalHost, Program, ProgramFile, Ready, Setup,
+    StartEvent, Terms,
 };
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -18,7 +19,6 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use topology::examine::model::ModelDigest;
-use topology::launch::process::ProcessId;
 use topology::wire::{Loaded, ModelLocation};
 
 /// Shards of one model that wait, and are wanted.
@@ -43,12 +43,17 @@ pub(super) fn prepare(up: &Up) -> Result<(Prepared, AllHeirs)> {
     };
     let drafts = Drafts::new(up)?;
     let (mut known, mut heirs, mut refused) = (BTreeMap::new(), AllHeirs::new(), Vec::new());
+    let mut are_unreached = false;
     for (index, legacy) in left {
         // Where all have died there is nothing to keep.
         if legacy.alive().next().is_none() {
             continue;
         }
-        match wanted(&drafts, (index, &legacy))? {
+        if Legacy::is_unreached(index) {
+            are_unreached = true;
+            continue;
+        }
+        match wanted((up, &drafts), (index, &legacy))? {
             Ok(model) => {
                 let (dir, only) = (dir.clone(), up.adopt);
                 heirs.insert(index, Heirs { dir, legacy, only });
@@ -63,17 +68,34 @@ pub(super) fn prepare(up: &Up) -> Result<(Prepared, AllHeirs)> {
             "the shards that wait cannot be taken over: {why}; give the settings they were started with, or \
              leave out --adopt to end them and start afresh"
         );
-        let ended = entry::end_orphans(&dir, |model| heirs.contains_key(&model))?;
+    }
+    ensure!(
+        !up.adopt || !heirs.is_empty(),
+        "there is nothing to adopt: the shards that wait could not be told to end before; leave out --adopt"
+    );
+    if are_unreached || !refused.is_empty() {
+        if are_unreached {
+            refused.push("an earlier process could not tell them to".to_owned());
+        }
+        let Ended { count, unreached } =
+            entry::end_orphans(&dir, |model| heirs.contains_key(&model))?;
         let why = refused.join("; ");
-        tracing::warn!("{ended} shards of a process that was killed are ended: {why}");
+        tracing::warn!("{count} shards of a process that was killed are ended: {why}");
+        warn_of(&unreached);
     }
     // What is free is asked for now, when those that are not wanted hold none of it any more.
     Ok((drafts.prepared(known)?, heirs))
 }
 
+fn warn_of(unreached: &[String]) {
+    for why in unreached {
+        tracing::warn!("a shard of a process that was killed could not be told to end: {why}");
+    }
+}
+
 /// The model that the shards of `legacy` serve, if it is still number `index`; or why they are of no use.
 fn wanted(
-    drafts: &Drafts,
+    (up, drafts): (&Up, &Drafts),
     (index, legacy): (usize, &Legacy),
 ) -> Result<Result<PreparedModel, String>> {
     let names = drafts.names();
@@ -84,7 +106,8 @@ fn wanted(
         )));
     };
     let model = drafts.model(index, legacy.memory.clone())?;
-    let now = terms(&model, drafts.first_shard(index))?;
+    let places = nodes::places(drafts.topology.as_ref(), index);
+    let now = terms((up, &model), places, drafts.first_shard(index))?;
     Ok(match legacy.terms.disagreement(&now) {
         None => Ok(model),
         Some(why) if names.len() == 1 => Err(why),
@@ -122,8 +145,12 @@ fn find(up: &Up) -> Result<Option<(PathBuf, BTreeMap<usize, Legacy>)>> {
     Ok(waiting.map(|entry| (entry.dir.clone(), Legacy::read(&entry.dir))))
 }
 
-/// What must not have changed; `first_shard` is the number of the model's first.
-fn terms(prepared: &PreparedModel, first_shard: u32) -> Result<Terms> {
+/// What must not have changed; `first_shard` is the number of the model's first, `places` are where its ranks are.
+fn terms(
+    (up, prepared): (&Up, &PreparedModel),
+    places: Vec<String>,
+    first_shard: u32,
+) -> Result<Terms> {
     Ok(Terms {
         version: super::long_version().to_owned(),
         program: ProgramFile::own()?,
@@ -131,7 +158,9 @@ fn terms(prepared: &PreparedModel, first_shard: u32) -> Result<Terms> {
         load: prepared.load.clone(),
         kv_cache: prepared.kv_cache_asked(),
         devices: prepared.placement.devices.clone(),
+        places,
         cpu_isa: prepared.cpu_isa().to_owned(),
+        hold_seconds: up.shard_grace_period,
         first_shard,
     })
 }
@@ -163,8 +192,7 @@ pub(super) struct Succession {
     pub(super) keeper: Option<Keeper>,
 }
 
-/// Takes `heirs`, if nobody else has, and keeps shards on this machine; `claim` is this process's. One for each
-/// model.
+/// Takes `heirs`, if nobody else has, and keeps shards; `claim` is this process's. One for each model.
 ///
 /// # Errors
 /// If the shards that were found are another process's now, or a model cannot be read any more.
@@ -179,17 +207,23 @@ pub(super) fn successions(
         heirs.iter().all(is_theirs),
         "the shards that waited were taken over by another process just now"
     );
-    Legacy::remove(claim.dir(), |model| heirs.contains_key(&model));
-    // Through `ssh` a shard ends with its connection.
-    let is_remote = prepared.topology.as_ref().is_some_and(|topology| {
-        let mut nodes = topology.nodes.iter();
-        nodes.any(|node| node.ssh.is_some())
-    });
-    let is_kept = up.shard_grace_period > 0 && !is_remote;
+    let may_live = |model: usize| {
+        left.get(&model)
+            .is_some_and(|legacy| legacy.alive().next().is_some())
+    };
+    let is_new = |model: usize| !heirs.contains_key(&model) && !Legacy::is_unreached(model);
+    ensure!(
+        !left.keys().any(|model| is_new(*model) && may_live(*model)),
+        "shards of a process that was killed just now wait for another one; start again to take them over"
+    );
+    // Others are no use to anyone, unless they can still be told to end.
+    Legacy::remove(claim.dir(), may_live);
+    let is_kept = up.shard_grace_period > 0;
     let successions = prepared.models.iter().enumerate().map(|(index, model)| {
         let heirs = heirs.remove(&index);
         let legacy = heirs.as_ref().map(|heirs| &heirs.legacy);
-        let keeper = is_kept.then(|| keeper(up, (index, model), claim, legacy));
+        let places = nodes::places(prepared.topology.as_ref(), index);
+        let keeper = is_kept.then(|| keeper(up, (index, model, places), claim, legacy));
         Ok(Succession {
             keeper: keeper.transpose()?,
             heirs,
@@ -201,7 +235,7 @@ pub(super) fn successions(
 /// Keeps the shards of model number `index`, the first of which are those of `legacy`.
 fn keeper(
     up: &Up,
-    (index, model): (usize, &PreparedModel),
+    (index, model, places): (usize, &PreparedModel, Vec<String>),
     claim: &Claim,
     legacy: Option<&Legacy>,
 ) -> Result<Keeper> {
@@ -214,36 +248,57 @@ fn keeper(
     Ok(Keeper {
         dir: claim.dir().to_owned(),
         model: index,
-        terms: terms(model, first_shard)?,
+        terms: terms((up, model), places, first_shard)?,
         memory: model.memory.clone(),
-        hold_seconds: up.shard_grace_period,
         generation: legacy.map_or(0, |legacy| legacy.generation + 1),
         ranks: legacy.map_or_else(|| vec![None; logs.len()], |legacy| legacy.ranks.clone()),
         logs,
     })
 }
 
-/// Starts shards, or takes over those that wait.
+/// Starts shards, or takes over those that wait. Before any is started there is a `check`, which those that wait
+/// passed when they were.
 ///
 /// # Errors
-/// As [`Fleet::start`] and [`Fleet::adopt`].
+/// What the check says. Within, as [`Fleet::start`] and [`Fleet::adopt`].
 pub(super) async fn start(
+    program: Program,
+    setup: Setup,
+    (heirs, check): (Option<&Heirs>, impl Future<Output = Result<()>>),
+    choose_blocks: impl FnOnce(&[Loaded]) -> Result<u32, String>,
+    mut tell: impl FnMut(StartEvent) + Send,
+) -> Result<Result<(Fleet, Ready), Fault>> {
+    let (host, setup) = match take_over(program, setup, heirs, &mut tell).await {
+        Ok(Ok(adopted)) => return Ok(Ok(adopted)),
+        Ok(Err(fresh)) => fresh,
+        Err(fault) => return Ok(Err(fault)),
+    };
+    check.await?;
+    Ok(Fleet::start(host, setup, choose_blocks, tell).await)
+}
+
+/// Takes over the shards that wait; `Err(host)` where there are none, or none came.
+async fn take_over(
     program: Program,
     mut setup: Setup,
     heirs: Option<&Heirs>,
-    choose_blocks: impl FnOnce(&[Loaded]) -> Result<u32, String>,
-    mut tell: impl FnMut(StartEvent) + Send,
-) -> Result<(Fleet, Ready), Fault> {
+    tell: impl FnMut(StartEvent) + Send,
+) -> Result<Result<(Fleet, Ready), (LocalHost, Setup)>, Fault> {
     let Some(Heirs { dir, legacy, only }) = heirs else {
-        return Fleet::start(LocalHost::new(program)?, setup, choose_blocks, tell).await;
+        return Ok(Err((LocalHost::new(program)?, setup)));
     };
     setup.generation = legacy.generation + 1;
-    let host = match LocalHost::take_over(program, legacy) {
-        Ok(host) => match Fleet::adopt(host, setup, legacy, &mut tell).await? {
-            Ok(adopted) => return Ok(adopted),
-            Err((host, given_back)) => {
-                setup = given_back;
-                host
+    let fresh = match LocalHost::take_over(program, legacy) {
+        Ok(host) => match Fleet::adopt(host, setup, legacy, tell).await? {
+            Ok(adopted) => return Ok(Ok(adopted)),
+            Err(_) if *only => {
+                let why =
+                    "there is nothing to adopt: no shard came to be taken over; leave out --adopt";
+                return Err(Fault::group(Cause::Launch(why.to_owned())));
+            }
+            Err((mut host, setup)) => {
+                host.call(legacy);
+                (host, setup)
             }
         },
         Err(refused) => {
@@ -251,12 +306,12 @@ pub(super) async fn start(
             if *only {
                 return Err(fault);
             }
-            let ranks = legacy.alive().map(|(_, holder)| holder.process);
-            ranks.for_each(ProcessId::kill);
-            tracing::warn!("the shards of a process that was killed are ended: {fault}");
-            LocalHost::new(program)?
+            let Ended { count, unreached } = legacy.clone().end().await;
+            tracing::warn!("{count} shards of a process that was killed are ended: {fault}");
+            warn_of(&unreached);
+            (LocalHost::new(program)?, setup)
         }
     };
     tracing::warn!("no shard in {} came to be taken over", dir.display());
-    Fleet::start(host, setup, choose_blocks, tell).await
+    Ok(Err(fresh))
 }

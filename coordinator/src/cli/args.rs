@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::ffi::OsString;
 use std::path::PathBuf;
+use topology::launch::attend::Charge;
 use topology::model_shape::KvDtype;
 
 /// Serves large language models from several devices at once.
@@ -63,6 +64,9 @@ pub enum Command {
         /// Answer what `cluster doctor` asks about this host.
         #[arg(long)]
         examine: bool,
+        /// Look after a shard of this host for a coordinator on another one.
+        #[arg(long, value_name = "JSON")]
+        attend: Option<Charge>,
     },
 }
 
@@ -452,7 +456,7 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 10, value_name = "N", help_heading = SERVER)]
     pub max_recovery_attempts: u32,
     /// Seconds that shards keep what they loaded when this process is killed, for a `cluster up` with the same
-    /// settings to go on with; 0: they end with it. Shards of other nodes always do.
+    /// settings to go on with; 0: they end with it.
     #[arg(long, env = "CLUSTER_SHARD_GRACE_PERIOD", default_value_t = 60, value_name = "SECONDS",
           value_parser = clap::value_parser!(u32).range(..=86_400), help_heading = SERVER)]
     pub shard_grace_period: u32,
@@ -488,13 +492,3 @@ const MODEL: &str = "Model";
 const DEVICES: &str = "Devices and memory";
 const SCHEDULING: &str = "Scheduling";
 const SERVER: &str = "Server";
-
-impl Up {
-    /// The models as given, by flag or by place; none: the built-in one.
-    pub fn models(&self) -> Vec<&str> {
-        match &self.model_positional {
-            Some(model) => vec![model],
-            None => self.model.iter().map(String::as_str).collect(),
-        }
-    }
-}

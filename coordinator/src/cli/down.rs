@@ -8,9 +8,10 @@ use super::{EXIT_FAULT, EXIT_INPUT, complain, find, say};
 use crate::admin::client::ask;
 use crate::admin::entry::{self, Entry};
 use crate::clock::{now, since};
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use hyper::Method;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::thread;
@@ -41,11 +42,28 @@ pub(super) fn run(flags: &Down) -> ExitCode {
 }
 
 fn end_orphans(entry: &Entry) -> Result<String> {
+    if entry.state.topology.is_some() {
+        let hosts: BTreeSet<&str> = entry.state.ranks.iter().map(|rank| &*rank.host).collect();
+        let hosts = Vec::from_iter(hosts).join(", ");
+        // A node that does not answer takes its time.
+        tell(&format!("ending shards on {hosts}"));
+    }
     let ended = entry::end_orphans(&entry.dir, |_| false)?;
-    let (name, pid) = (&entry.state.name, entry.state.pid);
-    Ok(format!(
-        "cluster {name}: its process {pid} was gone; {ended} shards that waited for another one are ended\n"
-    ))
+    let (name, pid, count) = (&entry.state.name, entry.state.pid, ended.count);
+    let said = format!(
+        "cluster {name}: its process {pid} was gone; {count} shards that waited for another one are ended"
+    );
+    ensure!(
+        ended.unreached.is_empty(),
+        "{said}, others are not: {}",
+        ended.unreached.join("; ")
+    );
+    Ok(said + "\n")
+}
+
+/// For whoever watches; a closed standard error must not stop it.
+fn tell(what: &str) {
+    let _ = writeln!(io::stderr(), "{what}");
 }
 
 fn end(mut entry: Entry, at_once: bool) -> Result<String> {
@@ -58,11 +76,9 @@ fn end(mut entry: Entry, at_once: bool) -> Result<String> {
             let unfinished = answer["unfinished"].as_u64().unwrap_or_default();
             let limit = entry.state.shutdown_seconds;
             if unfinished > 0 {
-                // For whoever watches; a closed standard error must not stop it.
-                let _ = writeln!(
-                    io::stderr(),
+                tell(&format!(
                     "waiting up to {limit} s for {unfinished} requests; `cluster down --now` does not wait"
-                );
+                ));
             }
         }
         Ok(_) => {}

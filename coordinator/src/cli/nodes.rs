@@ -126,6 +126,26 @@ pub fn describe(topology: &Topology, model: usize, rank: usize) -> Option<String
     })
 }
 
+/// Where the ranks of a model are and by what they are reached, in order; empty where no file names nodes. Where that
+/// has changed, shards cannot go on.
+pub fn places(topology: Option<&Topology>, model: usize) -> Vec<String> {
+    let Some(topology) = topology else {
+        return Vec::new();
+    };
+    let place = |(rank, (node, _)): (usize, &(usize, Device))| {
+        let place = describe(topology, model, rank)?;
+        let (node, coordinator) = (&topology.nodes[*node], topology.coordinator);
+        let (address, work_dir) = (node.address, &node.work_dir);
+        let port = node.ssh.as_ref().and_then(|target| target.port);
+        let port = port.map_or_else(String::new, |port| format!(" port {port}"));
+        Some(format!(
+            "{place}{port} at {address} in {work_dir}, coordinator at {coordinator}"
+        ))
+    };
+    let ranks = topology.models[model].ranks.iter().enumerate();
+    ranks.filter_map(place).collect()
+}
+
 /// The nodes on which models compute on such devices.
 fn nodes_with(topology: &Topology, wanted: impl Fn(&Device) -> bool) -> BTreeSet<usize> {
     let ranks = topology.models.iter().flat_map(|model| &model.ranks);

@@ -61,8 +61,15 @@ fn orphaned(entry: &Entry) -> Status {
     let left = left.map_or_else(String::new, |seconds| {
         format!(" for {seconds} more seconds")
     });
+    let legacies = Legacy::read(&entry.dir);
+    let mut holders = legacies.values().flat_map(|legacy| legacy.ranks.iter());
+    let elsewhere = if holders.any(|holder| holder.as_ref().is_some_and(|it| it.away.is_some())) {
+        " (other nodes are not asked)"
+    } else {
+        ""
+    };
     let why = format!(
-        "its process {} is gone; {} of {all} shards hold their weights{left}: `cluster up` with the same \
+        "its process {} is gone; {} of {all} shards hold their weights{left}{elsewhere}: `cluster up` with the same \
          settings takes them over, `cluster down` ends them",
         entry.state.pid,
         waiting.len()
@@ -82,8 +89,15 @@ fn waiting(entry: &Entry) -> BTreeMap<u32, Option<u64>> {
     let mut waiting = BTreeMap::new();
     for legacy in Legacy::read(&entry.dir).values() {
         let first = legacy.terms.first_shard;
-        let shards = legacy.alive().map(|(rank, _)| first + rank.0);
-        waiting.extend(shards.map(|shard| (shard, left(shard))));
+        let shards = legacy.alive().map(|(rank, holder)| {
+            let shard = first + rank.0;
+            let left = match holder.away {
+                None => left(shard),
+                Some(_) => Some(legacy.seconds_left()),
+            };
+            (shard, left)
+        });
+        waiting.extend(shards);
     }
     waiting
 }

@@ -2,6 +2,7 @@
 //!
 //! Pure functions from text; clap calls them and shows their error beside the flag's name.
 
+use super::args::Up;
 use serde::{Serialize, Serializer};
 use std::fmt;
 
@@ -54,6 +55,16 @@ fn scaled(text: &str) -> Result<u64, String> {
     whole(digits)
         .or_else(|| fraction(digits))
         .ok_or_else(|| format!("`{text}` is not a number such as 4096, 32k or 4G"))
+}
+
+impl Up {
+    /// The models as given, by flag or by place; none: the built-in one.
+    pub fn models(&self) -> Vec<&str> {
+        match &self.model_positional {
+            Some(model) => vec![model],
+            None => self.model.iter().map(String::as_str).collect(),
+        }
+    }
 }
 
 /// What a cluster may be called: it is the name of a directory, and no port.

@@ -1,27 +1,33 @@
 //! A coordinator that takes over the shards of one that is gone.
 //!
 //! Waits where the old one did until shards come back, has each say what it kept, and goes on as after a fault
-//! whose survivors they are: what is missing is replaced, the group forms again in a new epoch. Whether
-//! they are wanted at all was decided before. Invariant: a shard that is not taken over does not live on.
+//! whose survivors they are: what is missing is replaced, the group forms again in a new epoch. On another node
+//! somebody watches in its place. Whether they are wanted at all was decided before. Invariant: a shard that is not
+//! taken over does not live on.
 
 use super::Fleet;
 use super::child::{Adopted, Body, Child};
 use super::fault::{Cause, Fault, Phase};
 use super::inbox::Outlet;
-use super::legacy::Legacy;
+use super::legacy::{Holder, Legacy};
 use super::local::{LocalHost, LocalShard, Program};
 use super::recover::Member;
 use super::start::{Ready, Setup, StartEvent, Stopwatch};
 use crate::clock::{now, since};
+use futures_util::future::join_all;
 use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::{Epoch, Rank};
 use topology::launch::process::Watched;
+use topology::launch::ssh::Away;
 use topology::link::{Admitted, Listener};
 use topology::wire::{FromShard, Held, Hello, Load, ToShard};
 
-/// How long shards that live may take to come: they look for a coordinator several times a second.
-const COME_LIMIT: Duration = Duration::from_secs(5);
+/// How long shards that live may take to come: they look for a coordinator several times a second, but on another node
+/// they may first have to notice that theirs is silent, and to leave a collective.
+const COME_LIMIT: Duration = Duration::from_secs(8);
+/// How long another node may take to look after a shard; less than those beside it wait to be spoken to.
+const ATTEND_LIMIT: Duration = Duration::from_secs(5);
 /// How long one that came may take to say what it has.
 const HELD_LIMIT: Duration = Duration::from_secs(2);
 /// How often the group may fail to form before that is a fault of the start.
@@ -35,16 +41,14 @@ struct Found {
 }
 
 impl LocalHost {
-    /// Listens where the coordinator of `legacy` did, with its key, for its shards.
+    /// Takes the address of the coordinator of `legacy`, with its key. Answers no shard yet, so that all wait on if this
+    /// process ends.
     ///
     /// # Errors
     /// [`Cause::Launch`] if that is not possible, as while another process has the port.
     pub fn take_over(program: Program, legacy: &Legacy) -> Result<Self, Box<(Program, Fault)>> {
-        let shards = legacy.alive();
-        let shards = shards.map(|(rank, holder)| (rank, holder.certificate.clone()));
         let identity = legacy.identity.load();
-        let listener =
-            identity.and_then(|identity| Listener::bind_again(legacy.address, identity, shards));
+        let listener = identity.and_then(|identity| Listener::bind_again(legacy.address, identity));
         match listener {
             Ok(listener) => Ok(Self::over(program, listener)),
             Err(error) => {
@@ -61,47 +65,105 @@ impl LocalHost {
         (load, welcome): (&Load, &ToShard),
         (sources, outlet): (&[super::Source], &Outlet),
     ) -> Vec<Option<Found>> {
+        let mut awaited = self.watch(legacy, (sources, outlet)).await;
+        // Where none could be looked after, it can be tried again.
+        if awaited.iter().any(Option::is_some) {
+            self.call(legacy);
+        }
         let begun = now();
         let mut found: Vec<Option<Found>> = sources.iter().map(|_| None).collect();
-        let missing = |found: &[Option<Found>]| {
-            let mut alive = legacy.alive();
-            alive.any(|(rank, _)| found.get(rank.index()).is_some_and(Option::is_none))
+        let is_missing = |awaited: &[Option<(Child, _)>]| {
+            let mut awaited = awaited.iter().flatten();
+            awaited.any(|(child, _)| child.is_there())
         };
-        while missing(&found) && since(begun) < COME_LIMIT {
+        while is_missing(&awaited) && since(begun) < COME_LIMIT {
             // Short, because a shard that was waited for may die.
             let Ok(came) = self.listener.accept(Duration::from_millis(100)).await else {
                 continue;
             };
-            let rank = came.hello.rank;
-            let Some(source) = sources.get(rank.index()) else {
+            let hello = came.hello.clone();
+            let place = hello.rank.index();
+            // Where nobody watches it, it ends with its link.
+            let Some((child, away)) = awaited.get_mut(place).and_then(Option::take) else {
                 continue;
             };
             match hear_what_is_held(came, (load, welcome)).await {
                 Ok((came, held)) => {
-                    let hello = came.hello.clone();
-                    let Ok(watched) = Watched::new(hello.pid) else {
-                        continue; // it is gone again
-                    };
-                    let child = Child::watch(
-                        *source,
-                        Body::Adopted(Adopted(watched)),
-                        outlet.clone(),
-                        self.program.watchers(),
-                    );
                     self.program.witness.admitted(&hello);
-                    let shard = LocalShard::new(child, came, (outlet.clone(), None));
-                    found[rank.index()] = Some(Found { hello, held, shard });
+                    let away = away.map(|away| (away, self.program.alive.clone()));
+                    let shard = LocalShard::new(child, came, (outlet.clone(), away));
+                    found[place] = Some(Found { hello, held, shard });
                 }
-                Err(why) => tracing::warn!(%rank, "a shard is not taken over: {why}"),
+                Err(why) => {
+                    tracing::warn!(rank = %hello.rank, "a shard is not taken over: {why}");
+                    child.end(Duration::ZERO).await;
+                }
             }
         }
-        for (rank, holder) in legacy.alive() {
-            if found.get(rank.index()).is_none_or(Option::is_none) {
-                holder.process.kill();
-            }
-        }
+        let late = awaited.into_iter().flatten();
+        join_all(late.map(|(child, _)| child.end(Duration::ZERO))).await;
         found
     }
+
+    /// Has the shards of `legacy` come. They are this process's now: one that it does not take over ends when it comes.
+    pub fn call(&mut self, legacy: &Legacy) {
+        self.own();
+        for (rank, holder) in legacy.alive() {
+            self.listener.expect(rank, holder.certificate.clone());
+        }
+        self.listener.answer();
+    }
+
+    /// Watches the shards of `legacy` that live, by rank, and says what they are found by elsewhere.
+    async fn watch(
+        &self,
+        legacy: &Legacy,
+        (sources, outlet): (&[super::Source], &Outlet),
+    ) -> Vec<Option<(Child, Option<Away>)>> {
+        let stand_for = async |(rank, holder): (Rank, &Holder)| {
+            let body = body(holder).await;
+            let body = body.inspect_err(|error| {
+                tracing::warn!(%rank, "a shard cannot be taken over: {error}");
+            });
+            (rank, holder.away.clone(), body)
+        };
+        // Those of this machine last, for which nobody waits: whoever stands for one ends it with itself.
+        let (elsewhere, here): (Vec<_>, Vec<_>) = legacy
+            .alive()
+            .partition(|(_, holder)| holder.away.is_some());
+        let mut bodies = join_all(elsewhere.into_iter().map(stand_for)).await;
+        bodies.extend(join_all(here.into_iter().map(stand_for)).await);
+        let mut watched: Vec<_> = sources.iter().map(|_| None).collect();
+        for (rank, away, body) in bodies {
+            let place = sources.get(rank.index());
+            if let (Some(source), Ok(body)) = (place, body) {
+                let watchers = self.program.watchers();
+                let child = Child::watch(*source, body, outlet.clone(), watchers);
+                watched[rank.index()] = Some((child, away));
+            }
+        }
+        watched
+    }
+}
+
+/// Stands for a shard that somebody else started.
+async fn body(holder: &Holder) -> Result<Body, String> {
+    let Some(away) = &holder.away else {
+        let watched = Watched::new(holder.process.pid).map_err(|e| e.to_string())?;
+        // Whom it watches does not change any more.
+        let is_it = holder.process.is_running();
+        let gone = || "it has ended".to_owned();
+        return is_it
+            .then(|| Body::Adopted(Adopted(watched)))
+            .ok_or_else(gone);
+    };
+    let attended = timeout(ATTEND_LIMIT, away.attend()).await;
+    let late = |_| format!("its node does not answer within {ATTEND_LIMIT:?}");
+    let attended = attended.map_err(late);
+    let (_, attendant) = attended?.map_err(|e| e.to_string())?;
+    // What it printed there reaches this process in another way now.
+    holder.ssh.inspect(|ssh| ssh.kill());
+    Ok(Body::Attended(Box::new(attendant)))
 }
 
 /// Welcomes a shard and has it say what it kept.

@@ -18,16 +18,22 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use topology::ids::Rank;
-use topology::launch::LaunchError;
 use topology::launch::local::Process;
 use topology::launch::process::Watched;
-use topology::link::Certificate;
+use topology::launch::{Announcement, LaunchError};
 
 /// How long the system may take to end a process that was killed.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What `ssh` exits with where it is not the exit code of what it ran.
 const SSH_FAILED: i32 = 255;
+
+/// How long a shard on another node may take to end and say so. One that is frozen or cut off does not, and its
+/// replacement waits for this.
+const FAREWELL_LIMIT: Duration = Duration::from_millis(300);
+
+/// How a process ended that was not a child of this one.
+const UNTOLD: &str = "how, only the coordinator that had started it could tell";
 
 /// How long the last lines of a process that is gone are waited for.
 const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
@@ -39,6 +45,8 @@ pub(super) enum Body {
     Started(Box<Process>),
     /// The `ssh` of a shard on another node: it ends with the shard, or with the way to it.
     Reached(Box<Process>),
+    /// The `ssh` of whoever looks after a shard on another node whose parent is gone: as above.
+    Attended(Box<Process>),
     /// A process of this machine whose parent is gone.
     Adopted(Adopted),
 }
@@ -58,13 +66,13 @@ impl Drop for Adopted {
 pub(super) struct Child {
     pub(super) source: Source,
     pub(super) pid: u32,
-    /// Its identity, while nobody was admitted with it.
-    pub(super) certificate: Option<Certificate>,
+    /// What it announced to this process.
+    pub(super) announced: Option<Announcement>,
     /// How long it may take to end; sent once. Dropping it is as good as zero.
     end: oneshot::Sender<Duration>,
     /// How it ended, once it has.
     pub(super) exited: watch::Receiver<Option<String>>,
-    /// Whether it had to be killed.
+    /// Whether it may still run on another node, which a kill does not reach.
     watcher: JoinHandle<bool>,
 }
 
@@ -83,30 +91,35 @@ impl Child {
         let (exit, exited) = watch::channel(None);
         let watcher = tokio::spawn(async move {
             let reports = (source, outlet, exit);
-            let (killed, how) = watch((body, &log), reports, ending).await;
+            let (may_run, how) = watch((body, &log), reports, ending).await;
             log.finish().await;
             witness.ended(source, &how);
             drop(alive);
-            killed
+            may_run
         });
         Self {
             source,
             pid,
-            certificate: None,
+            announced: None,
             end,
             exited,
             watcher,
         }
     }
 
-    /// A child that announced itself with this identity.
-    pub(super) fn with(mut self, certificate: Certificate) -> Self {
-        self.certificate = Some(certificate);
+    /// A child that announced itself.
+    pub(super) fn with(mut self, announced: Announcement) -> Self {
+        self.announced = Some(announced);
         self
     }
 
-    /// Gives the process `limit` to end by itself, kills it then, and waits for that. Whether it was
-    /// killed.
+    /// Whether it has not ended.
+    pub(super) fn is_there(&self) -> bool {
+        self.exited.borrow().is_none()
+    }
+
+    /// Gives the process `limit` to end by itself, kills it then, and waits for that. Whether it may still run on another
+    /// node.
     pub(super) async fn end(self, limit: Duration) -> bool {
         // An error means that the process ended by itself.
         let _ = self.end.send(limit);
@@ -118,7 +131,9 @@ impl Body {
     /// What it prints, where that comes here. Taken once.
     fn lines(&mut self) -> Option<mpsc::Receiver<String>> {
         match self {
-            Self::Started(process) | Self::Reached(process) => process.lines.take(),
+            Self::Started(process) | Self::Reached(process) | Self::Attended(process) => {
+                process.lines.take()
+            }
             // It writes its file by itself.
             Self::Adopted(_) => None,
         }
@@ -128,27 +143,44 @@ impl Body {
     fn pid(&self) -> u32 {
         match self {
             Self::Started(process) | Self::Reached(process) => process.pid().unwrap_or_default(),
-            Self::Adopted(_) => 0,
+            Self::Attended(_) | Self::Adopted(_) => 0,
         }
     }
 
-    /// How it ended, when it has. Cancel-safe.
-    async fn wait(&mut self) -> String {
-        match self {
-            Self::Started(process) => told(process.wait().await, false),
-            Self::Reached(process) => told(process.wait().await, true),
+    /// How it ended, when it has, and whether it may still run on another node. Cancel-safe.
+    async fn wait(&mut self) -> (bool, String) {
+        let (status, by_ssh) = match self {
+            Self::Started(process) => (process.wait().await, false),
+            Self::Reached(process) => (process.wait().await, true),
+            Self::Attended(process) => match process.wait().await {
+                Ok(status) if status.success() => return (false, UNTOLD.to_owned()),
+                ended => (ended, true),
+            },
             Self::Adopted(process) => {
                 process.0.ended().await;
-                "how, only the coordinator that had started it could tell".to_owned()
+                return (false, UNTOLD.to_owned());
             }
-        }
+        };
+        // An attendant that failed has not seen its end, and an `ssh` that was killed says nothing of it.
+        let is_told = matches!(self, Self::Reached(_))
+            && status
+                .as_ref()
+                .is_ok_and(|it| it.code().is_some_and(|code| code != SSH_FAILED));
+        (by_ssh && !is_told, told(status, by_ssh))
     }
 
-    fn kill(&mut self) {
+    /// Ends it for good; on another node it is told to end. Whether it did that by itself.
+    async fn kill(&mut self) -> bool {
         match self {
-            Self::Started(process) | Self::Reached(process) => process.kill(),
+            Self::Started(process) => process.kill(),
+            Self::Reached(process) | Self::Attended(process) => {
+                let ended = process.dismiss(FAREWELL_LIMIT).await;
+                let code = ended.and_then(|status| status.code());
+                return code.is_some_and(|code| code != SSH_FAILED);
+            }
             Self::Adopted(process) => process.0.kill(),
         }
+        false
     }
 }
 
@@ -187,7 +219,7 @@ pub(super) async fn first_exit(children: &mut [Child]) -> Fault {
     select_all(exits).await.0
 }
 
-/// Whether it had to be killed, and how it ended.
+/// Whether it may still run on another node, and how it ended.
 async fn watch(
     (mut process, log): (Body, &Log),
     (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
@@ -195,14 +227,14 @@ async fn watch(
 ) -> (bool, String) {
     let rank = source.rank;
     let limit = tokio::select! {
-        how = process.wait() => {
+        (may_run, how) = process.wait() => {
             exit.send_replace(Some(how.clone()));
             let heard = Heard::Gone(Cause::Exited(how.clone()));
             tokio::select! {
                 _ = outlet.send((source, heard)) => {}
                 _ = &mut ending => {}
             }
-            return (false, how);
+            return (may_run, how);
         }
         limit = &mut ending => limit.unwrap_or_else(|_| {
             // The fleet was dropped on demand. That its link ends is no news from the shard.
@@ -211,18 +243,18 @@ async fn watch(
         }),
     };
     // It was told to stop; its pipe stays open, or it would take its parent for dead.
-    if let Ok(how) = timeout(limit, process.wait()).await {
-        return (false, how);
+    if let Ok(ended) = timeout(limit, process.wait()).await {
+        return ended;
     }
     if !limit.is_zero() {
         tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
     }
-    process.kill();
-    let Ok(how) = timeout(KILL_LIMIT, process.wait()).await else {
+    let may_run = !process.kill().await;
+    let Ok((_, how)) = timeout(KILL_LIMIT, process.wait()).await else {
         tracing::error!(%rank, "the system does not end the shard's process");
         return (true, "it was killed and has not ended".to_owned());
     };
-    (true, how)
+    (may_run, how)
 }
 
 /// A process's output on its way to whoever keeps it and to this process's own log.

@@ -65,6 +65,9 @@ pub enum Cause {
     /// The process may live, but it cannot be reached.
     #[error("the link to the shard was lost: {0}")]
     LinkLost(String),
+    /// The process may live, but nothing comes from it: it is frozen, or its machine is cut off.
+    #[error("nothing was heard of the shard for {}s", .0.as_secs_f32())]
+    Silent(Duration),
     /// The shard's own words before it ended.
     #[error("the shard failed: {0}")]
     Failed(String),

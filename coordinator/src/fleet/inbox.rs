@@ -17,7 +17,8 @@ use topology::wire::FromShard;
 /// and its reader waits when this is full.
 pub(super) const CAPACITY_PER_RANK: usize = 64;
 
-/// After a link is lost, how long its process may take to be seen as ended: the better reason.
+/// After a link broke, how long its process may take to be seen as ended: the better reason. One that fell silent had
+/// its time.
 const EXIT_GRACE: Duration = Duration::from_millis(300);
 
 /// Longest part of an unexpected message that is shown.
@@ -167,7 +168,7 @@ impl Inbox {
         // A link is lost when its process dies, and may be heard of first; the exit status, or the
         // last words of the rank that failed first, say more.
         let better = async {
-            while self.best_fault().is_none_or(is_link_lost) {
+            while self.best_fault().is_none_or(is_broken) {
                 self.hear().await;
             }
         };
@@ -195,7 +196,7 @@ impl Inbox {
                 Heard::Gone(cause) => cause,
             };
             match self.gone.iter_mut().find(|fault| fault.rank == Some(rank)) {
-                Some(known) if is_link_lost(known) => known.cause = cause,
+                Some(known) if is_unexplained(known) => known.cause = cause,
                 Some(_) => {}
                 None => self.gone.push(Fault::of(rank, cause)),
             }
@@ -205,12 +206,17 @@ impl Inbox {
 
     /// What says most about why ranks are gone, if any is.
     fn best_fault(&self) -> Option<&Fault> {
-        let telling = self.gone.iter().find(|fault| !is_link_lost(fault));
+        let telling = self.gone.iter().find(|fault| !is_unexplained(fault));
         telling.or(self.gone.first())
     }
 }
 
-fn is_link_lost(fault: &Fault) -> bool {
+/// Whether the process may have more to say about it.
+fn is_unexplained(fault: &Fault) -> bool {
+    matches!(fault.cause, Cause::LinkLost(_) | Cause::Silent(_))
+}
+
+fn is_broken(fault: &Fault) -> bool {
     matches!(fault.cause, Cause::LinkLost(_))
 }
 
@@ -307,7 +313,7 @@ mod tests {
     async fn the_exit_is_a_better_reason_than_the_lost_link() {
         let mut inbox = Inbox::new(2);
         let outlet = inbox.outlet().clone();
-        let lost = || Heard::Gone(Cause::LinkLost("timed out".into()));
+        let lost = || Heard::Gone(Cause::LinkLost("the link was closed".into()));
         outlet.send((rank(1), lost())).await.unwrap();
         let exited = Cause::Exited("signal: 9 (SIGKILL)".into());
         outlet
@@ -326,7 +332,7 @@ mod tests {
         let fault = inbox.fault().await;
         assert_eq!(
             fault,
-            Fault::of(Rank(0), Cause::LinkLost("timed out".into()))
+            Fault::of(Rank(0), Cause::LinkLost("the link was closed".into()))
         );
     }
 
@@ -334,7 +340,7 @@ mod tests {
     async fn a_fault_is_not_lost_with_who_waited_for_it() {
         let mut inbox = Inbox::new(1);
         let outlet = inbox.outlet().clone();
-        let lost = Cause::LinkLost("timed out".into());
+        let lost = Cause::LinkLost("the link was closed".into());
         outlet
             .send((rank(0), Heard::Gone(lost.clone())))
             .await
@@ -342,6 +348,23 @@ mod tests {
         let cut = timeout(EXIT_GRACE / 2, inbox.fault()).await;
         assert!(cut.is_err(), "it waits for a better reason");
         assert_eq!(inbox.fault().await, Fault::of(Rank(0), lost));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_a_fault_at_once_and_is_explained_by_what_comes_later() {
+        let mut inbox = Inbox::new(1);
+        let outlet = inbox.outlet().clone();
+        let silent = Cause::Silent(Duration::from_secs(2));
+        let heard = Heard::Gone(silent.clone());
+        outlet.send((rank(0), heard)).await.unwrap();
+        let begun = Instant::now();
+        assert_eq!(inbox.fault().await, Fault::of(Rank(0), silent));
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        let exited = Cause::Exited("signal 9".into());
+        let heard = Heard::Gone(exited.clone());
+        outlet.send((rank(0), heard)).await.unwrap();
+        inbox.hear().await;
+        assert_eq!(inbox.fault().await, Fault::of(Rank(0), exited));
     }
 
     #[tokio::test(start_paused = true)]

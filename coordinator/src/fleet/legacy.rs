@@ -1,146 +1,66 @@
 //! What a coordinator leaves to its successor: a file of the run directory for each model.
 //!
-//! Written when shards come, so that it is there whenever the process is killed; removed when the cluster
-//! ends in order. With it a coordinator that is started on the same machine finds the shards, proves itself to
-//! them by the same key, and tells whether it wants them. Decides nothing.
+//! Written when shards come, so that it is there whenever the process is killed; removed when the shards
+//! end in order, and never before all of them are this process's. With it a coordinator that is started on the same machine finds the shards, also those on other
+//! nodes, proves itself to them by the same key, and tells whether it wants them. Decides nothing.
 //!
 //! Invariants: a file is never half written and nobody else's to read; its generation grows with every
-//! coordinator before that one speaks to a shard.
+//! coordinator before that one speaks to a shard; its time is never long before the coordinator's end, so that what
+//! waits elsewhere is not looked for longer than it waits.
 
-use anyhow::{Context, Result};
+use super::terms::Terms;
+use crate::clock::{now, since, unix_seconds};
+use anyhow::{Context, Result, ensure};
+use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+use tokio::time::sleep;
 use topology::fit::Memory;
 use topology::ids::Rank;
 use topology::launch::Hold;
 use topology::launch::process::ProcessId;
+use topology::launch::ssh::Away;
 use topology::link::{Certificate, Listener, SavedIdentity};
-use topology::placement::Device;
-use topology::wire::Load;
 
 /// How the files' names begin and end in a cluster's directory; between them is the number of the model.
 const FILE: (&str, &str) = ("legacy-", ".json");
 
-/// Everything that must be the same before and after, or shards cannot be taken over.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Terms {
-    /// The program's version.
-    pub version: String,
-    /// The program's file.
-    pub program: ProgramFile,
-    /// Digest of the model's files.
-    pub model: String,
-    /// What every rank loads.
-    pub load: Load,
-    /// `--num-gpu-blocks-override` and `--kv-cache-memory-bytes`.
-    pub kv_cache: (Option<u32>, Option<u64>),
-    /// What ranks compute on, in order.
-    pub devices: Vec<Device>,
-    /// `--cpu-isa`.
-    pub cpu_isa: String,
-    /// Number of the model's first shard among all of the cluster's: their logs are called after it.
-    pub first_shard: u32,
-}
+/// From which number on files are of shards that could not be told to end. No cluster has as many models.
+const UNREACHED: usize = 1 << 20;
 
-/// A file, told from others without reading it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProgramFile {
-    device: u64,
-    inode: u64,
-    bytes: u64,
-    modified: (i64, i64),
-}
+/// How often a coordinator gives its files a new time.
+const PULSE_EVERY: Duration = Duration::from_secs(5);
 
-impl ProgramFile {
-    /// The program of this process.
-    ///
-    /// # Errors
-    /// If the system does not tell.
-    pub fn own() -> Result<Self> {
-        // Also where the file has been replaced since.
-        let about = fs::metadata("/proc/self/exe").context("ask about this program's file")?;
-        Ok(Self {
-            device: about.dev(),
-            inode: about.ino(),
-            bytes: about.len(),
-            modified: (about.mtime(), about.mtime_nsec()),
-        })
-    }
-}
+/// How long after that time shards on other nodes may begin to wait: the pulse, and what a silent link takes.
+const NOTICE_SECONDS: u64 = 10;
 
-impl Terms {
-    /// Why shards that were started under these terms are of no use under `now`, in a sentence's second half.
-    pub fn disagreement(&self, now: &Self) -> Option<String> {
-        if self.version != now.version || self.program != now.program {
-            return Some(format!(
-                "the program is another one (it was {}, this is {})",
-                self.version, now.version
-            ));
-        }
-        if self.devices != now.devices {
-            let list = |devices: &[Device]| {
-                let names = devices.iter().map(ToString::to_string);
-                names.collect::<Vec<_>>().join("; ")
-            };
-            let (was, is) = (list(&self.devices), list(&now.devices));
-            return Some(format!("ranks were on {was}, and are to be on {is}"));
-        }
-        if let Some(setting) = difference(&self.load, &now.load) {
-            return Some(setting);
-        }
-        if self.model != now.model {
-            return Some("the model's files have changed since they were loaded".to_owned());
-        }
-        if self.cpu_isa != now.cpu_isa {
-            let (was, is) = (&self.cpu_isa, &now.cpu_isa);
-            return Some(format!("--cpu-isa was {was}, and is {is}"));
-        }
-        if self.first_shard != now.first_shard {
-            return Some("the models before it have other numbers of ranks".to_owned());
-        }
-        let asked = "--num-gpu-blocks-override or --kv-cache-memory-bytes is another".to_owned();
-        (self.kv_cache != now.kv_cache).then_some(asked)
-    }
-}
-
-/// The first setting that is not the same.
-fn difference(was: &Load, is: &Load) -> Option<String> {
-    let fields = |load| match serde_json::to_value(load) {
-        Ok(serde_json::Value::Object(fields)) => fields,
-        _ => serde_json::Map::new(),
-    };
-    let (was, is) = (fields(was), fields(is));
-    let name = was.keys().find(|name| was.get(*name) != is.get(*name))?;
-    let shown = |fields: &serde_json::Map<_, _>| fields.get(name).map(ToString::to_string);
-    let flag = name.replace('_', "-");
-    let (was, is) = (shown(&was)?, shown(&is)?);
-    Some(format!("{flag} was {was}, and is {is}"))
-}
+/// How long the system may take to end a process.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What is left to a successor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Legacy {
     /// Counts the coordinators of these shards, from 0.
     pub generation: u32,
-    /// Which run of the machine it is: process ids mean nothing in another.
-    pub boot: String,
     /// Under which the shards were started.
     pub terms: Terms,
     /// Memory before they were: what they hold is missing from it now.
     pub memory: Memory,
-    /// How long shards wait.
-    pub hold_seconds: u32,
     /// Where shards look for a coordinator.
     pub address: SocketAddr,
     /// Whom they believe there.
     pub identity: SavedIdentity,
     /// By rank; `None` before its first process came.
     pub ranks: Vec<Option<Holder>>,
+    /// When the coordinator lived, in seconds since 1970: the file's time.
+    #[serde(skip)]
+    pub pulse: u64,
 }
 
 /// A shard that was admitted.
@@ -148,18 +68,33 @@ pub struct Legacy {
 pub struct Holder {
     /// Its identity.
     pub certificate: Certificate,
-    /// Its process on this machine.
+    /// Its process on its machine.
     pub process: ProcessId,
+    /// How it is found on another node; `None` on this machine.
+    pub away: Option<Away>,
+    /// The `ssh` on this machine that it was started through, which stays as long as the shard does.
+    pub ssh: Option<ProcessId>,
+}
+
+/// What became of shards that were to end.
+#[derive(Debug, Default)]
+pub struct Ended {
+    /// How many have ended.
+    pub count: usize,
+    /// Of those that could not be told to, what is wrong.
+    pub unreached: Vec<String>,
 }
 
 impl Legacy {
-    /// What lies in a cluster's directory, by number of the model; without what is another version's, or from
-    /// before the machine was started.
+    /// What lies in a cluster's directory, by number of the model; without what is another version's.
     pub fn read(dir: &Path) -> BTreeMap<usize, Self> {
         let legacies = files(dir).into_iter().filter_map(|model| {
-            let legacy = fs::read(file(dir, model)).ok()?;
-            let legacy: Self = serde_json::from_slice(&legacy).ok()?;
-            (legacy.boot == boot()).then_some((model, legacy))
+            let path = file(dir, model);
+            let text = fs::read(&path).ok()?;
+            let mut legacy: Self = serde_json::from_slice(&text).ok()?;
+            let time = fs::metadata(&path).ok()?.mtime();
+            legacy.pulse = u64::try_from(time).unwrap_or_default();
+            Some((model, legacy))
         });
         legacies.collect()
     }
@@ -167,21 +102,72 @@ impl Legacy {
     /// Removes those of models that are not `kept`: their shards that wait end.
     pub fn remove(dir: &Path, kept: impl Fn(usize) -> bool) {
         for model in files(dir).into_iter().filter(|model| !kept(*model)) {
-            let file = file(dir, model);
-            match fs::remove_file(&file) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!("cannot remove {}: {error}", file.display());
-                }
-                _ => {}
-            }
+            remove(&file(dir, model));
         }
     }
 
-    /// The shards that run, with their ranks.
+    /// The shards that run, with their ranks. Those on other nodes are not asked: they may run as long as they may
+    /// wait.
     pub fn alive(&self) -> impl Iterator<Item = (Rank, &Holder)> {
         let ranks = (0..).map(Rank).zip(&self.ranks);
         let known = ranks.filter_map(|(rank, holder)| Some((rank, holder.as_ref()?)));
-        known.filter(|(_, holder)| holder.process.is_running())
+        known.filter(|(_, holder)| match holder.away {
+            None => holder.process.is_running(),
+            Some(_) => self.seconds_left() > 0,
+        })
+    }
+
+    /// How much longer shards on other nodes may wait; those whose coordinator has not ended are not meant.
+    pub fn seconds_left(&self) -> u64 {
+        let until = self.pulse + u64::from(self.terms.hold_seconds) + NOTICE_SECONDS;
+        until.saturating_sub(unix_seconds())
+    }
+
+    /// Ends the shards that run. Those that could not be told to are what is left.
+    pub async fn end(&mut self) -> Ended {
+        let mut ended = Ended::default();
+        let ends = self
+            .alive()
+            .map(async |(rank, holder)| (rank, holder.end().await));
+        let mut left = vec![None; self.ranks.len()];
+        for (rank, end) in join_all(ends).await {
+            match end {
+                Ok(had_run) => ended.count += usize::from(had_run),
+                Err(error) => {
+                    left[rank.index()].clone_from(&self.ranks[rank.index()]);
+                    let seconds = self.seconds_left();
+                    ended.unreached.push(format!(
+                        "rank {rank}: {error:#}; without a coordinator it ends by itself, within {seconds} s"
+                    ));
+                }
+            }
+        }
+        self.ranks = left;
+        ended
+    }
+
+    /// Puts what is left after [`Self::end`] of that of number `model` where it stays until it is told to end, whatever
+    /// the cluster serves next.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn leave(&self, dir: &Path, model: usize) -> Result<()> {
+        if self.ranks.iter().all(Option::is_none) {
+            remove(&file(dir, model));
+            return Ok(());
+        }
+        if Self::is_unreached(model) {
+            return self.write(&file(dir, model));
+        }
+        let last = files(dir).into_iter().max().unwrap_or_default();
+        self.write(&file(dir, (last + 1).max(UNREACHED)))?;
+        remove(&file(dir, model));
+        Ok(())
+    }
+
+    /// Whether a number is no model's, but that of shards which could not be told to end, and which nobody takes over.
+    pub fn is_unreached(model: usize) -> bool {
+        model >= UNREACHED
     }
 
     fn write(&self, file: &Path) -> Result<()> {
@@ -192,9 +178,32 @@ impl Legacy {
         // A key is in it: it is nobody else's from its first byte on.
         let written = options
             .open(&new)
-            .and_then(|mut out| out.write_all(&text))
+            .and_then(|mut out| {
+                out.write_all(&text)?;
+                out.set_modified(UNIX_EPOCH + Duration::from_secs(self.pulse))
+            })
             .and_then(|()| fs::rename(&new, file));
         written.with_context(|| format!("cannot write {}", file.display()))
+    }
+}
+
+impl Holder {
+    /// Ends it for good. Whether it ran.
+    async fn end(&self) -> Result<bool> {
+        if let Some(away) = &self.away {
+            return Ok(away.end().await?);
+        }
+        let begun = now();
+        self.process.kill();
+        while self.process.is_running() {
+            let pid = self.process.pid;
+            ensure!(
+                since(begun) < KILL_LIMIT,
+                "the system does not end process {pid}"
+            );
+            sleep(Duration::from_millis(5)).await;
+        }
+        Ok(true)
     }
 }
 
@@ -202,6 +211,15 @@ impl Legacy {
 fn file(dir: &Path, model: usize) -> PathBuf {
     let (begin, end) = FILE;
     dir.join(format!("{begin}{model}{end}"))
+}
+
+fn remove(file: &Path) {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("cannot remove {}: {error}", file.display());
+        }
+        _ => {}
+    }
 }
 
 /// The models that have one.
@@ -213,11 +231,6 @@ fn files(dir: &Path) -> Vec<usize> {
         name.strip_prefix(begin)?.strip_suffix(end)?.parse().ok()
     });
     models.collect()
-}
-
-/// What the kernel calls this run of the machine; empty where it does not say.
-fn boot() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 /// Keeps the file of one model up to date.
@@ -233,8 +246,6 @@ pub struct Keeper {
     pub terms: Terms,
     /// See [`Legacy::memory`].
     pub memory: Memory,
-    /// See [`Legacy::hold_seconds`]; more than 0.
-    pub hold_seconds: u32,
     /// See [`Legacy::generation`].
     pub generation: u32,
     /// See [`Legacy::ranks`].
@@ -242,23 +253,44 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// What a shard of `rank` is told.
-    pub(super) fn hold(&self, rank: Rank) -> Option<Hold> {
+    /// What a shard of `rank` is told, which may be `away`.
+    pub(super) fn hold(&self, rank: Rank, away: Option<&Away>) -> Option<Hold> {
+        let (legacy, log) = if let Some(away) = away {
+            (None, away.log().to_owned())
+        } else {
+            let log = self.logs.get(rank.index())?.clone();
+            (Some(file(&self.dir, self.model)), log)
+        };
         Some(Hold {
-            seconds: self.hold_seconds,
-            legacy: file(&self.dir, self.model),
-            log: self.logs.get(rank.index())?.clone(),
+            seconds: self.terms.hold_seconds,
+            legacy,
+            log,
         })
     }
 
     /// Takes in that a shard came.
-    pub(super) fn admitted(&mut self, rank: Rank, certificate: Certificate, pid: u32) {
-        let process = ProcessId::of(pid);
+    pub(super) fn admitted(&mut self, rank: Rank, holder: Holder) {
         if let Some(place) = self.ranks.get_mut(rank.index()) {
-            *place = process.map(|process| Holder {
-                certificate,
-                process,
-            });
+            *place = Some(holder);
+        }
+    }
+
+    /// From now on the file is about shards of this process alone.
+    pub(super) fn own(&self) -> OwnFile {
+        OwnFile(file(&self.dir, self.model))
+    }
+
+    /// Says every few seconds that this coordinator lives.
+    pub(super) fn pulse(&self) -> impl Future<Output = ()> + Send + use<> {
+        let file = file(&self.dir, self.model);
+        async move {
+            loop {
+                sleep(PULSE_EVERY).await;
+                let now = UNIX_EPOCH + Duration::from_secs(unix_seconds());
+                // Where it is not there, nobody is to come.
+                let open = File::options().write(true).open(&file);
+                let _ = open.and_then(|file| file.set_modified(now));
+            }
         }
     }
 
@@ -270,13 +302,12 @@ impl Keeper {
             .and_then(|address| {
                 let legacy = Legacy {
                     generation: self.generation,
-                    boot: boot(),
                     terms: self.terms.clone(),
                     memory: self.memory.clone(),
-                    hold_seconds: self.hold_seconds,
                     address,
                     identity: listener.identity().save(),
                     ranks: self.ranks.clone(),
+                    pulse: unix_seconds(),
                 };
                 legacy.write(&file(&self.dir, self.model))
             });
@@ -286,79 +317,20 @@ impl Keeper {
     }
 }
 
+/// The file of shards that end with this value, and have no successor then.
+#[derive(Debug)]
+pub(super) struct OwnFile(PathBuf);
+
+impl Drop for OwnFile {
+    fn drop(&mut self) {
+        remove(&self.0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use topology::wire::ModelLocation;
-
-    type Change = fn(&mut Terms);
-
-    fn terms() -> Terms {
-        Terms {
-            version: "1 (build a)".into(),
-            program: ProgramFile::own().unwrap(),
-            model: "0123".into(),
-            load: Load {
-                model: ModelLocation::BuiltIn,
-                tensor_parallel_size: 2,
-                dtype: "auto".into(),
-                quantization: "auto".into(),
-                kv_cache_dtype: "auto".into(),
-                block_size: 16,
-                max_model_len: 64,
-                max_num_batched_tokens: 64,
-                max_num_seqs: 4,
-                async_scheduling: true,
-                enforce_eager: false,
-            },
-            kv_cache: (None, None),
-            devices: vec![Device::Cpu {
-                threads: 1,
-                cores: vec![0],
-            }],
-            cpu_isa: "auto".into(),
-            first_shard: 2,
-        }
-    }
-
-    #[test]
-    fn every_term_counts_and_is_named() {
-        let old = terms();
-        assert_eq!(old.disagreement(&terms()), None);
-        let changes: [(Change, &str); 10] = [
-            (|t| t.version = "2".into(), "this is 2"),
-            (|t| t.program.inode += 1, "program is another one"),
-            (|t| t.model.push('4'), "model's files have changed"),
-            (
-                |t| t.load.max_model_len = 32,
-                "max-model-len was 64, and is 32",
-            ),
-            (
-                |t| t.load.dtype = "float16".into(),
-                "dtype was \"auto\", and is \"float16\"",
-            ),
-            (
-                |t| t.load.model = ModelLocation::Directory("/x".into()),
-                "model was \"BuiltIn\"",
-            ),
-            (|t| t.kv_cache.0 = Some(7), "--num-gpu-blocks-override"),
-            (
-                |t| t.devices[0] = Device::Gpu { index: 3, ranks: 1 },
-                "ranks were on cpu",
-            ),
-            (
-                |t| t.cpu_isa = "avx2".into(),
-                "--cpu-isa was auto, and is avx2",
-            ),
-            (|t| t.first_shard = 1, "other numbers of ranks"),
-        ];
-        for (change, said) in changes {
-            let mut new = terms();
-            change(&mut new);
-            let why = old.disagreement(&new).unwrap();
-            assert!(why.to_lowercase().contains(&said.to_lowercase()), "{why}");
-        }
-    }
+    use crate::fleet::terms::tests::terms;
 
     #[tokio::test]
     async fn what_is_left_is_this_users_alone_and_opens_the_same_door() {
@@ -370,12 +342,18 @@ mod tests {
             logs: vec![dir.path().join("rank-0.log")],
             terms: terms(),
             memory: Memory::Shared { free_bytes: 5 },
-            hold_seconds: 60,
             generation: 3,
             ranks: vec![None; 2],
         };
-        assert!(keeper.hold(Rank(0)).is_some() && keeper.hold(Rank(1)).is_none());
-        keeper.admitted(Rank(1), listener.certificate().clone(), std::process::id());
+        let hold = |rank| keeper.hold(rank, None);
+        assert!(hold(Rank(0)).is_some() && hold(Rank(1)).is_none());
+        let holder = Holder {
+            certificate: listener.certificate().clone(),
+            process: ProcessId::own().unwrap(),
+            away: None,
+            ssh: None,
+        };
+        keeper.admitted(Rank(1), holder);
         keeper.write(&listener);
         let mode = fs::metadata(file(dir.path(), 1)).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600);
@@ -386,19 +364,29 @@ mod tests {
         assert_eq!(alive, [Rank(1)]);
         let address = listener.local_addr().unwrap();
         assert_eq!(legacy.address, address);
-        let again = || Listener::bind_again(address, legacy.identity.load().unwrap(), []);
+        let again = || Listener::bind_again(address, legacy.identity.load().unwrap());
         assert!(again().is_err(), "the first one has the port");
         assert_eq!(legacy.identity, listener.identity().save());
-        let before = Legacy {
-            boot: "another".into(),
-            ..legacy
-        };
-        before.write(&file(dir.path(), 0)).unwrap();
+        // Nothing of it is the model's any more, until it is told to end.
+        for number in [1, UNREACHED] {
+            legacy.leave(dir.path(), number).unwrap();
+            assert_eq!(files(dir.path()), [UNREACHED]);
+        }
+        keeper.write(&listener);
+        legacy.leave(dir.path(), 1).unwrap();
         assert_eq!(
             read().into_keys().collect::<Vec<_>>(),
-            [1],
-            "the machine was started since the other"
+            [UNREACHED, UNREACHED + 1]
         );
+        let nothing = Legacy {
+            ranks: vec![None; 2],
+            ..legacy
+        };
+        for number in [UNREACHED, UNREACHED + 1] {
+            nothing.leave(dir.path(), number).unwrap();
+        }
+        assert!(files(dir.path()).is_empty());
+        keeper.write(&listener);
         Legacy::remove(dir.path(), |model| model == 1);
         assert_eq!(files(dir.path()), [1]);
         for _ in 0..2 {

@@ -9,7 +9,7 @@ use super::child::{Body, Child, first_exit};
 use super::fault::{Cause, Fault, Phase};
 use super::host::{Host, Launched, Shard};
 use super::inbox::{Heard, Outlet, Source};
-use super::legacy::Keeper;
+use super::legacy::{Holder, Keeper, OwnFile};
 use super::start::StartEvent;
 use super::witness::Witness;
 use crate::clock::{now, since};
@@ -19,12 +19,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use topology::ids::Rank;
 use topology::launch::environment;
 use topology::launch::local::{self, Process};
-use topology::launch::ssh::Remote;
-use topology::launch::{Launch, LaunchError};
+use topology::launch::process::ProcessId;
+use topology::launch::ssh::{Away, Remote};
+use topology::launch::{Announcement, Launch, LaunchError};
 use topology::link::{Admitted, Certificate, Frame, LinkError, LinkReceiver, LinkSender, Listener};
 use topology::placement::Device;
 use topology::wire::{FromShard, Hello, ToShard};
@@ -68,6 +69,11 @@ pub struct RankSite {
 }
 
 impl RankSite {
+    /// What a shard is to be found by on another node.
+    pub(super) fn away(&self, process: ProcessId) -> Option<Away> {
+        self.remote.as_ref().map(|remote| remote.away(process))
+    }
+
     /// On this machine, with all other ranks.
     pub fn here(device: Device) -> Self {
         Self {
@@ -84,6 +90,10 @@ impl RankSite {
 pub struct LocalHost {
     pub(super) program: Program,
     pub(super) listener: Listener,
+    /// Once no other process's shards are on file.
+    own: Option<OwnFile>,
+    /// Says now and then that this coordinator lives.
+    _pulse: JoinSet<()>,
 }
 
 /// A shard process that was admitted.
@@ -92,8 +102,8 @@ pub struct LocalShard {
     child: Child,
     sender: LinkSender<ToShard>,
     reader: JoinHandle<()>,
-    /// Its node, and its process id there.
-    remote: Option<(Arc<Remote>, u32)>,
+    /// What it is to be found by on another node, and what is held until it was.
+    away: Option<(Away, mpsc::Sender<()>)>,
 }
 
 impl LocalHost {
@@ -107,25 +117,51 @@ impl LocalHost {
             let why = format!("cannot listen on {address} for shards: {e}");
             Fault::group(Cause::Launch(why))
         })?;
-        Ok(Self::over(program, listener))
+        let mut host = Self::over(program, listener);
+        host.own();
+        Ok(host)
     }
 
     /// With a socket that is there.
     pub(super) fn over(program: Program, listener: Listener) -> Self {
+        let mut pulse = JoinSet::new();
         if let Some(keeper) = &program.keeper {
             keeper.write(&listener);
+            pulse.spawn(keeper.pulse());
         }
-        Self { program, listener }
+        Self {
+            program,
+            listener,
+            own: None,
+            _pulse: pulse,
+        }
+    }
+
+    /// From now on what is on file ends with this value.
+    pub(super) fn own(&mut self) {
+        let keeper = self.program.keeper.as_ref();
+        self.own = self.own.take().or_else(|| keeper.map(Keeper::own));
     }
 
     /// On file from the moment a shard has something to keep.
-    fn keep(&mut self, children: &mut [Child], admitted: &[Admitted]) {
+    fn keep(&mut self, children: &[Child], admitted: &[Admitted]) {
         let Some(keeper) = &mut self.program.keeper else {
             return;
         };
-        for (child, Admitted { hello, .. }) in children.iter_mut().zip(admitted) {
-            if let Some(certificate) = child.certificate.take() {
-                keeper.admitted(hello.rank, certificate, hello.pid);
+        for (child, Admitted { hello, .. }) in children.iter().zip(admitted) {
+            if let Some(Announcement {
+                certificate,
+                process,
+            }) = child.announced.clone()
+            {
+                let away = self.program.sites[hello.rank.index()].away(process);
+                let holder = Holder {
+                    certificate,
+                    process,
+                    ssh: away.as_ref().and_then(|_| ProcessId::of(child.pid)),
+                    away,
+                };
+                keeper.admitted(hello.rank, holder);
             }
         }
         keeper.write(&self.listener);
@@ -146,8 +182,9 @@ impl LocalHost {
                     None => local::start_for(&environment, &self.program.path, arguments).await?,
                     Some(remote) => remote.start(&self.program.log_level, &environment).await?,
                 };
-                self.listener.expect(rank, started.certificate.clone());
-                let certificate = started.certificate.clone();
+                let announced = started.said.clone();
+                self.listener.expect(rank, announced.certificate.clone());
+                let keeper = self.program.keeper.as_ref();
                 let launch = Launch {
                     coordinator,
                     certificate: self.listener.certificate().clone(),
@@ -155,27 +192,25 @@ impl LocalHost {
                     device: site.device.clone(),
                     cpu_isa: self.program.cpu_isa.clone(),
                     interface: site.interface,
-                    hold: self
-                        .program
-                        .keeper
-                        .as_ref()
-                        .and_then(|keep| keep.hold(rank)),
+                    hold: keeper.and_then(|keeper| {
+                        keeper.hold(rank, site.away(announced.process).as_ref())
+                    }),
                 };
-                Ok((certificate, started.launch(&launch).await?))
+                Ok((announced, started.launch(&launch).await?))
             };
             let process = process.await;
             process.map_err(|e: LaunchError| Fault::of(rank, launched(&e)))
         });
         // Those that did start are killed when they are dropped with the others' fault.
         let processes: Result<Vec<_>, Fault> = join_all(launches).await.into_iter().collect();
-        let child = |(source, (certificate, process)): (&Source, (Certificate, Process))| {
+        let child = |(source, (announced, process)): (&Source, (Announcement, Process))| {
             let process = Box::new(process);
             let body = match self.program.sites[source.rank.index()].remote {
                 None => Body::Started(process),
                 Some(_) => Body::Reached(process),
             };
             let watched = Child::watch(*source, body, outlet.clone(), self.program.watchers());
-            watched.with(certificate)
+            watched.with(announced)
         };
         Ok(sources.iter().zip(processes?).map(child).collect())
     }
@@ -192,17 +227,31 @@ impl LocalHost {
                 next = self.listener.accept(ADMIT_LIMIT) => next,
                 fault = first_exit(children) => return Err(fault),
             };
-            let next = next.map_err(|e| not_admitted(e, children[missing].source.rank))?;
-            let Hello { rank, device, .. } = next.hello.clone();
-            let place = children.iter().position(|c| c.source.rank == rank);
-            let Some(place) = place.filter(|place| admitted[*place].is_none()) else {
-                let why = "no such rank was started".to_owned();
-                return Err(Fault::of(rank, Cause::Launch(why)));
+            let place = |certificate| place_of(children, certificate);
+            let next = match next {
+                Ok(next) => next,
+                Err(LinkError::NotAdmitted { certificate, .. })
+                    if place(&certificate).is_none() =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(not_admitted(error, children[missing].source.rank)),
             };
+            // One that was expected before these is too late to be taken over: it ends with its link.
+            let Some((place, process)) = place(&next.certificate) else {
+                continue;
+            };
+            let Hello { rank, device, .. } = next.hello.clone();
             let is_here = self.program.sites[rank.index()].remote.is_none();
-            if is_here && next.hello.pid != children[place].pid {
+            // Of one on this machine the system knows.
+            let pid = if is_here {
+                children[place].pid
+            } else {
+                process.pid
+            };
+            if next.hello.pid != pid {
                 // Whom it names could be told to end in its place.
-                let (said, pid) = (next.hello.pid, children[place].pid);
+                let said = next.hello.pid;
                 let why = format!("its `pid` is {said}, and process {pid} was started");
                 return Err(Fault::of(rank, Cause::Launch(why)));
             }
@@ -238,14 +287,15 @@ impl Host for LocalHost {
                 return Err(fault);
             }
         };
-        self.keep(&mut children, &admitted);
+        self.keep(&children, &admitted);
         let join = |(child, admitted): (Child, Admitted)| {
             let hello = admitted.hello.clone();
-            let remote = self.program.sites[hello.rank.index()].remote.clone();
-            (
-                hello,
-                LocalShard::new(child, admitted, (outlet.clone(), remote)),
-            )
+            let site = &self.program.sites[hello.rank.index()];
+            let announced = child.announced.as_ref();
+            let away = announced.and_then(|announced| site.away(announced.process));
+            let away = away.map(|away| (away, self.program.alive.clone()));
+            let shard = LocalShard::new(child, admitted, (outlet.clone(), away));
+            (hello, shard)
         };
         Ok(Launched {
             shards: children.into_iter().zip(admitted).map(join).collect(),
@@ -257,10 +307,20 @@ impl Host for LocalHost {
     }
 }
 
+/// Which of `children` announced this certificate, and as which process.
+fn place_of(children: &[Child], certificate: &Certificate) -> Option<(usize, ProcessId)> {
+    let announced = children.iter().map(|child| child.announced.as_ref());
+    let mut found = announced.enumerate().filter_map(|(place, announced)| {
+        let announced = announced.filter(|it| it.certificate == *certificate)?;
+        Some((place, announced.process))
+    });
+    found.next()
+}
+
 /// Names the rank that is missing, or that came and could not be used.
 fn not_admitted(error: LinkError, missing: Rank) -> Fault {
     match error {
-        LinkError::NotAdmitted { rank, reason } => Fault::of(rank, Cause::Launch(reason)),
+        LinkError::NotAdmitted { rank, reason, .. } => Fault::of(rank, Cause::Launch(reason)),
         LinkError::TimedOut(limit) => {
             let phase = Phase::Admit;
             Fault::of(missing, Cause::Deadline { phase, limit })
@@ -281,15 +341,14 @@ impl LocalShard {
     pub(super) fn new(
         child: Child,
         admitted: Admitted,
-        (outlet, remote): (Outlet, Option<Arc<Remote>>),
+        (outlet, away): (Outlet, Option<(Away, mpsc::Sender<()>)>),
     ) -> Self {
-        let pid = admitted.hello.pid;
         let reader = tokio::spawn(read(child.source, admitted.receiver, outlet));
         Self {
             child,
             sender: admitted.sender,
             reader,
-            remote: remote.map(|remote| (remote, pid)),
+            away,
         }
     }
 }
@@ -307,15 +366,16 @@ impl Shard for LocalShard {
 
     async fn end(self, limit: Duration) {
         let rank = self.child.source.rank;
-        let killed = self.child.end(limit).await;
+        let may_run = self.child.end(limit).await;
         self.reader.abort();
-        if let Some((remote, pid)) = self.remote.filter(|_| killed) {
-            // It ends by itself when its `ssh` is gone, unless it is frozen. Nobody waits for that: its
-            // replacement needs nothing of it, and its node may not answer.
+        if let Some((away, alive)) = self.away.filter(|_| may_run) {
+            // It ends by itself when it hears that it is to, or that nobody wants it, unless it is frozen. Its
+            // replacement does not wait for that, as it needs nothing of it, and its node may not answer.
             tokio::spawn(async move {
-                if let Err(error) = remote.kill(pid).await {
+                if let Err(error) = away.end().await {
                     tracing::warn!(%rank, "cannot see to the end of its old process: {error}");
                 }
+                drop(alive);
             });
         }
     }
@@ -325,6 +385,7 @@ async fn read(source: Source, mut receiver: LinkReceiver<FromShard>, outlet: Out
     loop {
         let (heard, over) = match receiver.recv().await {
             Ok(message) => (Heard::Message(message), false),
+            Err(LinkError::TimedOut(limit)) => (Heard::Gone(Cause::Silent(limit)), true),
             Err(error) => (Heard::Gone(Cause::LinkLost(error.to_string())), true),
         };
         // Without a reader the fleet is gone, and so is whatever this could say.

@@ -20,6 +20,7 @@ mod recover;
 mod simulation;
 mod start;
 mod steps;
+mod terms;
 #[cfg(test)]
 mod tests;
 mod witness;
@@ -27,9 +28,10 @@ mod witness;
 pub use fault::{Cause, Fault, Phase};
 pub use host::{Host, Launched, Shard, Took};
 pub use inbox::{Heard, Outlet, Source};
-pub use legacy::{Holder, Keeper, Legacy, ProgramFile, Terms};
+pub use legacy::{Ended, Holder, Keeper, Legacy};
 pub use local::{LocalHost, LocalShard, Program, RankSite};
 pub use start::{Limits, RankReport, Ready, Setup, StartEvent};
+pub use terms::{ProgramFile, Terms};
 pub use witness::Witness;
 
 use futures_util::future::join_all;

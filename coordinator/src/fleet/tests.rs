@@ -52,6 +52,7 @@ async fn a_program_that_is_no_shard_is_named_and_nothing_stays() {
         ("/no/such/program", "cannot start /no/such/program"),
         ("/bin/false", "ended before it announced itself"),
         ("/bin/echo", "the handshake went wrong"),
+        ("/bin/ls", "it wrote: "),
     ] {
         let (alive, mut all_gone) = mpsc::channel(1);
         let (host, setup) = setup(program, alive);
@@ -62,6 +63,8 @@ async fn a_program_that_is_no_shard_is_named_and_nothing_stays() {
             matches!(&fault.cause, Cause::Launch(why) if why.contains(said)),
             "{fault}"
         );
+        let fault = fault.to_string();
+        assert!(fault.matches("the handshake").count() < 2, "{fault}");
         assert_eq!(all_gone.recv().await, None);
     }
 }

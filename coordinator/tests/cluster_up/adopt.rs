@@ -57,7 +57,7 @@ pub(crate) fn all_gone(shards: &[u32]) {
 }
 
 /// Streams that are under way, each of which gives its last event when it is cut off.
-fn load(address: SocketAddr, streams: usize) -> Vec<thread::JoinHandle<String>> {
+pub(crate) fn load(address: SocketAddr, streams: usize) -> Vec<thread::JoinHandle<String>> {
     let begun = Arc::new(Barrier::new(streams + 1));
     let open = |index| {
         let begun = begun.clone();

@@ -4,10 +4,13 @@
 //! cores has room for one cluster at a time; what runs out of time fails.
 
 mod adopt;
+mod adopt_hosts;
+mod adopt_ways;
 mod background;
 mod batch;
 mod client;
 mod doctor;
+mod fake_ssh;
 mod hostile;
 mod hosts;
 mod lifecycle;

@@ -181,8 +181,18 @@ impl Network {
         file
     }
 
-    /// Process ids of the shards on a node, oldest first: those that run its copy of the program.
+    /// Process ids of the shards on a node, oldest first.
     pub(crate) fn shards(&self, node: &str) -> Vec<u32> {
+        let mut pids = self.processes(node);
+        pids.retain(|pid| {
+            let arguments = fs::read_to_string(format!("/proc/{pid}/cmdline"));
+            arguments.is_ok_and(|arguments| !arguments.contains("--attend"))
+        });
+        pids
+    }
+
+    /// Process ids on a node that run its copy of the program, oldest first.
+    pub(crate) fn processes(&self, node: &str) -> Vec<u32> {
         let work_dir = self.work_dir(node);
         let runs = |pid: &u32| {
             let program = fs::read_link(format!("/proc/{pid}/exe"));

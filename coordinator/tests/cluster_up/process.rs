@@ -59,7 +59,12 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
 
 /// Runs the binary to its end: exit code, standard output, standard error.
 pub(crate) fn run(arguments: &[&str]) -> (i32, String, String) {
-    let output = command(arguments).output().expect("the binary runs");
+    finish(command(arguments))
+}
+
+/// The same of a command of it.
+pub(crate) fn finish(mut command: Command) -> (i32, String, String) {
+    let output = command.output().expect("the binary runs");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");
     let code = output.status.code().expect("no signal ended it");
     (code, text(output.stdout), text(output.stderr))
@@ -68,8 +73,14 @@ pub(crate) fn run(arguments: &[&str]) -> (i32, String, String) {
 impl Cluster {
     /// Starts `cluster up --port 0` with further arguments and waits until it serves.
     pub(crate) fn start(arguments: &[&str]) -> Self {
-        let mut child = command(&["up", "--port", "0"])
-            .args(arguments)
+        let mut up = command(&["up", "--port", "0"]);
+        up.args(arguments);
+        Self::launch(up)
+    }
+
+    /// The same of any `cluster up`.
+    pub(crate) fn launch(mut up: Command) -> Self {
+        let mut child = up
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -82,7 +93,7 @@ impl Cluster {
             let Ok(line) = lines.recv_timeout(PATIENCE) else {
                 let _ = child.kill();
                 panic!(
-                    "{arguments:?}: no report; {report}{}",
+                    "{up:?}: no report; {report}{}",
                     stderr.lock().expect("not poisoned")
                 );
             };
@@ -101,7 +112,7 @@ impl Cluster {
             shards: shards.collect::<Result<_, _>>().expect("process ids"),
             stderr,
         };
-        let is_here = !arguments.contains(&"--topology");
+        let is_here = !up.get_args().any(|argument| argument == "--topology");
         let shards = if is_here { &*cluster.shards } else { &[] };
         let names = report.split(" served at ").next().unwrap_or_default();
         let models = names.matches(", ").count() + 1;

@@ -28,7 +28,7 @@ fn builtin() -> PathBuf {
 }
 
 /// A copy of the built-in model that a test may spoil.
-fn model() -> tempfile::TempDir {
+pub(crate) fn model() -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("there is room");
     for name in [
         "config.json",

@@ -105,7 +105,7 @@ impl Session {
         }
     }
 
-    /// Serves a coordinator until it says stop or is lost; `gone` ends when its process has.
+    /// Serves a coordinator until it says stop or is lost; `gone` ends, and says how, when its process has.
     ///
     /// # Errors
     /// The coordinator closed the link, the protocol was broken, or the device failed (which the
@@ -113,7 +113,7 @@ impl Session {
     pub(crate) async fn serve(
         &mut self,
         link: Connected,
-        gone: impl Future<Output = ()>,
+        gone: impl Future<Output = End>,
     ) -> Result<End> {
         let Connected {
             sender, receiver, ..
@@ -129,7 +129,7 @@ impl Session {
         &mut self,
         mut receiver: LinkReceiver<ToShard>,
         mut writer: Pin<&mut impl Future<Output = Result<String, LinkError>>>,
-        mut gone: Pin<&mut impl Future<Output = ()>>,
+        mut gone: Pin<&mut impl Future<Output = End>>,
     ) -> Result<End> {
         loop {
             // Far away while there is nothing to leave; the branch is disabled then.
@@ -147,9 +147,7 @@ impl Session {
                     Ok(reason) => bail!("{reason}"),
                     Err(error) => return lost("send to the coordinator", error),
                 },
-                () = &mut gone => {
-                    return Ok(End::Lost("the coordinator's process is gone".to_owned()));
-                }
+                ended = &mut gone => return Ok(ended),
             }
         }
     }

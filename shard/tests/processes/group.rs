@@ -116,7 +116,7 @@ impl Shard {
         )
         .await
         .expect("it announces itself");
-        let certificate = started.certificate.clone();
+        let certificate = started.said.certificate.clone();
         listener.expect(Rank(rank), certificate.clone());
         let launch = Launch {
             coordinator: listener.local_addr().expect("it listens"),

@@ -26,7 +26,7 @@ fn hold(dir: &Path, seconds: u32) -> Hold {
     fs::write(&legacy, "{}").expect("it can be written");
     Hold {
         seconds,
-        legacy,
+        legacy: Some(legacy),
         log: dir.join("rank.log"),
     }
 }
@@ -55,7 +55,8 @@ impl Orphans {
         for process in &mut processes {
             process.hang_up();
         }
-        until("they wait", || hold.notice().exists());
+        let sign = hold.notice().unwrap_or_else(|| hold.log.clone());
+        until("they wait", || sign.exists());
         Self {
             address,
             identity,
@@ -66,8 +67,13 @@ impl Orphans {
 
     /// A coordinator at the same address.
     fn listen(&self, identity: Identity, shards: &[(Rank, Certificate)]) -> Listener {
-        let shards = shards.iter().cloned();
-        Listener::bind_again(self.address, identity, shards).expect("nobody has the port")
+        let listener = Listener::bind_again(self.address, identity);
+        let mut listener = listener.expect("nobody has the port");
+        for (rank, certificate) in shards {
+            listener.expect(*rank, certificate.clone());
+        }
+        listener.answer();
+        listener
     }
 
     fn own(&self) -> Identity {
@@ -169,7 +175,7 @@ pub(crate) fn another_coordinator_is_served_and_none_of_the_past() {
         let again = group.generate(&mut PROMPT.to_vec(), 6).await;
         assert_eq!(group.epoch, Epoch(epoch.0 + 1));
         assert_eq!(again, undisturbed);
-        assert!(!hold.notice().exists());
+        assert!(hold.notice().is_some_and(|notice| !notice.exists()));
         let said = fs::read_to_string(&hold.log).expect("nobody reads its pipe");
         assert!(said.contains("held for another coordinator"), "{said}");
         // A link that is closed is an order, not a loss.
@@ -214,6 +220,17 @@ pub(crate) fn nobody_else_is_served_and_waiting_ends() {
 
     // One that leaves nothing.
     let orphans = lose(&hold);
-    fs::remove_file(&hold.legacy).expect("it is there");
+    fs::remove_file(hold.legacy.as_ref().expect("on this host")).expect("it is there");
     orphans.all_end();
+
+    // On another host they cannot look for it, and what they print is nobody's when nobody came.
+    let elsewhere = tempfile::tempdir().expect("a directory");
+    let hold = Hold {
+        seconds: 2,
+        legacy: None,
+        log: elsewhere.path().join("rank.log"),
+    };
+    lose(&hold).all_end();
+    let left = fs::read_dir(elsewhere.path()).expect("it is there");
+    assert_eq!(left.count(), 0);
 }

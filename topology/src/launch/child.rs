@@ -1,11 +1,13 @@
 //! The shard's side of a launch.
 //!
-//! One thread reads standard input for as long as the process lives: the first line says what to do,
-//! the end of it that the parent is gone. Invariant: no shard outlives its parent, or the last
-//! [`Lease`] it was given after that, by more than [`ORPHAN_LIMIT`], whatever its other threads are stuck in.
+//! One thread reads standard input for as long as the process lives: the first line says what to do, another
+//! one to end, the end of it that the parent is gone. Invariant: no shard outlives its parent, or the last
+//! [`Lease`] it was given after that, by more than [`ORPHAN_LIMIT`], whatever its other threads are stuck in; none
+//! that was told to end outlives that by more.
 
+use super::process::ProcessId;
 use super::{Announcement, LAUNCH_LIMIT, Launch, LaunchError, MAX_LINE_BYTES};
-use super::{from_line, to_line, within};
+use super::{from_line, read_farewell, to_line, within};
 use crate::link::Identity;
 use std::io::{self, BufRead, Read, Write};
 use std::process;
@@ -24,16 +26,36 @@ const EXIT_ORPHANED: i32 = 4;
 /// The parent, as seen from here.
 #[derive(Debug)]
 pub struct Parent {
-    gone: oneshot::Receiver<()>,
+    /// The reader drops its end where the pipe closed without a word.
+    farewell: oneshot::Receiver<()>,
+    /// What came of it, once something has.
+    gone: Option<Gone>,
     lease: Lease,
 }
 
+/// How a shard lost its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gone {
+    /// It said that the shard is to end, which is ended if it has not within [`ORPHAN_LIMIT`].
+    Farewell,
+    /// The pipe closed: the shard must exit, and is ended if it has not within [`ORPHAN_LIMIT`], unless its lease
+    /// is renewed.
+    Lost,
+}
+
 impl Parent {
-    /// Returns when the parent has closed the pipe or is gone: the shard must exit then, and is ended
-    /// if it has not within [`ORPHAN_LIMIT`], unless its lease is renewed.
-    pub async fn gone(&mut self) {
-        // Nothing is ever sent: the reader drops its end.
-        let _ = (&mut self.gone).await;
+    /// Returns when the parent has said farewell, has closed the pipe or is gone. Cancel-safe.
+    pub async fn gone(&mut self) -> Gone {
+        if self.gone.is_none() {
+            let said = (&mut self.farewell).await;
+            self.gone = Some(said.map_or(Gone::Lost, |()| Gone::Farewell));
+        }
+        self.gone.unwrap_or(Gone::Lost)
+    }
+
+    /// Whether it is known to be gone without a farewell.
+    pub fn is_lost(&self) -> bool {
+        self.gone == Some(Gone::Lost)
     }
 
     /// What keeps the process alive without its parent.
@@ -76,17 +98,18 @@ impl Lease {
 /// [`LaunchError`] if the parent does not answer in time, or not with a [`Launch`].
 pub async fn announce() -> Result<(Launch, Identity, Parent), LaunchError> {
     let identity = Identity::generate().map_err(|e| LaunchError::Io(e.to_string()))?;
+    let io = |e: io::Error| LaunchError::Io(format!("cannot talk to the parent process: {e}"));
     let line = to_line(&Announcement {
         certificate: identity.certificate().clone(),
+        process: ProcessId::own().map_err(io)?,
     })?;
-    let io = |e: io::Error| LaunchError::Io(format!("cannot talk to the parent process: {e}"));
     let mut stdout = io::stdout().lock();
     stdout.write_all(&line).map_err(io)?;
     stdout.flush().map_err(io)?;
     drop(stdout);
 
     let (first, said) = oneshot::channel();
-    let (alive, gone) = oneshot::channel::<()>();
+    let (alive, farewell) = oneshot::channel::<()>();
     let lease = Lease(Arc::new(Mutex::new(Instant::now())));
     let over = lease.clone();
     // A thread and not a task: a read of standard input cannot be cancelled, and this one must
@@ -99,7 +122,11 @@ pub async fn announce() -> Result<(Launch, Identity, Parent), LaunchError> {
             let read = (&mut stdin).take(MAX_LINE_BYTES).read_line(&mut line);
             // Where nobody waits for the line any more, the process is ending.
             let _ = first.send(read.map(|_| line));
-            let _ = io::copy(&mut stdin, &mut io::sink());
+            if read_farewell(stdin) {
+                let _ = alive.send(());
+                thread::sleep(ORPHAN_LIMIT);
+                process::exit(EXIT_ORPHANED);
+            }
             drop(alive);
             over.renew(Duration::ZERO);
             over.enforce()
@@ -115,7 +142,12 @@ pub async fn announce() -> Result<(Launch, Identity, Parent), LaunchError> {
             from_line::<Launch>(&line.map_err(io)?, "the parent")
         },
     );
-    Ok((launch.await?, identity, Parent { gone, lease }))
+    let parent = Parent {
+        farewell,
+        gone: None,
+        lease,
+    };
+    Ok((launch.await?, identity, parent))
 }
 
 #[cfg(test)]

@@ -121,7 +121,7 @@ impl Errand {
         }
         match String::from_utf8_lossy(&text).trim() {
             "" => error,
-            words => LaunchError::Handshake(format!("{error}; it wrote: {words}")),
+            words => error.with_words(words),
         }
     }
 }

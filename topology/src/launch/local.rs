@@ -5,9 +5,9 @@
 //! process outlives the value that stands for it.
 
 use super::environment::Variable;
-use super::{Announcement, LAUNCH_LIMIT, Launch, LaunchError, MAX_LINE_BYTES};
+use super::{Announcement, FAREWELL, LAUNCH_LIMIT, Launch, LaunchError, MAX_LINE_BYTES};
 use super::{to_line, within};
-use crate::link::Certificate;
+use serde::de::DeserializeOwned;
 use std::env;
 use std::ffi::OsStr;
 use std::process::{ExitStatus, Stdio};
@@ -35,11 +35,11 @@ const PRIVATE_PREFIX: &[u8] = b"CLUSTER_";
 /// Those of that prefix that are about the host and not about the cluster: where GPU libraries are.
 const HOST_VARIABLES: [&[u8]; 2] = [b"CLUSTER_CUDA_LIBRARIES", b"CLUSTER_NCCL_SO_PATH"];
 
-/// A shard process that has said who it is and does not know yet what to do.
+/// A process that has said its first word: a shard, who it is; it does not know yet what to do.
 #[derive(Debug)]
-pub struct Started {
-    /// The public half of its key.
-    pub certificate: Certificate,
+pub struct Started<T = Announcement> {
+    /// What it said.
+    pub said: T,
     child: Child,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
@@ -66,7 +66,7 @@ pub async fn start<A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
 ) -> Result<Started, LaunchError> {
-    start_command(program, arguments, &[]).await
+    first_word(program, arguments, &[]).await
 }
 
 /// The same for a process whose libraries read their settings from the environment.
@@ -78,7 +78,7 @@ pub async fn start_for<A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
 ) -> Result<Started, LaunchError> {
-    start_command(program, arguments, environment).await
+    first_word(program, arguments, environment).await
 }
 
 /// Starts a child with pipes, which dies with its handle.
@@ -108,21 +108,22 @@ pub(super) fn spawn<A: AsRef<OsStr>>(
     })
 }
 
-async fn start_command<A: AsRef<OsStr>>(
+/// Starts a child and waits for its first word.
+pub(super) async fn first_word<T: DeserializeOwned, A: AsRef<OsStr>>(
     program: &OsStr,
     arguments: impl IntoIterator<Item = A>,
     environment: &[Variable],
-) -> Result<Started, LaunchError> {
+) -> Result<Started<T>, LaunchError> {
     let mut child = spawn(program, arguments, environment)?;
     let missing = || LaunchError::Io("the child's pipes are missing".to_owned());
     let stdin = child.stdin.take().ok_or_else(missing)?;
     let mut stdout = BufReader::new(child.stdout.take().ok_or_else(missing)?);
     let mut early = Vec::new();
     let announcement = announcement(&mut stdout, &mut early);
-    let what = "waiting for the shard to announce itself";
+    let what = "waiting for the process to announce itself";
     match within(LAUNCH_LIMIT, what, announcement).await {
-        Ok(Announcement { certificate }) => Ok(Started {
-            certificate,
+        Ok(said) => Ok(Started {
+            said,
             child,
             stdin,
             stdout,
@@ -142,15 +143,16 @@ pub(super) fn without_private_variables(command: &mut Command) {
 }
 
 /// The first line that is an announcement; others are put aside.
-async fn announcement(
+async fn announcement<T: DeserializeOwned>(
     stdout: &mut BufReader<ChildStdout>,
     early: &mut Vec<String>,
-) -> Result<Announcement, LaunchError> {
+) -> Result<T, LaunchError> {
     while early.len() < MAX_EARLY_LINES {
         let line = line(stdout, MAX_LINE_BYTES).await;
-        let line = line.map_err(|e| LaunchError::Io(format!("cannot read from the shard: {e}")))?;
+        let line =
+            line.map_err(|e| LaunchError::Io(format!("cannot read from the process: {e}")))?;
         let Some(line) = line else {
-            let reason = "the shard ended before it announced itself";
+            let reason = "it ended before it announced itself";
             return Err(LaunchError::Handshake(reason.to_owned()));
         };
         match serde_json::from_str(&line) {
@@ -158,7 +160,7 @@ async fn announcement(
             Err(_) => early.push(line),
         }
     }
-    let reason = format!("no announcement in the shard's first {MAX_EARLY_LINES} lines");
+    let reason = format!("no announcement in its first {MAX_EARLY_LINES} lines");
     Err(LaunchError::Handshake(reason))
 }
 
@@ -182,7 +184,7 @@ async fn with_last_words(
     if words.is_empty() {
         error
     } else {
-        LaunchError::Handshake(format!("{error}; it wrote: {}", words.join("\n")))
+        error.with_words(&words.join("\n"))
     }
 }
 
@@ -198,16 +200,23 @@ impl Started {
             written.map_err(|e| LaunchError::Io(format!("the shard does not listen: {e}")))
         })
         .await?;
+        Ok(self.at_work())
+    }
+}
+
+impl<T> Started<T> {
+    /// Leaves it to itself.
+    pub(super) fn at_work(mut self) -> Process {
         let (sender, lines) = mpsc::channel(MAX_LINES);
         if let Some(stderr) = self.child.stderr.take() {
             tokio::spawn(forward(Vec::new(), BufReader::new(stderr), sender.clone()));
         }
         tokio::spawn(forward(self.early, self.stdout, sender));
-        Ok(Process {
+        Process {
             child: self.child,
             stdin: Some(self.stdin),
             lines: Some(lines),
-        })
+        }
     }
 }
 
@@ -230,6 +239,23 @@ impl Process {
     /// Asks it to end, by closing its standard input.
     pub fn hang_up(&mut self) {
         self.stdin = None;
+    }
+
+    /// Tells it to end, gives it `limit` for that, and kills it then. How it ended, if it did by itself. Of a process
+    /// that stands for one on another host, only what it is told gets there.
+    pub async fn dismiss(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let ending = async {
+            if let Some(mut stdin) = self.stdin.take() {
+                // Where nobody listens, the end of the pipe says the rest.
+                let _ = stdin.write_all(FAREWELL).await;
+            }
+            self.child.wait().await.ok()
+        };
+        let ended = tokio::time::timeout(limit, ending).await.ok().flatten();
+        if ended.is_none() {
+            self.kill();
+        }
+        ended
     }
 
     /// Ends it now.

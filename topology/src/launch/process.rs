@@ -1,7 +1,7 @@
 //! Processes of this host that are nobody's children here: told apart, watched, ended.
 //!
-//! A process id alone is given again to another process some day; with the time its process was started it
-//! is not. Knows nothing of what the processes do. Invariant: no signal reaches another process than the
+//! A process id alone is given again to another process some day; with the time its process was started, and which run
+//! of the machine that was, it is not. Knows nothing of what the processes do. Invariant: no signal reaches another process than the
 //! one that is meant.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use tokio::sync::oneshot;
 
@@ -21,20 +21,49 @@ const LOOK_EVERY: Timespec = Timespec {
     tv_nsec: 0,
 };
 
-/// One process, for as long as this machine runs.
+/// One process of one run of one machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {
     /// Its number.
     pub pid: u32,
-    /// When it was started, in the kernel's ticks since this machine was.
+    /// When it was started, in the kernel's ticks since the machine was.
     started: u64,
+    /// Which run of which machine: the first half of what its kernel calls it.
+    boot: u64,
 }
 
 impl ProcessId {
     /// The process that has this number now, if one runs.
     pub fn of(pid: u32) -> Option<Self> {
-        let started = started(pid)?;
-        Some(Self { pid, started })
+        let (started, boot) = (started(pid)?, boot());
+        Some(Self { pid, started, boot })
+    }
+
+    /// This process.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn own() -> io::Result<Self> {
+        Self::of(std::process::id()).ok_or_else(|| io::Error::other("there is no /proc"))
+    }
+
+    /// Part of a file's name that no other process has.
+    pub fn file_name(self) -> String {
+        format!("{:016x}-{}-{}", self.boot, self.pid, self.started)
+    }
+
+    /// The process with this [`Self::file_name`].
+    pub fn from_file_name(name: &str) -> Option<Self> {
+        let mut parts = name.split('-');
+        let (boot, pid, started) = (parts.next()?, parts.next()?, parts.next()?);
+        let boot = u64::from_str_radix(boot, 16).ok()?;
+        let (pid, started) = (pid.parse().ok()?, started.parse().ok()?);
+        Some(Self { pid, started, boot })
+    }
+
+    /// Whether it has ended, as far as this run of this machine can tell.
+    pub fn has_ended_here(self) -> bool {
+        self.boot == boot() && !self.is_running()
     }
 
     /// Whether it still runs; one that ended and was not waited for does not.
@@ -108,6 +137,17 @@ fn open(pid: u32) -> io::Result<OwnedFd> {
     Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
+/// 0 where the kernel does not say.
+fn boot() -> u64 {
+    static BOOT: OnceLock<u64> = OnceLock::new();
+    *BOOT.get_or_init(|| {
+        let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let digits = id.replace('-', "");
+        let half = digits.get(..16).unwrap_or_default();
+        u64::from_str_radix(half, 16).unwrap_or_default()
+    })
+}
+
 /// Field 22 of `/proc/PID/stat`, unless its process has ended.
 fn started(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -130,14 +170,25 @@ mod tests {
         let sleep = || Command::new("sleep").arg("60").stdin(Stdio::null()).spawn();
         let mut child = sleep().unwrap();
         let process = ProcessId::of(child.id()).unwrap();
-        assert!(process.is_running());
-        // As if the number had been given to another process since.
-        let other = ProcessId {
+        assert!(process.is_running() && !process.has_ended_here());
+        let named = ProcessId::from_file_name(&process.file_name());
+        assert_eq!(named, Some(process));
+        assert_eq!(ProcessId::from_file_name("1-2"), None);
+        // As if the number had been given to another process since, or the machine been started again.
+        let earlier = ProcessId {
             started: process.started - 1,
             ..process
         };
-        other.kill();
-        assert!(!other.is_running() && process.is_running());
+        let before = ProcessId {
+            boot: process.boot ^ 1,
+            ..process
+        };
+        assert_ne!(process.boot, 0);
+        for other in [earlier, before] {
+            other.kill();
+            assert!(!other.is_running() && process.is_running());
+            assert_ne!(other.file_name(), process.file_name());
+        }
         let mut watched = Watched::new(child.id()).unwrap();
         let early = tokio::time::timeout(Duration::from_millis(50), watched.ended()).await;
         assert!(early.is_err(), "it lives");
@@ -145,6 +196,8 @@ mod tests {
         let ended = tokio::time::timeout(Duration::from_secs(10), watched.ended()).await;
         assert!(ended.is_ok());
         assert!(!process.is_running(), "also before it is waited for");
+        assert!(process.has_ended_here());
+        assert!(!before.has_ended_here(), "who knows");
         child.wait().unwrap();
         watched.kill();
         assert!(ProcessId::of(child.id()).is_none());

@@ -81,7 +81,7 @@ impl Dialer {
         Ok(Self {
             address,
             config,
-            endpoint: endpoint(SocketAddr::new(ip, 0), None)?,
+            endpoint: endpoint(SocketAddr::new(ip, 0))?,
         })
     }
 

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::ids::Rank;
 use crate::wire::{FromShard, Hello, Preamble, ToShard};
-use quinn::{Connection, Endpoint, Incoming, RecvStream};
+use quinn::{Connection, Endpoint, Incoming, RecvStream, ServerConfig};
 use rustls::pki_types::CertificateDer;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -36,6 +36,8 @@ const ADMITTED_CAPACITY: usize = 64;
 pub struct Admitted {
     /// What it said of itself; `hello.rank` is the rank whose certificate it has.
     pub hello: Hello,
+    /// Which process it is: another one may have been expected in its place since it came.
+    pub certificate: Certificate,
     /// Commands to it.
     pub sender: LinkSender<ToShard>,
     /// Replies from it.
@@ -46,6 +48,8 @@ pub struct Admitted {
 #[derive(Debug)]
 pub struct Listener {
     endpoint: Endpoint,
+    /// How it answers, until it does.
+    config: Option<ServerConfig>,
     identity: Identity,
     expected: Expected,
     admitted: mpsc::Receiver<Result<Admitted, LinkError>>,
@@ -64,42 +68,41 @@ impl Listener {
 
     pub(super) fn bind_with(ip: IpAddr, idle: Duration) -> Result<Self, LinkError> {
         let address = SocketAddr::new(ip, 0);
-        Self::open(address, Identity::generate()?, Expected::default(), idle)
+        let mut listener = Self::open(address, Identity::generate()?, idle)?;
+        listener.answer();
+        Ok(listener)
     }
 
-    /// Listens where another listener was whose key this is, for the shards that it had admitted.
+    /// Takes the address of another listener whose key this is. Answers nobody until it is told to
+    /// ([`Self::answer`]): who knocks in vain tries again, who is refused does not.
     ///
     /// # Errors
     /// [`LinkError::Setup`] if the address cannot be bound, as while the other one has it.
-    pub fn bind_again(
-        address: SocketAddr,
-        identity: Identity,
-        shards: impl IntoIterator<Item = (Rank, Certificate)>,
-    ) -> Result<Self, LinkError> {
-        let expected = Expected::default();
-        for (rank, certificate) in shards {
-            expected.insert(rank, certificate);
-        }
-        Self::open(address, identity, expected, IDLE_LIMIT)
+    pub fn bind_again(address: SocketAddr, identity: Identity) -> Result<Self, LinkError> {
+        Self::open(address, identity, IDLE_LIMIT)
     }
 
-    fn open(
-        address: SocketAddr,
-        identity: Identity,
-        expected: Expected,
-        idle: Duration,
-    ) -> Result<Self, LinkError> {
+    /// From now on connections are answered, if they were not before.
+    pub fn answer(&mut self) {
+        if let Some(config) = self.config.take() {
+            self.endpoint.set_server_config(Some(config));
+        }
+    }
+
+    fn open(address: SocketAddr, identity: Identity, idle: Duration) -> Result<Self, LinkError> {
+        let expected = Expected::default();
         let crypto = tls::server(&identity, expected.clone())?;
-        let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        let mut config = ServerConfig::with_crypto(Arc::new(crypto));
         config.transport_config(transport(address.ip(), idle, Some(KEEP_ALIVE)));
         // A shard's address does not change while it lives.
         config.migration(false);
-        let endpoint = endpoint(address, Some(config))?;
+        let endpoint = endpoint(address)?;
         let (found, admitted) = mpsc::channel(ADMITTED_CAPACITY);
         let examine = examine_all(endpoint.clone(), expected.clone(), found);
         let examiner = tokio::spawn(examine).abort_handle();
         Ok(Self {
             endpoint,
+            config: Some(config),
             identity,
             expected,
             admitted,
@@ -182,16 +185,20 @@ async fn examine_all(
 async fn examine(incoming: Incoming, expected: &Expected) -> Result<Admitted, LinkError> {
     let connection = incoming.accept()?.await?;
     let certificate = peer_certificate(&connection)?;
-    let Some(rank) = expected.rank_of(&certificate) else {
+    let Some(rank) = expected.rank_of(&certificate.0) else {
         // Replaced or used up since the handshake looked at it.
         let reason = "its certificate is no longer expected";
         connection.close(CODE_REFUSED, reason.as_bytes());
         return Err(LinkError::Refused(reason.to_owned()));
     };
     let refuse = |error: LinkError| {
-        let reason = error.to_string();
+        let (reason, certificate) = (error.to_string(), certificate.clone());
         connection.close(CODE_REFUSED, reason.as_bytes());
-        LinkError::NotAdmitted { rank, reason }
+        LinkError::NotAdmitted {
+            rank,
+            certificate,
+            reason,
+        }
     };
     let (hello, sender, receiver) = greet(&connection).await.map_err(refuse)?;
     if hello.rank != rank {
@@ -201,12 +208,13 @@ async fn examine(incoming: Incoming, expected: &Expected) -> Result<Admitted, Li
         );
         return Err(refuse(LinkError::Refused(reason)));
     }
-    if !expected.take(rank, &certificate) {
+    if !expected.take(rank, &certificate.0) {
         let reason = "another process was admitted in its place".to_owned();
         return Err(refuse(LinkError::Refused(reason)));
     }
     Ok(Admitted {
         hello,
+        certificate,
         sender,
         receiver,
     })
@@ -240,9 +248,9 @@ async fn check_preamble(stream: &mut RecvStream) -> Result<(), LinkError> {
     Ok(Preamble::ours().check(&bytes)?)
 }
 
-fn peer_certificate(connection: &Connection) -> Result<Vec<u8>, LinkError> {
+fn peer_certificate(connection: &Connection) -> Result<Certificate, LinkError> {
     let identity = connection.peer_identity();
     let chain = identity.and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok());
-    let first = chain.and_then(|chain| chain.first().map(|first| first.to_vec()));
+    let first = chain.and_then(|chain| chain.first().map(|first| Certificate(first.to_vec())));
     first.ok_or_else(|| LinkError::Refused("it has no certificate".to_owned()))
 }

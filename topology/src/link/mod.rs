@@ -86,6 +86,8 @@ pub enum LinkError {
     NotAdmitted {
         /// Whose certificate it was.
         rank: Rank,
+        /// Which process's: another one may have been expected in its place since it came.
+        certificate: Certificate,
         /// A sentence for the operator.
         reason: String,
     },
@@ -257,10 +259,7 @@ fn transport(ip: IpAddr, idle: Duration, keep_alive: Option<Duration>) -> Arc<Tr
 }
 
 /// A UDP socket on `address`, where port 0 is any, with its QUIC endpoint.
-fn endpoint(
-    address: SocketAddr,
-    server: Option<quinn::ServerConfig>,
-) -> Result<Endpoint, LinkError> {
+fn endpoint(address: SocketAddr) -> Result<Endpoint, LinkError> {
     let mut config = quinn::EndpointConfig::default();
     if address.ip().is_loopback() {
         config
@@ -271,7 +270,7 @@ fn endpoint(
     // As far as the system allows; a smaller buffer works, but large plans lose packets.
     let _ = sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER_BYTES);
     let runtime = Arc::new(quinn::TokioRuntime);
-    Endpoint::new(config, server, socket, runtime).map_err(|e| setup(&e))
+    Endpoint::new(config, None, socket, runtime).map_err(|e| setup(&e))
 }
 
 fn setup(error: &(impl std::fmt::Display + ?Sized)) -> LinkError {

@@ -37,7 +37,7 @@ fn anonymous(coordinator: &Certificate, alpn: &[u8]) -> quinn::ClientConfig {
 
 async fn is_refused_without_certificate(setup: &Setup, alpn: &[u8]) {
     let config = anonymous(setup.listener.certificate(), alpn);
-    let endpoint = endpoint((LOOPBACK, 0).into(), None).unwrap();
+    let endpoint = endpoint((LOOPBACK, 0).into()).unwrap();
     let connecting = endpoint
         .connect_with(config, setup.address, tls::NAME)
         .unwrap();
@@ -186,6 +186,7 @@ async fn strangers_are_refused_and_disturb_nobody() {
             Err(LinkError::NotAdmitted {
                 rank: Rank(1),
                 reason,
+                ..
             }) => assert!(reason.contains("`rank` is 0"), "{reason}"),
             Err(LinkError::TimedOut(_)) => break,
             other => panic!("{other:?}"),

@@ -245,6 +245,7 @@ async fn another_build_or_version_is_told_and_reported() {
             Err(LinkError::NotAdmitted {
                 rank: Rank(0),
                 reason,
+                ..
             }) => assert!(told(&reason)),
             other => panic!("{other:?}"),
         }
@@ -316,6 +317,7 @@ async fn every_field_of_an_introduction_is_checked_and_named() {
             Err(LinkError::NotAdmitted {
                 rank: Rank(0),
                 reason,
+                ..
             }) => assert!(told(&reason), "{named}: {reason}"),
             other => panic!("{named}: {other:?}"),
         }

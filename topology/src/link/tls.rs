@@ -28,7 +28,7 @@ pub(super) const NAME: &str = "cluster";
 
 /// A process's public identity, in DER. As JSON it is base64.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Certificate(Vec<u8>);
+pub struct Certificate(pub(super) Vec<u8>);
 
 impl Serialize for Certificate {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -95,7 +95,8 @@ impl Prepared {
 #[derive(Debug)]
 pub struct Drafts {
     models: Vec<Draft>,
-    topology: Option<Topology>,
+    /// As [`Prepared::topology`].
+    pub topology: Option<Topology>,
     warnings: Vec<String>,
     keys: Vec<String>,
     address: SocketAddr,

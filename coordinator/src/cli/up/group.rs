@@ -79,16 +79,17 @@ impl Group {
         }
     }
 
-    /// Starts the shards of `prepared`, which is number `index`, or takes over those that wait, and waits until
+    /// Starts the shards of model number `index`, or takes over those that wait, and waits until
     /// they can compute.
     pub(super) async fn start(
         &self,
         up: &Up,
-        (index, prepared): (usize, &PreparedModel),
+        (index, all): (usize, &Prepared),
         (yard, progress): (&Yard, &Progress),
         Succession { keeper, heirs }: Succession,
     ) -> Result<Started, Failure> {
         let program = yard.program(up, index, keeper);
+        let prepared = &all.models[index];
         let setup = Setup {
             load: prepared.load.clone(),
             limits: Limits {
@@ -103,8 +104,10 @@ impl Group {
                 .map_err(|error| error.to_string())
         };
         let tell = |event| progress.show(index, &event);
-        let starting = adopt::start(program, setup, heirs.as_ref(), choose, tell);
+        let check = manifests::verify(up, (index, all), &yard.sites[index]);
+        let starting = adopt::start(program, setup, (heirs.as_ref(), check), choose, tell);
         let started = starting.instrument(self.span.clone()).await;
+        let started = started.map_err(Failure::Input)?;
         let (fleet, ready) = started.map_err(|fault| Failure::Fault(self.named(&fault)))?;
         Ok(Started { fleet, ready })
     }
@@ -183,9 +186,8 @@ fn named(name: &str, span: &Span, fault: &Fault) -> String {
 }
 
 impl Yard {
-    /// Finds out where ranks go, and that models are there what they are here.
+    /// Finds out where ranks go.
     pub(super) async fn new(
-        up: &Up,
         prepared: &Prepared,
         (alive, board): (mpsc::Sender<()>, Arc<Board>),
     ) -> Result<Self> {
@@ -210,7 +212,6 @@ impl Yard {
                 )
             }
         };
-        manifests::verify(up, prepared, &sites).await?;
         Ok(Self {
             path,
             sites,

@@ -1,8 +1,8 @@
 //! Models on other nodes are what the coordinator's manifest says: each node reads its own files.
 //!
-//! Asks nodes before any shard is started there, and only for models that have a `SHA256SUMS` here, whose files
-//! the coordinator has checked already. Invariant: on every node, the files that shards read are those that
-//! were checked here.
+//! Asks nodes before the first shard of a model is started (those that wait, and are taken over, must not wait for it),
+//! and only for models that have a `SHA256SUMS` here, whose files the coordinator has checked already. Invariant: on
+//! every node, the files that shards read are those that were checked here.
 
 use crate::cli::args::Up;
 use crate::cli::prepare::{Prepared, PreparedModel};
@@ -20,29 +20,31 @@ use topology::wire::ModelLocation;
 /// How long a node may say nothing while it reads: a disk that has to wake up, or a network's.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Has every node with ranks of a model check its files; `sites` are by model.
+/// Has every node with ranks of model number `index` check its files; `sites` are the model's.
 ///
 /// # Errors
 /// A sentence that names the node and the file.
-pub(super) async fn verify(up: &Up, prepared: &Prepared, sites: &[Vec<RankSite>]) -> Result<()> {
-    let Some(topology) = &prepared.topology else {
+pub(super) async fn verify(
+    up: &Up,
+    (index, prepared): (usize, &Prepared),
+    sites: &[RankSite],
+) -> Result<()> {
+    let model = &prepared.models[index];
+    let (Some(topology), Some(manifest), ModelLocation::Directory(directory)) = (
+        &prepared.topology,
+        &model.model.manifest,
+        &model.model.location,
+    ) else {
         return Ok(());
     };
     let mut checks = Vec::new();
-    for ((model, spec), sites) in prepared.models.iter().zip(&topology.models).zip(sites) {
-        let (Some(manifest), ModelLocation::Directory(directory)) =
-            (&model.model.manifest, &model.model.location)
-        else {
-            continue;
-        };
-        let mut first = 0; // ranks of a node are side by side, and share the way to it
-        for (node, ranks) in spec.hosts() {
-            if let Some(remote) = &sites[first].remote {
-                let node = topology.nodes[node].name.as_str();
-                checks.push(check(up, (node, remote), model, (directory, manifest)));
-            }
-            first += ranks;
+    let mut first = 0; // ranks of a node are side by side, and share the way to it
+    for (node, ranks) in topology.models[index].hosts() {
+        if let Some(remote) = &sites[first].remote {
+            let node = topology.nodes[node].name.as_str();
+            checks.push(check(up, (node, remote), model, (directory, manifest)));
         }
+        first += ranks;
     }
     try_join_all(checks).await?;
     Ok(())

@@ -3,7 +3,8 @@
 //! Wires the parts together and decides nothing about requests or shards: `group` is one model,
 //! `door` the API of all, this the frame around them. Independent things happen
 //! at the same time: shards start while tokenizers are read. Invariant: however it ends, shard
-//! processes are gone when the exit code is returned.
+//! processes are gone when the exit code is returned, but for those of a process before it that it had not come to take
+//! over.
 
 mod door;
 mod group;
@@ -218,13 +219,14 @@ impl Frame<'_> {
         groups: &[Group],
         (alive, successions): (mpsc::Sender<()>, Vec<Succession>),
     ) -> Result<Vec<Started>, Failure> {
-        let yard = Yard::new(self.up, self.prepared, (alive, self.board.clone())).await;
+        let yard = Yard::new(self.prepared, (alive, self.board.clone())).await;
         let yard = yard.map_err(Failure::Input)?;
         let models = self.prepared.models.iter();
         let names = models.map(|model| (model.model.name(), model.placement.world_size()));
         let progress = Progress::new(&names.collect::<Vec<_>>(), Notes(self.up.log_format));
-        let models = self.prepared.models.iter().enumerate().zip(groups);
-        let starts = models.zip(successions).map(|((model, group), succession)| {
+        let groups = groups.iter().zip(successions).enumerate();
+        let starts = groups.map(|(index, (group, succession))| {
+            let model = (index, self.prepared);
             group.start(self.up, model, (&yard, &progress), succession)
         });
         let started = try_join_all(starts).await;

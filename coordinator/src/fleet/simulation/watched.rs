@@ -118,9 +118,11 @@ impl Watched {
             | Cause::Answer(_)
             | Cause::Unexpected { .. } => state.lied,
             Cause::Failed(_) | Cause::NoRoom(_) | Cause::Coordinator(_) => false,
-            Cause::Launch(_) | Cause::Exited(_) | Cause::LinkLost(_) | Cause::Deadline { .. } => {
-                state.plan.struck > 0 || state.plan.no_launch
-            }
+            Cause::Launch(_)
+            | Cause::Exited(_)
+            | Cause::LinkLost(_)
+            | Cause::Silent(_)
+            | Cause::Deadline { .. } => state.plan.struck > 0 || state.plan.no_launch,
         };
         if !possible {
             state.violation(format_args!("a fault without a reason: {fault}"));

@@ -273,8 +273,8 @@ impl World {
 
     async fn lose_link(&self, proc: ProcId) {
         if !std::mem::replace(&mut self.lock().procs[proc].link_lost, true) {
-            let silent = Cause::LinkLost("no answer within 2s".into());
-            self.report(proc, Heard::Gone(silent)).await;
+            self.report(proc, Heard::Gone(Cause::Silent(IDLE_LIMIT)))
+                .await;
         }
     }
 

@@ -2,16 +2,21 @@
 //!
 //! `ssh` runs as a child of this process and carries the handshake of [`super`]: what it needs to know
 //! stands in its arguments, as a vector; nothing secret does. The user's own `ssh_config`, keys and
-//! agent apply; nobody is asked for a password, and a host whose key is unknown is refused. The shard
-//! ends when `ssh` does, because its standard input ends then.
+//! agent apply; nobody is asked for a password, and a host whose key is unknown is refused. When `ssh` is
+//! gone the shard knows, because its standard input ends then; without a terminal no signal reaches it.
 //!
 //! Invariants: no text of the operator is ever read by a shell as more than one word; a program that
 //! runs on a node is byte for byte this one, because its file's name is its hash.
+
+mod away;
+
+pub use away::Away;
 
 use super::environment::Variable;
 use super::errand::Errand;
 use super::local::{self, Started};
 use super::{LaunchError, within};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::fmt::{self, Write as _};
@@ -58,13 +63,11 @@ done
 exec env "$@" "$program" shard --log "$log""#;
 /// Becomes the process that answers questions about the node. `$1`: the program.
 const EXAMINE: &str = r#"exec "$1" shard --examine"#;
-/// Ends a process for good if it is that program. `$1`: its id, `$2`: the program's name.
-const KILL: &str = r#"case "$(readlink "/proc/$1/exe")" in */"$2") kill -9 "$1";; esac"#;
 /// Says how much memory there is.
 const MEMORY: &str = "cat /proc/meminfo";
 
 /// How `ssh` reaches a node; what is not said here is `ssh_config`'s to say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     /// Host name, address, or a `Host` of `ssh_config`.
     pub host: String,
@@ -309,8 +312,8 @@ impl Remote {
     }
 
     /// Starts a shard on the node and waits for its announcement; the first one brings the program.
-    /// The rest is as for a local shard, but ending its process here ends `ssh`, and the shard when it
-    /// notices ([`Self::kill`]).
+    /// The rest is as for a local shard, but killing its process here kills `ssh`; the shard is dismissed
+    /// ([`local::Process::dismiss`]), or ended for good ([`Away::end`]).
     ///
     /// # Errors
     /// [`LaunchError`] with what to do.
@@ -332,17 +335,6 @@ impl Remote {
     pub fn examine(&self) -> Result<Errand, LaunchError> {
         let arguments = self.target.arguments(EXAMINE, &[&self.program()]);
         Errand::start("ssh".as_ref(), arguments)
-    }
-
-    /// Ends a shard that may not notice anything: a frozen one. `pid` is what it said in its `Hello`.
-    ///
-    /// # Errors
-    /// [`LaunchError`] if the node cannot be told.
-    pub async fn kill(&self, pid: u32) -> Result<(), LaunchError> {
-        let (pid, name) = (pid.to_string(), self.image.name());
-        let kill = (KILL, &[&*pid, &*name][..]);
-        self.target.run(kill, Stdio::null(), COMMAND_LIMIT).await?;
-        Ok(())
     }
 }
 
