@@ -27,12 +27,17 @@ mod sockets;
 mod tenants;
 mod wrong_input;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fs;
+use std::sync::{Mutex, MutexGuard};
 
 /// Held by whoever runs a cluster.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// Waits for this test's turn. One that failed before must not fail the others.
+/// Waits for this test's turn. One that failed before must not fail the others: what its clusters left is forgotten.
 fn turn() -> MutexGuard<'static, ()> {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+    TURN.lock().unwrap_or_else(|failed| {
+        TURN.clear_poison();
+        let _ = fs::remove_dir_all(process::RUN_DIR);
+        failed.into_inner()
+    })
 }

@@ -2,6 +2,7 @@
 
 use crate::sockets::nothing_else_listens;
 use coordinator::clock;
+use rustix::process::Signal;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
@@ -145,7 +146,7 @@ impl Cluster {
     }
 
     /// Sends a signal to the coordinator.
-    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         send_signal(self.pid(), signal);
     }
 
@@ -176,7 +177,7 @@ impl Cluster {
 
     /// Ends it in order.
     pub(crate) fn stop(self) {
-        self.signal(rustix::process::Signal::TERM);
+        self.signal(Signal::TERM);
         let (status, stderr) = self.wait();
         assert_eq!(status.code(), Some(0), "{stderr}");
     }
@@ -188,8 +189,15 @@ impl Drop for Cluster {
         if thread::panicking() {
             println!("it said: {}", self.stderr.lock().expect("not poisoned"));
         }
-        // For tests that fail half-way. Shards would wait for another coordinator, and those that were taken over
-        // are nobody's children.
+        // For tests that fail half-way. A second request to end is obeyed at once, also by shards of other nodes.
+        for _ in 0..2 {
+            if let Ok(None) = self.child.try_wait() {
+                self.signal(Signal::CONT);
+                self.signal(Signal::TERM);
+                thread::sleep(Duration::from_millis(500));
+            }
+        }
+        // Shards that it could not end would wait for another one, and those that were taken over are nobody's children.
         let shards = [self.children(), std::mem::take(&mut self.shards)].concat();
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -209,7 +217,7 @@ pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Sends a signal to any process.
-pub(crate) fn send_signal(pid: u32, signal: rustix::process::Signal) {
+pub(crate) fn send_signal(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid)
         .ok()
         .and_then(rustix::process::Pid::from_raw);
