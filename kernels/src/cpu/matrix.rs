@@ -125,6 +125,68 @@ impl Panel<'_> {
             lifetime: PhantomData,
         })
     }
+
+    /// The columns of two vectors, from `column` of the panel on, of some rows; `None` where the panel ends in them.
+    pub(crate) fn strip(&mut self, rows: Range<usize>, column: usize) -> Option<Strip<'_>> {
+        let is_within = self.rows.start <= rows.start && rows.end <= self.rows.end;
+        if !is_within || column + 2 * LANES > self.columns.len() {
+            return None;
+        }
+        let start = rows.start * self.matrix.width + self.columns.start + column;
+        #[expect(
+            unsafe_code,
+            reason = "a panel is a strided view, which slices cannot express"
+        )]
+        // SAFETY: the panel has these rows and columns, so it is inside the slice that `base` was taken from.
+        let first = unsafe { self.matrix.base.add(start) };
+        Some(Strip {
+            first,
+            width: self.matrix.width,
+            rows: rows.len(),
+            lifetime: PhantomData,
+        })
+    }
+}
+
+/// Two vectors of each of some rows of a panel, all within it.
+#[derive(Debug)]
+pub(crate) struct Strip<'a> {
+    first: *mut f32,
+    width: usize,
+    rows: usize,
+    lifetime: PhantomData<&'a mut f32>,
+}
+
+impl Strip<'_> {
+    /// How many.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The first of its elements. They are the caller's alone: [`Self::rows`] times two vectors, [`Self::width`] elements
+    /// after each other.
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.first
+    }
+
+    /// Elements from one row to the next.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Writes them, from vectors in the same order.
+    #[cfg(test)]
+    pub(crate) fn put(&mut self, row: usize, half: usize, values: [f32; LANES]) {
+        assert!(row < self.rows && half < 2, "vector {half} of row {row}");
+        #[expect(
+            unsafe_code,
+            reason = "a panel is a strided view, which slices cannot express"
+        )]
+        // SAFETY: the panel has this row and these columns, and no other thread has them.
+        unsafe {
+            *self.first.add(row * self.width + half * LANES).cast() = values;
+        }
+    }
 }
 
 /// `N` vectors of each of `M` rows of a panel, all within it.

@@ -146,7 +146,7 @@ impl Backend for CpuBackend {
     ) -> Result<CpuTensor, DeviceError> {
         let what = format!("an activation matrix [{rows}, {width}]");
         self.reserve(&what, bytes(&[rows, width, size_of::<f32>()]))?;
-        Ok(CpuTensor::zeroed(rows, width))
+        CpuTensor::zeroed(rows, width)
     }
 
     fn load(

@@ -2,7 +2,9 @@
 //! that is read for nothing. No clock: whoever calls it has one.
 
 #[cfg(target_arch = "x86_64")]
-use super::simd::amx::{Amx, CHUNK_CELLS, Floats, Multiply, Product, TILE_ROWS, TileUnit};
+use super::simd::amx::{
+    Amx, CHUNK_CELLS, Course, Floats, Kept, Multiply, Product, TILE_ROWS, TileUnit,
+};
 use super::simd::{CELL, Kernel, LANES, Simd};
 use super::weight::Values;
 use super::{CpuBackend, CpuWeight};
@@ -45,18 +47,24 @@ impl CpuBackend {
         self.threads
             .rows(&mut each, 1, usize::MAX >> 16, |thread, _| {
                 let mut memory = self.scratch.tile_sums(thread);
-                let (sums, operands) = memory.split_at_mut(4 * TILE_ROWS * 64);
+                let (sums, operands) = memory.as_bytes_mut().split_at_mut(4 * TILE_ROWS * 64);
                 let operands: &[Floats] = bytemuck::cast_slice(operands);
                 let (cells, operands) = operands.split_at(CHUNKS * CHUNK_CELLS);
                 let run = CHUNKS * TILE_ROWS;
                 let mut tiles = amx.tiles(TILE_ROWS);
                 for _ in 0..rounds {
-                    tiles.floats(Product {
+                    let product = Product {
                         rows: &[&operands[..run], &operands[run..2 * run]],
                         cells,
                         sums: bytemuck::cast_slice_mut(sums),
                         ahead: &[],
-                    });
+                        kept: Kept::Cells,
+                    };
+                    let course = Course {
+                        is_first: false,
+                        out: None,
+                    };
+                    tiles.floats(product, course);
                 }
             });
         (rounds * each.len() * 2 * TILE_ROWS * 2 * LANES * CHUNKS * CELL) as u64

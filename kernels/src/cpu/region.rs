@@ -1,9 +1,11 @@
-//! Memory of a packed weight, on huge pages where it is large: reading them takes fewer table walks.
+//! Memory of a packed weight, of activations or to work in, on huge pages where it is large: reading them takes fewer
+//! table walks.
 //!
 //! Invariant: it is aligned to a cache line, and zero until it is written.
 
 use super::threads::Threads;
 use crate::backend::DeviceError;
+use bytemuck::{AnyBitPattern, Pod};
 use memmap2::{Advice, MmapMut};
 
 /// What huge pages are aligned to.
@@ -14,7 +16,7 @@ const PROGRESS_BYTES: usize = 8 << 20;
 
 /// So many bytes.
 #[derive(Debug)]
-pub(super) struct Region {
+pub(crate) struct Region {
     memory: MmapMut,
     /// Where in `memory` it starts.
     start: usize,
@@ -29,13 +31,16 @@ impl Region {
             reason,
         };
         let bytes = super::bytes(factors).and_then(|bytes| usize::try_from(bytes).ok());
-        let bytes =
-            bytes.ok_or_else(|| failed(format!("a weight of {factors:?} is beyond any memory")))?;
-        let is_huge = bytes >= HUGE_PAGE;
-        // A map of nothing is refused.
-        let room = bytes.max(1) + if is_huge { HUGE_PAGE } else { 0 };
-        let memory = MmapMut::map_anon(room)
-            .map_err(|e| failed(format!("taking {bytes} bytes for a weight: {e}")))?;
+        let bytes = bytes
+            .ok_or_else(|| failed(format!("memory for {factors:?} is beyond any there is")))?;
+        let is_huge = bytes >= HUGE_PAGE / 2;
+        let room = if is_huge {
+            bytes.next_multiple_of(HUGE_PAGE) + HUGE_PAGE
+        } else {
+            bytes.max(1) // a map of nothing is refused
+        };
+        let memory =
+            MmapMut::map_anon(room).map_err(|e| failed(format!("taking {bytes} bytes: {e}")))?;
         let start = if is_huge {
             // A kernel without huge pages refuses, and the small ones do as well.
             #[cfg(target_os = "linux")]
@@ -74,8 +79,18 @@ impl Region {
         &self.memory[self.start..][..self.bytes]
     }
 
+    /// All of it, as what it holds.
+    pub(super) fn as_slice<T: AnyBitPattern>(&self) -> &[T] {
+        bytemuck::cast_slice(self.as_bytes())
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(self.as_bytes_mut())
+    }
+
     /// All of it, to be changed.
-    pub(super) fn as_bytes_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..][..self.bytes]
     }
 }

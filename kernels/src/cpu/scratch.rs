@@ -2,9 +2,9 @@
 //!
 //! Nothing outlives the work of one thread in one operation. Invariant: nothing is taken later.
 
+use super::region::Region;
 use super::simd::LANES;
 use crate::backend::DeviceError;
-use memmap2::MmapMut;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Vectors of a thread's memory, 448 KiB: with a panel of weights and the outputs it stays in a second-level
@@ -21,8 +21,8 @@ const SHARED: usize = 1 << 20;
 /// Lines of 64 bytes for activations as tiles, 16 MiB: 512 rows of 16384 columns. What is not used is never touched.
 pub(crate) const TILE_INPUTS: usize = 256 << 10;
 
-/// Lines of 64 bytes for a thread's sums, 512 KiB: those of 512 rows and 256 outputs.
-pub(crate) const TILE_SUMS: usize = 8 << 10;
+/// Lines of 64 bytes for a thread's sums, 1 MiB: those of 512 rows and 512 outputs.
+pub(crate) const TILE_SUMS: usize = 16 << 10;
 
 /// One space for each thread, and one for all.
 #[derive(Debug)]
@@ -32,11 +32,11 @@ pub(crate) struct Scratch {
     tiles: Option<TileScratch>,
 }
 
-/// What products on matrix tiles need more: whole cache lines, which start where pages do.
+/// What products on matrix tiles need more: whole cache lines.
 #[derive(Debug)]
 struct TileScratch {
-    inputs: Mutex<MmapMut>,
-    sums: Vec<Mutex<MmapMut>>,
+    inputs: Mutex<Region>,
+    sums: Vec<Mutex<Region>>,
 }
 
 impl Scratch {
@@ -52,13 +52,7 @@ impl Scratch {
 
     /// The same with memory for tiles.
     pub(crate) fn with_tiles(self) -> Result<Self, DeviceError> {
-        let lines = |count: usize| {
-            let memory = MmapMut::map_anon(count * 64).map_err(|e| DeviceError::Failed {
-                device: "cpu".into(),
-                reason: format!("taking {} bytes for tiles: {e}", count * 64),
-            });
-            memory.map(Mutex::new)
-        };
+        let lines = |count: usize| Region::zeroed(&[count, 64]).map(Mutex::new);
         let tiles = TileScratch {
             inputs: lines(TILE_INPUTS)?,
             sums: self
@@ -91,7 +85,7 @@ impl Scratch {
     ///
     /// # Panics
     /// Without memory for tiles.
-    pub(crate) fn tile_inputs(&self) -> MutexGuard<'_, MmapMut> {
+    pub(crate) fn tile_inputs(&self) -> MutexGuard<'_, Region> {
         let inputs = &self.tiles().inputs;
         inputs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,7 +94,7 @@ impl Scratch {
     ///
     /// # Panics
     /// Without memory for tiles.
-    pub(crate) fn tile_sums(&self, thread: usize) -> MutexGuard<'_, MmapMut> {
+    pub(crate) fn tile_sums(&self, thread: usize) -> MutexGuard<'_, Region> {
         let sums = &self.tiles().sums[thread];
         sums.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,21 +1,30 @@
 //! An activation matrix in host memory.
 
+use super::region::Region;
+use crate::backend::DeviceError;
+
 /// A matrix of f32, `[rows, width]`, with room for a fixed number of rows.
 #[derive(Debug)]
 pub struct CpuTensor {
-    values: Vec<f32>,
+    /// `[capacity, width]`
+    values: Region,
+    capacity: usize,
     rows: usize,
     width: usize,
 }
 
 impl CpuTensor {
     /// Zeros, with all rows in use.
-    pub(crate) fn zeroed(rows: usize, width: usize) -> Self {
-        Self {
-            values: vec![0.0; rows * width],
+    ///
+    /// # Errors
+    /// If there is no memory for them.
+    pub(crate) fn zeroed(rows: usize, width: usize) -> Result<Self, DeviceError> {
+        Ok(Self {
+            values: Region::zeroed(&[rows, width, size_of::<f32>()])?,
+            capacity: rows,
             rows,
             width,
-        }
+        })
     }
 
     /// Rows in use.
@@ -25,10 +34,7 @@ impl CpuTensor {
 
     /// Rows there is room for.
     pub fn capacity(&self) -> usize {
-        self.values
-            .len()
-            .checked_div(self.width)
-            .unwrap_or(self.rows)
+        self.capacity
     }
 
     /// Elements of a row.
@@ -38,12 +44,12 @@ impl CpuTensor {
 
     /// The rows in use. `[rows, width]`
     pub fn values(&self) -> &[f32] {
-        &self.values[..self.rows * self.width]
+        &self.values.as_slice()[..self.rows * self.width]
     }
 
     /// The rows in use, to be changed. `[rows, width]`
     pub fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.rows * self.width]
+        &mut self.values.as_mut_slice()[..self.rows * self.width]
     }
 
     /// One row. `[width]`

@@ -71,6 +71,7 @@ impl Threads {
             thread,
             items,
             threads: self.count,
+            least: 1,
             claimed: &claimed,
         };
         match self.pool(items, cost) {
@@ -193,6 +194,8 @@ pub(crate) struct Share<'a> {
     thread: usize,
     items: usize,
     threads: usize,
+    /// How many are claimed at once at least.
+    least: usize,
     claimed: &'a AtomicUsize,
 }
 
@@ -211,7 +214,7 @@ impl Share<'_> {
             if left == 0 {
                 return None;
             }
-            let count = (left / (2 * self.threads)).max(1);
+            let count = (left / (2 * self.threads)).max(self.least).min(left);
             let count = if self.threads == 1 { left } else { count };
             match self.claimed.compare_exchange_weak(
                 start,
@@ -236,6 +239,14 @@ pub(crate) struct Panels<'a> {
 }
 
 impl Panels<'_> {
+    /// The same for work that costs much to begin: a claim is no smaller than the first one, so that there are two for
+    /// each thread.
+    pub(crate) fn in_large_claims(mut self) -> Self {
+        let share = &mut self.share;
+        share.least = share.items.div_ceil(2 * share.threads);
+        self
+    }
+
     /// Index of the thread.
     pub(crate) fn thread(&self) -> usize {
         self.share.thread()

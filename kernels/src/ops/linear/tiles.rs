@@ -13,8 +13,11 @@ use super::{add_bias, equal_parts};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SUMS};
-use crate::cpu::simd::amx::{CHUNK_CELLS, Floats, Multiply, Product, TILE_ROWS, TileUnit};
+use crate::cpu::simd::amx::{
+    CHUNK_CELLS, Course, Floats, Kept, Multiply, Product, TILE_ROWS, TileUnit,
+};
 use crate::cpu::simd::{CELL, Isa, Kernel, LANES, Simd};
+use crate::cpu::threads::Panels;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use half::bf16;
 use std::ops::Range;
@@ -22,14 +25,17 @@ use std::ops::Range;
 /// Columns of a tile of activations.
 const CHUNK: usize = CELL;
 
-/// Chunks of a block: 512 columns, of which a panel takes 32 KiB.
-const BLOCK_CHUNKS: usize = 16;
+/// Most chunks of a block: 640 columns, of which a panel takes 40 KiB.
+const BLOCK_CHUNKS: usize = 20;
 
 /// Most rows that are multiplied at once.
 const MAX_ROWS: usize = 512;
 
 /// How far ahead weights are asked for where they are read only once: 32 KiB.
-const AHEAD: usize = BLOCK_CHUNKS * CHUNK_CELLS;
+const AHEAD: usize = 16 * CHUNK_CELLS;
+
+/// Lines of activations that stay in a second-level cache of 2 MiB beside a panel's sums and what comes next: 1 MiB.
+const CACHED: usize = 16 << 10;
 
 /// How rows and columns are cut.
 #[derive(Clone, Copy, Debug)]
@@ -71,13 +77,27 @@ impl Shape {
         self.tiles * 2 * self.tile_rows
     }
 
+    /// Lines of all activations.
+    fn inputs(&self) -> usize {
+        self.blocks * self.tiles * self.run()
+    }
+
+    /// Activations that do not stay in the cache are read once for each claim.
+    fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
+        if self.inputs() <= CACHED {
+            panels
+        } else {
+            panels.in_large_claims()
+        }
+    }
+
     /// Panels of a group.
     fn group(&self) -> usize {
-        // Sums that meet one block alone need not wait for other panels.
-        if self.blocks == 1 {
+        // Where activations of all blocks stay in the cache, each panel is read from its beginning to its end.
+        if self.inputs() <= CACHED {
             1
         } else {
-            (TILE_SUMS / self.sums()).max(1)
+            TILE_SUMS / self.sums()
         }
     }
 }
@@ -96,13 +116,13 @@ pub(super) fn linear<U: TileUnit>(
     let mut inputs = cpu.scratch.tile_inputs();
     for part in equal_parts(x.rows(), most, TILE_ROWS) {
         let shape = Shape::of(part.len(), cols);
-        let needed = shape.blocks * shape.tiles * shape.run();
-        let inputs: &mut [Floats] = &mut bytemuck::cast_slice_mut(&mut inputs)[..needed];
+        let inputs: &mut [Floats] = &mut inputs.as_mut_slice()[..shape.inputs()];
         lay_out(cpu, x, (part.start, shape), inputs);
         let cost = part.len() * cols * PANEL_ROWS;
         let out = out.values_mut();
         cpu.threads
-            .panels((out, width), 0..width, (PANEL_ROWS, cost), |mut panels| {
+            .panels((out, width), 0..width, (PANEL_ROWS, cost), |panels| {
+                let mut panels = shape.claims(panels);
                 let mut sums = cpu.scratch.tile_sums(panels.thread());
                 let mut turn = None;
                 while let Some((_, mut panel)) = panels.claim() {
@@ -113,7 +133,7 @@ pub(super) fn linear<U: TileUnit>(
                         inputs,
                         weight,
                     });
-                    turn.panels(bytemuck::cast_slice_mut(&mut sums), &mut panel);
+                    turn.panels(sums.as_mut_slice(), &mut panel);
                     if let Some(bias) = bias {
                         add_bias(bias, part.clone(), &mut panel);
                     }
@@ -200,10 +220,9 @@ impl<T: Multiply> Turn<'_, T> {
         let claimed = columns.start / PANEL_ROWS..columns.end.div_ceil(PANEL_ROWS);
         for first in claimed.clone().step_by(self.shape.group()) {
             let group = first..(first + self.shape.group()).min(claimed.end);
-            let sums = &mut sums[..group.len() * self.shape.sums()];
-            sums.fill([0.0; LANES]);
             for block in 0..self.shape.blocks {
-                for (panel, sums) in group.clone().zip(sums.chunks_exact_mut(self.shape.sums())) {
+                let sums = sums.chunks_exact_mut(self.shape.sums());
+                for (panel, sums) in group.clone().zip(sums) {
                     let next = if panel + 1 < group.end {
                         (block, panel + 1)
                     } else if block + 1 < self.shape.blocks {
@@ -211,12 +230,9 @@ impl<T: Multiply> Turn<'_, T> {
                     } else {
                         (0, group.end)
                     };
-                    self.block((block, panel), next, sums);
+                    let column = panel * PANEL_ROWS - columns.start;
+                    self.block((block, panel), next, sums, (column, out));
                 }
-            }
-            for (panel, sums) in group.zip(sums.chunks_exact(self.shape.sums())) {
-                let rows = (self.first_row, self.shape.rows, self.shape.tile_rows);
-                put(sums, rows, panel * PANEL_ROWS - columns.start, out);
             }
         }
     }
@@ -229,19 +245,28 @@ impl<T: Multiply> Turn<'_, T> {
         (panel * own + start).min(all)..(panel * own + end).min(all)
     }
 
-    /// Adds the products of all rows with one block of a panel to the panel's sums.
-    fn block(&mut self, at: (usize, usize), next: (usize, usize), sums: &mut [[f32; LANES]]) {
+    /// Adds the products of all rows with one block of a panel to the panel's sums, which with the last block go to `out`
+    /// from `column` on.
+    fn block(
+        &mut self,
+        at: (usize, usize),
+        next: (usize, usize),
+        sums: &mut [[f32; LANES]],
+        (column, out): (usize, &mut Panel<'_>),
+    ) {
         let all = self.weight.cells::<bf16>();
         let own = self.cells(at);
-        let next = if self.shape.tiles <= 2 {
-            (own.start + AHEAD).min(all.len())..(own.end + AHEAD).min(all.len())
+        let (next, kept) = if self.shape.tiles <= 2 {
+            let ahead = (own.start + AHEAD).min(all.len())..(own.end + AHEAD).min(all.len());
+            (ahead, Kept::Rows)
         } else {
-            self.cells(next)
+            (self.cells(next), Kept::Cells)
         };
         let (cells, ahead) = (&all[own], &all[next]);
         let (run, rows) = (self.shape.run(), self.shape.tile_rows);
         let (whole, rest) = cells.split_at(cells.len() / CHUNK_CELLS * CHUNK_CELLS);
         let chunks = whole.len() / CHUNK_CELLS;
+        let (is_first, is_last) = (at.0 == 0, at.0 + 1 == self.shape.blocks);
         let inputs = &self.inputs[at.0 * self.shape.tiles * run..][..self.shape.tiles * run];
         let pairs = inputs.chunks(2 * run).zip(sums.chunks_mut(4 * rows));
         let count = self.shape.tiles.div_ceil(2);
@@ -257,24 +282,44 @@ impl<T: Multiply> Turn<'_, T> {
                 }
                 parts
             };
-            let parts = part(0..chunks * rows);
-            self.tiles.floats(Product {
-                rows: &parts[..tiles.len()],
-                cells: whole,
-                sums,
-                ahead: &ahead[from..to],
-            });
+            let start = 2 * pair * rows;
+            let these = self.first_row + start..self.first_row + start + tiles.len() * rows;
+            let is_within = start + tiles.len() * rows <= self.shape.rows;
+            let mut strip = out.strip(these, column).filter(|_| is_last && is_within);
+            let is_put = is_last && strip.is_none();
+            if chunks > 0 {
+                let parts = part(0..chunks * rows);
+                let product = Product {
+                    rows: &parts[..tiles.len()],
+                    cells: whole,
+                    sums,
+                    ahead: &ahead[from..to],
+                    kept,
+                };
+                let out = strip.take_if(|_| rest.is_empty());
+                self.tiles.floats(product, Course { is_first, out });
+            }
             if !rest.is_empty() {
                 // Half a chunk is left, which the tiles of activations have zeros for.
                 let mut last = Aligned([[bf16::ZERO; CELL]; CHUNK_CELLS]);
                 last.0[..rest.len()].copy_from_slice(rest);
                 let parts = part(chunks * rows..(chunks + 1) * rows);
-                self.tiles.floats(Product {
+                let product = Product {
                     rows: &parts[..tiles.len()],
                     cells: &last.0,
                     sums,
                     ahead: &[],
-                });
+                    kept,
+                };
+                let course = Course {
+                    is_first: is_first && chunks == 0,
+                    out: strip,
+                };
+                self.tiles.floats(product, course);
+            }
+            if is_put {
+                let left = self.shape.rows - start;
+                put(sums, (self.first_row + start, left, rows), column, out);
             }
         }
     }

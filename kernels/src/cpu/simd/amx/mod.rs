@@ -14,11 +14,13 @@
 
 use super::ints::Vnni;
 use super::{CELL, Kernel, LANES};
+use crate::cpu::matrix::Strip;
 use half::bf16;
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::sync::OnceLock;
 
 /// Most rows of a tile.
@@ -32,7 +34,7 @@ pub(crate) type Floats = [bf16; CELL];
 /// The same of codes of a byte with a sign.
 pub(crate) type Signed = [i8; 64];
 
-/// Operands of a product of `n` chunks.
+/// Operands of a product of `n` chunks, one at least.
 #[derive(Debug)]
 pub(crate) struct Product<'a, A, B, S> {
     /// One or two tiles of activations, `[n][rows]` each.
@@ -43,6 +45,24 @@ pub(crate) struct Product<'a, A, B, S> {
     pub(crate) sums: &'a mut [S],
     /// Lines that will be read some time later, which are asked for now.
     pub(crate) ahead: &'a [B],
+    /// What comes again soon.
+    pub(crate) kept: Kept,
+}
+
+/// Which operand is read again by the next products and belongs in the first-level cache; the other one passes by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kept {
+    Rows,
+    Cells,
+}
+
+/// How the sums of a product of floats begin, and where they go.
+#[derive(Debug)]
+pub(crate) struct Course<'a> {
+    /// At zero, whatever is in memory.
+    pub(crate) is_first: bool,
+    /// There, a row for each of the tiles', and what is in memory stays as it is.
+    pub(crate) out: Option<Strip<'a>>,
 }
 
 /// Tiles, or what computes as they do.
@@ -59,9 +79,9 @@ pub(crate) trait Multiply {
     /// Of bfloat16. To each sum is added, chunk by chunk, the sum of two: of the products of even columns, summed one
     /// by one from zero, and of those of odd ones. Each is rounded to nearest even together with its sum; what is too
     /// small for a normal f32 counts as zero.
-    fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>);
+    fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>, course: Course<'_>);
 
-    /// Of codes, both with a sign. The sums are written, whatever was there; they are exact. At least one chunk.
+    /// Of codes, both with a sign. The sums are written, whatever was there; they are exact.
     fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>);
 }
 
@@ -165,26 +185,46 @@ pub(crate) struct Tiles {
     here: PhantomData<*const ()>,
 }
 
-/// Addresses of a product's operands.
+/// Addresses of a product's operands, and distances in bytes.
+#[repr(C)]
 struct Operands {
     rows: [*const u8; 2],
     cells: *const u8,
-    sums: *mut u8,
     chunks: usize,
-    /// Bytes of a tile of activations or of sums.
+    /// Of a tile of activations or of sums in lines.
     tile: usize,
     ahead: *const u8,
     /// Lines that are asked for with each chunk.
     lines: usize,
+    /// Where sums begin: `[tiles][2]` tiles.
+    sums: *const u8,
+    /// Where they go: rows, the second half of outputs, and the second tile of activations are so far apart.
+    to: *mut u8,
+    row: usize,
+    half: usize,
+    second: usize,
 }
 
 /// How a tile of sums begins: as it is in memory, or at zero.
 macro_rules! begin {
-    (add, $tile:literal, $from:literal) => {
-        concat!("tileloadd ", $tile, ", [", $from, " + {line}]")
+    (add, $tile:literal) => {
+        concat!("tileloadd ", $tile, ", [{at} + {line}]")
     };
-    (write, $tile:literal, $from:literal) => {
+    (zero, $tile:literal) => {
         concat!("tilezero ", $tile)
+    };
+}
+
+/// How operands that are read again, and those that are not, are loaded: the latter stay out of the first-level cache.
+macro_rules! load {
+    (rows, cells) => {
+        "tileloaddt1 "
+    };
+    (cells, rows) => {
+        "tileloaddt1 "
+    };
+    ($operand:ident, $kept:ident) => {
+        "tileloadd "
     };
 }
 
@@ -192,20 +232,21 @@ macro_rules! begin {
 ///
 /// The caller vouches that the memory behind each address is as large as tiles and chunks say. A prefetch may go beyond.
 macro_rules! run_two {
-    ($instruction:literal, $begin:ident, $operands:ident) => {
+    ($instruction:literal, $begin:ident, $kept:ident, $operands:ident) => {
         asm!(
-            begin!($begin, "tmm0", "{sums}"),
-            "lea {at}, [{sums} + {tile}]",
-            begin!($begin, "tmm1", "{at}"),
+            "mov {at}, [{operands} + {sums}]",
+            begin!($begin, "tmm0"),
             "add {at}, {tile}",
-            begin!($begin, "tmm2", "{at}"),
+            begin!($begin, "tmm1"),
             "add {at}, {tile}",
-            begin!($begin, "tmm3", "{at}"),
+            begin!($begin, "tmm2"),
+            "add {at}, {tile}",
+            begin!($begin, "tmm3"),
             "2:",
-            "tileloadd tmm6, [{cells} + {pair}]",
-            "tileloadd tmm4, [{rows} + {line}]",
-            "tileloadd tmm7, [{cells} + {pair} + 64]",
-            "tileloadd tmm5, [{others} + {line}]",
+            concat!(load!(cells, $kept), "tmm6, [{cells} + {pair}]"),
+            concat!(load!(rows, $kept), "tmm4, [{rows} + {line}]"),
+            concat!(load!(cells, $kept), "tmm7, [{cells} + {pair} + 64]"),
+            concat!(load!(rows, $kept), "tmm5, [{others} + {line}]"),
             concat!($instruction, " tmm0, tmm4, tmm6"),
             concat!($instruction, " tmm1, tmm4, tmm7"),
             concat!($instruction, " tmm2, tmm5, tmm6"),
@@ -224,14 +265,18 @@ macro_rules! run_two {
             "4:",
             "dec {chunks}",
             "jnz 2b",
-            "tilestored [{sums} + {line}], tmm0",
-            "lea {at}, [{sums} + {tile}]",
-            "tilestored [{at} + {line}], tmm1",
-            "add {at}, {tile}",
-            "tilestored [{at} + {line}], tmm2",
-            "add {at}, {tile}",
-            "tilestored [{at} + {line}], tmm3",
-            sums = in(reg) $operands.sums,
+            "mov {at}, [{operands} + {to}]",
+            "mov {rows}, [{operands} + {row}]",
+            "mov {others}, [{operands} + {half}]",
+            "mov {cells}, [{operands} + {second}]",
+            "tilestored [{at} + {rows}], tmm0",
+            "add {cells}, {at}",
+            "add {at}, {others}",
+            "tilestored [{at} + {rows}], tmm1",
+            "tilestored [{cells} + {rows}], tmm2",
+            "add {cells}, {others}",
+            "tilestored [{cells} + {rows}], tmm3",
+            operands = in(reg) &raw const $operands,
             rows = inout(reg) $operands.rows[0] => _,
             others = inout(reg) $operands.rows[1] => _,
             cells = inout(reg) $operands.cells => _,
@@ -242,6 +287,11 @@ macro_rules! run_two {
             line = in(reg) 64_usize,
             pair = in(reg) 128_usize,
             at = out(reg) _,
+            sums = const offset_of!(Operands, sums),
+            to = const offset_of!(Operands, to),
+            row = const offset_of!(Operands, row),
+            half = const offset_of!(Operands, half),
+            second = const offset_of!(Operands, second),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
@@ -253,15 +303,16 @@ macro_rules! run_two {
 ///
 /// The caller vouches for the same as with two.
 macro_rules! run_one {
-    ($instruction:literal, $begin:ident, $operands:ident) => {
+    ($instruction:literal, $begin:ident, $kept:ident, $operands:ident) => {
         asm!(
-            begin!($begin, "tmm0", "{sums}"),
-            "lea {at}, [{sums} + {tile}]",
-            begin!($begin, "tmm1", "{at}"),
+            "mov {at}, [{operands} + {sums}]",
+            begin!($begin, "tmm0"),
+            "add {at}, {tile}",
+            begin!($begin, "tmm1"),
             "2:",
-            "tileloadd tmm6, [{cells} + {pair}]",
-            "tileloadd tmm4, [{rows} + {line}]",
-            "tileloadd tmm7, [{cells} + {pair} + 64]",
+            concat!(load!(cells, $kept), "tmm6, [{cells} + {pair}]"),
+            concat!(load!(rows, $kept), "tmm4, [{rows} + {line}]"),
+            concat!(load!(cells, $kept), "tmm7, [{cells} + {pair} + 64]"),
             concat!($instruction, " tmm0, tmm4, tmm6"),
             concat!($instruction, " tmm1, tmm4, tmm7"),
             "add {cells}, 2048",
@@ -277,10 +328,12 @@ macro_rules! run_one {
             "4:",
             "dec {chunks}",
             "jnz 2b",
-            "tilestored [{sums} + {line}], tmm0",
-            "lea {at}, [{sums} + {tile}]",
-            "tilestored [{at} + {line}], tmm1",
-            sums = in(reg) $operands.sums,
+            "mov {at}, [{operands} + {to}]",
+            "mov {rows}, [{operands} + {row}]",
+            "tilestored [{at} + {rows}], tmm0",
+            "add {at}, [{operands} + {half}]",
+            "tilestored [{at} + {rows}], tmm1",
+            operands = in(reg) &raw const $operands,
             rows = inout(reg) $operands.rows[0] => _,
             cells = inout(reg) $operands.cells => _,
             ahead = inout(reg) $operands.ahead => _,
@@ -290,6 +343,10 @@ macro_rules! run_one {
             line = in(reg) 64_usize,
             pair = in(reg) 128_usize,
             at = out(reg) _,
+            sums = const offset_of!(Operands, sums),
+            to = const offset_of!(Operands, to),
+            row = const offset_of!(Operands, row),
+            half = const offset_of!(Operands, half),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
@@ -300,34 +357,15 @@ macro_rules! run_one {
 /// One product: the sums begin, go through all chunks, and go to memory. One instruction adds the product of two tiles
 /// to a third.
 macro_rules! multiply {
-    ($instruction:literal, $begin:ident, $tiles:expr, $product:expr) => {{
-        let (rows, product) = ($tiles.rows, $product);
-        let chunks = chunks(rows, &product);
-        // Empty products would run the loop below once.
-        if chunks == 0 {
-            return;
-        }
-        let (first, second) = (product.rows[0], product.rows.get(1));
-        let operands = Operands {
-            rows: [
-                first.as_ptr().cast(),
-                second.unwrap_or(&first).as_ptr().cast(),
-            ],
-            cells: product.cells.as_ptr().cast(),
-            sums: product.sums.as_mut_ptr().cast(),
-            chunks,
-            tile: 64 * rows,
-            ahead: product.ahead.as_ptr().cast(),
-            lines: product.ahead.len().div_ceil(chunks),
-        };
-        if second.is_some() {
-            // SAFETY: see `run_two!`; `chunks()` has checked the sizes.
-            unsafe { run_two!($instruction, $begin, operands) }
+    ($instruction:literal, $begin:ident, $kept:ident, $operands:ident, $is_two:expr) => {
+        if $is_two {
+            // SAFETY: see `run_two!`; `operands()` has checked the sizes.
+            unsafe { run_two!($instruction, $begin, $kept, $operands) }
         } else {
-            // SAFETY: see `run_one!`; `chunks()` has checked the sizes.
-            unsafe { run_one!($instruction, $begin, operands) }
+            // SAFETY: see `run_one!`; `operands()` has checked the sizes.
+            unsafe { run_one!($instruction, $begin, $kept, $operands) }
         }
-    }};
+    };
 }
 
 impl Tiles {
@@ -364,13 +402,36 @@ impl Tiles {
 }
 
 impl Multiply for Tiles {
-    fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>) {
-        multiply!("tdpbf16ps", add, self, product);
+    fn floats(
+        &mut self,
+        product: Product<'_, Floats, Floats, [f32; LANES]>,
+        Course { is_first, out }: Course<'_>,
+    ) {
+        let (is_two, kept) = (product.rows.len() == 2, product.kept);
+        let mut operands = operands(self.rows, product);
+        if let Some(mut out) = out {
+            let tiles = 1 + usize::from(is_two);
+            assert_eq!(out.rows(), tiles * self.rows, "a row of `out` for each");
+            let row = out.width() * size_of::<f32>();
+            operands.to = out.as_mut_ptr().cast();
+            (operands.row, operands.half) = (row, size_of::<[f32; LANES]>());
+            operands.second = self.rows * row;
+        }
+        match (is_first, kept) {
+            (false, Kept::Cells) => multiply!("tdpbf16ps", add, cells, operands, is_two),
+            (false, Kept::Rows) => multiply!("tdpbf16ps", add, rows, operands, is_two),
+            (true, Kept::Cells) => multiply!("tdpbf16ps", zero, cells, operands, is_two),
+            (true, Kept::Rows) => multiply!("tdpbf16ps", zero, rows, operands, is_two),
+        }
     }
 
     fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>) {
-        assert!(!product.cells.is_empty(), "a chunk at least");
-        multiply!("tdpbssd", write, self, product);
+        let (is_two, kept) = (product.rows.len() == 2, product.kept);
+        let operands = operands(self.rows, product);
+        match kept {
+            Kept::Cells => multiply!("tdpbssd", zero, cells, operands, is_two),
+            Kept::Rows => multiply!("tdpbssd", zero, rows, operands, is_two),
+        }
     }
 }
 
@@ -389,16 +450,40 @@ impl Drop for Tiles {
     }
 }
 
+/// Checks the operands' sizes. Sums go where they come from.
+fn operands<A, B, S>(rows: usize, product: Product<'_, A, B, S>) -> Operands {
+    let chunks = chunks(rows, &product);
+    let (first, second) = (product.rows[0], product.rows.get(1));
+    let tile = 64 * rows;
+    let to = product.sums.as_mut_ptr().cast();
+    Operands {
+        rows: [
+            first.as_ptr().cast(),
+            second.unwrap_or(&first).as_ptr().cast(),
+        ],
+        cells: product.cells.as_ptr().cast(),
+        chunks,
+        tile,
+        ahead: product.ahead.as_ptr().cast(),
+        lines: product.ahead.len().div_ceil(chunks),
+        sums: to,
+        to,
+        row: 64,
+        half: tile,
+        second: 2 * tile,
+    }
+}
+
 /// Checks the operands' sizes and gives the number of chunks.
 fn chunks<A, B, S>(rows: usize, product: &Product<'_, A, B, S>) -> usize {
     const { assert!(size_of::<A>() == 64 && size_of::<B>() == 64 && size_of::<S>() == 64) }
     let tiles = product.rows.len();
     assert!(tiles == 1 || tiles == 2, "{tiles} tiles of activations");
     let chunks = product.cells.len() / CHUNK_CELLS;
-    assert_eq!(
-        product.cells.len() % CHUNK_CELLS,
-        0,
-        "whole chunks of cells"
+    // The loops above run once at least.
+    assert!(
+        chunks > 0 && product.cells.len() == chunks * CHUNK_CELLS,
+        "whole chunks of cells, and one at least"
     );
     for tile in product.rows {
         assert_eq!(tile.len(), chunks * rows, "activations for each chunk");

@@ -39,8 +39,16 @@ fn each<A, B, S>(
 }
 
 impl Multiply for ModelTiles {
-    fn floats(&mut self, mut product: Product<'_, Floats, Floats, [f32; LANES]>) {
+    fn floats(
+        &mut self,
+        mut product: Product<'_, Floats, Floats, [f32; LANES]>,
+        Course { is_first, out }: Course<'_>,
+    ) {
         let cells = product.cells;
+        let before = product.sums.to_vec();
+        if is_first {
+            product.sums.fill([0.0; LANES]);
+        }
         each(self.0, &mut product, |sums, x, first| {
             for (lane, sum) in sums.iter_mut().enumerate() {
                 let mut halves = [0.0_f32; 2];
@@ -51,10 +59,16 @@ impl Multiply for ModelTiles {
                 *sum += halves[0] + halves[1];
             }
         });
+        if let Some(mut out) = out {
+            for (i, (sums, before)) in product.sums.iter_mut().zip(before).enumerate() {
+                let (tile, half, row) = (i / (2 * self.0), i / self.0 % 2, i % self.0);
+                out.put(tile * self.0 + row, half, *sums);
+                *sums = before;
+            }
+        }
     }
 
     fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
-        assert!(!product.cells.is_empty(), "a chunk at least");
         let cells = product.cells;
         product.sums.fill([0; LANES]);
         each(self.0, &mut product, |sums, x, first| {
@@ -103,6 +117,7 @@ fn product<'a>(
         cells,
         sums,
         ahead: cells,
+        kept: Kept::Cells,
     }
 }
 

@@ -26,7 +26,7 @@ use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::quantized::{Codes, Columns, Segment};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SUMS};
-use crate::cpu::simd::amx::{CHUNK_CELLS, Multiply, Product, Signed, TILE_ROWS, TileUnit};
+use crate::cpu::simd::amx::{CHUNK_CELLS, Kept, Multiply, Product, Signed, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{CODES, Isa, LANES};
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use std::ops::Range;
@@ -142,7 +142,7 @@ pub(super) fn linear<U: TileUnit>(
     let mut inputs = cpu.scratch.tile_inputs();
     for part in equal_parts(x.rows(), most, TILE_ROWS) {
         let shape = Shape::of(part.len(), columns);
-        let inputs: &mut [Signed] = &mut bytemuck::cast_slice_mut(&mut inputs)[..shape.inputs()];
+        let inputs: &mut [Signed] = &mut inputs.as_mut_slice()[..shape.inputs()];
         lay_out(cpu, (x, columns), (part.start, shape), inputs);
         let cost = part.len() * columns.padded() * PANEL_ROWS;
         let within = first..first + weight.rows();
@@ -150,7 +150,7 @@ pub(super) fn linear<U: TileUnit>(
         cpu.threads
             .panels(out, within, (PANEL_ROWS, cost), |mut panels| {
                 let mut memory = cpu.scratch.tile_sums(panels.thread());
-                let mut space = Some(Space::of(&mut memory));
+                let mut space = Some(Space::of(memory.as_bytes_mut()));
                 let mut turn = None;
                 while let Some((numbers, mut panel)) = panels.claim() {
                     let turn = turn.get_or_insert_with(|| Turn {
@@ -357,6 +357,7 @@ impl<T: Multiply> Turn<'_, T> {
                 cells,
                 sums,
                 ahead: ahead.next().unwrap_or_default(),
+                kept: Kept::Cells,
             });
             (weights, chunk) = (rest, chunk + count);
         }
