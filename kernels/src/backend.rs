@@ -417,6 +417,23 @@ pub trait Backend: Send + 'static {
         out: &mut Self::Tensor,
     );
 
+    /// `out = activated · downᵀ (+ bias)`, `activated` being what [`Self::gated_activation`] gives of `x · gate_upᵀ (+ bias)`.
+    /// Weights come with their biases; `space` is for both results between, and need not hold them afterwards.
+    fn feed_forward(
+        &self,
+        x: &Self::Tensor,
+        gate_up: (&Self::Weight, Option<&Self::Weight>),
+        activation: Activation,
+        down: (&Self::Weight, Option<&Self::Weight>),
+        space: (&mut Self::Tensor, &mut Self::Tensor),
+        out: &mut Self::Tensor,
+    ) {
+        let (both, activated) = space;
+        self.linear(x, gate_up.0, gate_up.1, both);
+        self.gated_activation(activation, both, activated);
+        self.linear(activated, down.0, down.1, out);
+    }
+
     /// `x = cap * tanh(x / cap)`, element by element, in place; `cap` is above 0.
     fn soft_cap(&self, cap: f32, x: &mut Self::Tensor);
 

@@ -3,12 +3,13 @@
 //! Column-parallel: each rank has some outputs, no communication. Row-parallel: each rank has some
 //! inputs, and the partial sums are added over ranks. Vocab-parallel: each rank has some tokens, of
 //! the embedding (summed, zero where the token is another rank's) and of the head (gathered).
+//! A feed-forward layer is a column-parallel and a row-parallel one with nothing between them that meets.
 //!
 //! Invariant: after a row-parallel layer or the embedding all ranks hold the same bits.
 
 use crate::comm::{Comm, CommError};
 use crate::weights::Linear;
-use kernels::backend::Backend;
+use kernels::backend::{Activation, Backend};
 
 /// `out = x · weightᵀ (+ bias)` for this rank's outputs. `[rows, in] → [rows, local out]`
 pub(crate) fn column_parallel<B: Backend>(
@@ -28,6 +29,21 @@ pub(crate) fn row_parallel<B: Backend, C: Comm<B>>(
     out: &mut B::Tensor,
 ) -> Result<(), CommError> {
     backend.linear(x, &linear.weight, linear.bias.as_ref(), out);
+    comm.all_reduce_sum(backend, out)
+}
+
+/// `out = sum over ranks of activation(x · gateᵀ) * (x · upᵀ) · downᵀ (+ biases, that of `down` on rank 0)`, each rank having
+/// some columns of what lies between. `space: [rows, 2 * local between], [rows, local between]`
+pub(crate) fn gated_parallel<B: Backend, C: Comm<B>>(
+    (backend, comm): (&B, &mut C),
+    (gate_up, activation, down): (&Linear<B::Weight>, Activation, &Linear<B::Weight>),
+    x: &B::Tensor,
+    space: (&mut B::Tensor, &mut B::Tensor),
+    out: &mut B::Tensor,
+) -> Result<(), CommError> {
+    let gate_up = (&gate_up.weight, gate_up.bias.as_ref());
+    let down = (&down.weight, down.bias.as_ref());
+    backend.feed_forward(x, gate_up, activation, down, space, out);
     comm.all_reduce_sum(backend, out)
 }
 

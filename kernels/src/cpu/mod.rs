@@ -304,6 +304,22 @@ impl Backend for CpuBackend {
         ops::gated_activation::gated_activation(self, activation, gate_up, out);
     }
 
+    fn feed_forward(
+        &self,
+        x: &CpuTensor,
+        gate_up: (&CpuWeight, Option<&CpuWeight>),
+        activation: Activation,
+        down: (&CpuWeight, Option<&CpuWeight>),
+        (both, activated): (&mut CpuTensor, &mut CpuTensor),
+        out: &mut CpuTensor,
+    ) {
+        if !ops::linear::feed_forward(self, x, gate_up, activation, down, out) {
+            self.linear(x, gate_up.0, gate_up.1, both);
+            self.gated_activation(activation, both, activated);
+            self.linear(activated, down.0, down.1, out);
+        }
+    }
+
     fn soft_cap(&self, cap: f32, x: &mut CpuTensor) {
         ops::soft_cap::soft_cap(self, cap, x);
     }

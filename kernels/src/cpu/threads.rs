@@ -142,14 +142,15 @@ impl Threads {
 
     /// Divides `values: [rows, width]` into tiles of `rows` rows and `columns` columns, each of which costs `cost`, and
     /// calls `f(thread, rows, tile)` for each.
-    pub(crate) fn tiles<F>(
+    pub(crate) fn tiles<T, F>(
         &self,
-        values: &mut [f32],
+        values: &mut [T],
         width: usize,
         ((rows, columns), cost): ((usize, usize), usize),
         f: F,
     ) where
-        F: Fn(usize, Range<usize>, Panel<'_>) + Sync,
+        T: Send,
+        F: Fn(usize, Range<usize>, Panel<'_, T>) + Sync,
     {
         let matrix = Matrix::of(values, width);
         let across = width.div_ceil(columns);

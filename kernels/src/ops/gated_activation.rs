@@ -14,6 +14,19 @@ const GELU_SCALE: f32 = 1.595_769_2;
 /// The part of the cube in GELU's exponent.
 const GELU_CUBE: f32 = 0.044_715;
 
+/// One element.
+#[inline(always)]
+pub(super) fn silu_gated(gate: f32, up: f32) -> f32 {
+    gate / (1.0 + exp(-gate)) * up
+}
+
+/// One element.
+#[inline(always)]
+pub(super) fn gelu_gated(gate: f32, up: f32) -> f32 {
+    let exponent = GELU_SCALE * (gate + GELU_CUBE * gate * gate * gate);
+    gate / (1.0 + exp(-exponent)) * up
+}
+
 struct Row<'a> {
     activation: Activation,
     gate: &'a [f32],
@@ -21,24 +34,23 @@ struct Row<'a> {
     out: &'a mut [f32],
 }
 
+impl Row<'_> {
+    #[inline(always)]
+    fn with(self, gated: impl Fn(f32, f32) -> f32) {
+        for ((out, gate), up) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+            *out = gated(*gate, *up);
+        }
+    }
+}
+
 impl Kernel for Row<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let rows = self.out.iter_mut().zip(self.gate).zip(self.up);
         match self.activation {
-            Activation::Silu => {
-                for ((out, gate), up) in rows {
-                    *out = gate / (1.0 + exp(-gate)) * up;
-                }
-            }
-            Activation::GeluTanh => {
-                for ((out, gate), up) in rows {
-                    let exponent = GELU_SCALE * (gate + GELU_CUBE * gate * gate * gate);
-                    *out = gate / (1.0 + exp(-exponent)) * up;
-                }
-            }
+            Activation::Silu => self.with(silu_gated),
+            Activation::GeluTanh => self.with(gelu_gated),
         }
     }
 }

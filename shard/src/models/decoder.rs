@@ -16,7 +16,9 @@
 
 use super::rope;
 use crate::comm::{Comm, CommError};
-use crate::layers::{column_parallel, row_parallel, vocab_parallel_embedding, vocab_parallel_head};
+use crate::layers::{
+    column_parallel, gated_parallel, row_parallel, vocab_parallel_embedding, vocab_parallel_head,
+};
 use crate::weights::{DecoderWeights, LayerWeights};
 use kernels::backend::{
     Activation, Attention, Backend, DeviceError, Element, Heads, KvLayout, Norm, Precision,
@@ -337,12 +339,11 @@ impl<B: Backend> Workspace<B> {
             norm,
             &mut self.normed,
         );
-        column_parallel(backend, &layer.gate_up, &self.normed, &mut self.gate_up);
-        backend.gated_activation(activation, &self.gate_up, &mut self.activated);
-        row_parallel(
+        gated_parallel(
             (backend, comm),
-            &layer.down,
-            &self.activated,
+            (&layer.gate_up, activation, &layer.down),
+            &self.normed,
+            (&mut self.gate_up, &mut self.activated),
             &mut self.delta,
         )?;
         self.norm_delta(backend, layer.feed_forward_norm.as_ref(), norm);

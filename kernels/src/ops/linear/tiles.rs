@@ -9,6 +9,10 @@
 //! Invariant: as said in `mod.rs`, a sum depends on a row and a column alone. Sums wait in memory between blocks as they
 //! are in tiles, so blocks do not change them.
 
+mod feed_forward;
+
+pub(super) use feed_forward::feed_forward;
+
 use super::{add_bias, equal_parts};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
@@ -110,7 +114,7 @@ pub(super) fn linear<U: TileUnit>(
     bias: Option<&CpuWeight>,
     out: &mut CpuTensor,
 ) {
-    let (cols, width) = (x.width(), out.width());
+    let cols = x.width();
     let lines_of_row = cols.div_ceil(CHUNK).next_multiple_of(BLOCK_CHUNKS);
     let most = (TILE_INPUTS / lines_of_row / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
     let mut inputs = cpu.scratch.tile_inputs();
@@ -118,28 +122,40 @@ pub(super) fn linear<U: TileUnit>(
         let shape = Shape::of(part.len(), cols);
         let inputs: &mut [Floats] = &mut inputs.as_mut_slice()[..shape.inputs()];
         lay_out(cpu, x, (part.start, shape), inputs);
-        let cost = part.len() * cols * PANEL_ROWS;
-        let out = out.values_mut();
-        cpu.threads
-            .panels((out, width), 0..width, (PANEL_ROWS, cost), |panels| {
-                let mut panels = shape.claims(panels);
-                let mut sums = cpu.scratch.tile_sums(panels.thread());
-                let mut turn = None;
-                while let Some((_, mut panel)) = panels.claim() {
-                    let turn = turn.get_or_insert_with(|| Turn {
-                        tiles: unit.tiles(shape.tile_rows),
-                        shape,
-                        first_row: part.start,
-                        inputs,
-                        weight,
-                    });
-                    turn.panels(sums.as_mut_slice(), &mut panel);
-                    if let Some(bias) = bias {
-                        add_bias(bias, part.clone(), &mut panel);
-                    }
-                }
-            });
+        multiply((cpu, unit), (inputs, shape), (weight, bias), (part, out));
     }
+}
+
+/// The product of rows that are laid out, which are `part` of those of `out`.
+fn multiply<U: TileUnit>(
+    (cpu, unit): (&CpuBackend, U),
+    (inputs, shape): (&[Floats], Shape),
+    (weight, bias): (&Packed, Option<&CpuWeight>),
+    (part, out): (Range<usize>, &mut CpuTensor),
+) {
+    let (width, cost) = (
+        out.width(),
+        part.len() * weight.columns().padded() * PANEL_ROWS,
+    );
+    let out = (out.values_mut(), width);
+    cpu.threads
+        .panels(out, 0..width, (PANEL_ROWS, cost), |panels| {
+            let mut panels = shape.claims(panels);
+            let mut sums = cpu.scratch.tile_sums(panels.thread());
+            let mut turn = None;
+            while let Some((_, mut panel)) = panels.claim() {
+                let turn = turn.get_or_insert_with(|| Turn {
+                    tiles: unit.tiles(shape.tile_rows),
+                    shape,
+                    inputs,
+                    weight,
+                });
+                turn.panels(sums.as_mut_slice(), (part.start, &mut panel));
+                if let Some(bias) = bias {
+                    add_bias(bias, part.clone(), &mut panel);
+                }
+            }
+        });
 }
 
 /// Rounds the rows of `x` from `first` on: `[blocks][tiles][chunks][rows]`. What is left of the last tile is zero.
@@ -208,14 +224,13 @@ fn round(value: f32) -> bf16 {
 struct Turn<'a, T> {
     tiles: T,
     shape: Shape,
-    first_row: usize,
     inputs: &'a [Floats],
     weight: &'a Packed,
 }
 
 impl<T: Multiply> Turn<'_, T> {
-    /// The sums of a claimed panel, which may be many panels of the weight.
-    fn panels(&mut self, sums: &mut [[f32; LANES]], out: &mut Panel<'_>) {
+    /// The sums of a claimed panel, which may be many panels of the weight, from `row` of `out` on.
+    fn panels(&mut self, sums: &mut [[f32; LANES]], (row, out): (usize, &mut Panel<'_>)) {
         let columns = out.columns();
         let claimed = columns.start / PANEL_ROWS..columns.end.div_ceil(PANEL_ROWS);
         for first in claimed.clone().step_by(self.shape.group()) {
@@ -231,7 +246,7 @@ impl<T: Multiply> Turn<'_, T> {
                         (0, group.end)
                     };
                     let column = panel * PANEL_ROWS - columns.start;
-                    self.block((block, panel), next, sums, (column, out));
+                    self.block((block, panel), next, sums, Some(((row, column), out)));
                 }
             }
         }
@@ -245,14 +260,14 @@ impl<T: Multiply> Turn<'_, T> {
         (panel * own + start).min(all)..(panel * own + end).min(all)
     }
 
-    /// Adds the products of all rows with one block of a panel to the panel's sums, which with the last block go to `out`
-    /// from `column` on.
+    /// Adds the products of all rows with one block of a panel to the panel's sums, which with the last block go where
+    /// `out` says: from a row and a column on, if anywhere.
     fn block(
         &mut self,
         at: (usize, usize),
         next: (usize, usize),
         sums: &mut [[f32; LANES]],
-        (column, out): (usize, &mut Panel<'_>),
+        mut out: Option<((usize, usize), &mut Panel<'_>)>,
     ) {
         let all = self.weight.cells::<bf16>();
         let own = self.cells(at);
@@ -283,9 +298,14 @@ impl<T: Multiply> Turn<'_, T> {
                 parts
             };
             let start = 2 * pair * rows;
-            let these = self.first_row + start..self.first_row + start + tiles.len() * rows;
-            let is_within = start + tiles.len() * rows <= self.shape.rows;
-            let mut strip = out.strip(these, column).filter(|_| is_last && is_within);
+            let these = start..start + tiles.len() * rows;
+            let mut strip = None;
+            if is_last
+                && these.end <= self.shape.rows
+                && let Some(((row, column), out)) = &mut out
+            {
+                strip = out.strip(*row + these.start..*row + these.end, *column);
+            }
             let is_put = is_last && strip.is_none();
             if chunks > 0 {
                 let parts = part(0..chunks * rows);
@@ -317,9 +337,9 @@ impl<T: Multiply> Turn<'_, T> {
                 };
                 self.tiles.floats(product, course);
             }
-            if is_put {
+            if is_put && let Some(((row, column), out)) = &mut out {
                 let left = self.shape.rows - start;
-                put(sums, (self.first_row + start, left, rows), column, out);
+                put(sums, (*row + start, left, rows), *column, out);
             }
         }
     }
