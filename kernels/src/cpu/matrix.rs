@@ -174,8 +174,8 @@ impl Strip<'_> {
         self.width
     }
 
-    /// Writes them, from vectors in the same order.
-    #[cfg(test)]
+    /// Writes one vector of a row.
+    #[inline(always)]
     pub(crate) fn put(&mut self, row: usize, half: usize, values: [f32; LANES]) {
         assert!(row < self.rows && half < 2, "vector {half} of row {row}");
         #[expect(

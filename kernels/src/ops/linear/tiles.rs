@@ -88,7 +88,7 @@ impl Shape {
 
     /// Activations that do not stay in the cache are read once for each claim.
     fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
-        if self.inputs() <= CACHED {
+        if self.inputs() <= CACHED && self.tiles > 2 {
             panels
         } else {
             panels.in_large_claims()
@@ -360,7 +360,11 @@ pub(super) fn put(
             if row < rows {
                 let to = &mut out.row(first + row)[column..];
                 for (to, sums) in to.chunks_mut(LANES).zip([sums.0, sums.1]) {
-                    to.copy_from_slice(&sums[..to.len()]);
+                    if let Some(to) = to.first_chunk_mut() {
+                        *to = *sums;
+                    } else {
+                        to.copy_from_slice(&sums[..to.len()]);
+                    }
                 }
             }
         }

@@ -251,7 +251,6 @@ struct Turn<'a, T> {
 impl<T: Multiply> Turn<'_, T> {
     /// Claimed panels, by number: all rows with each.
     fn panels(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
-        let sums = self.shape.sums();
         for first in numbers.clone().step_by(self.shape.group()) {
             let group = first..(first + self.shape.group()).min(numbers.end);
             let visits = self.shape.blocks * group.len();
@@ -268,17 +267,15 @@ impl<T: Multiply> Turn<'_, T> {
                     segment: 0,
                     tile: 0,
                 };
-                self.block(step, at(visit + 1));
-            }
-            for (panel, sums) in group.zip(self.space.panels.chunks_exact(sums)) {
-                let rows = (self.first_row, self.shape.rows, self.shape.tile_rows);
-                put(sums, rows, (panel - numbers.start) * PANEL_ROWS, out);
+                let column = (panel - numbers.start) * PANEL_ROWS;
+                self.block(step, at(visit + 1), (column, out));
             }
         }
     }
 
-    /// Adds the products of all rows with one block of a panel, which `first` is the beginning of, to the panel's sums.
-    fn block(&mut self, first: Step, next: (usize, usize)) {
+    /// Adds the products of all rows with one block of a panel, which `first` is the beginning of, to the panel's sums; with
+    /// the last block they go to `out`, from a column on.
+    fn block(&mut self, first: Step, next: (usize, usize), (column, out): (usize, &mut Panel<'_>)) {
         let (segments, mut cells) = block_of(self.weight, (first.block, first.panel));
         let ahead: &[Signed] = bytemuck::cast_slice(block_of(self.weight, next).1);
         // Each product asks for its share of what comes next.
@@ -299,7 +296,7 @@ impl<T: Multiply> Turn<'_, T> {
                 };
                 self.multiply((step, chunk), these, &mut ahead);
                 if let Some(before) = before.replace(step) {
-                    self.take(segments, before);
+                    self.take(segments, before, (column, out));
                 }
                 let space = &mut self.space;
                 std::mem::swap(&mut space.dots, &mut space.dots_before);
@@ -308,7 +305,7 @@ impl<T: Multiply> Turn<'_, T> {
             chunk += these.iter().map(chunks).sum::<usize>();
         }
         if let Some(last) = before {
-            self.take(segments, last);
+            self.take(segments, last, (column, out));
         }
     }
 
@@ -364,7 +361,7 @@ impl<T: Multiply> Turn<'_, T> {
     }
 
     /// Brings what came out of a step's products, before those that came last, into the sums.
-    fn take(&mut self, segments: &[Segment], step: Step) {
+    fn take(&mut self, segments: &[Segment], step: Step, (column, out): (usize, &mut Panel<'_>)) {
         let (shape, space) = (self.shape, &mut self.space);
         let tiles = (shape.tiles - step.tile).min(2);
         let of_tiles = step.tile * 2 * shape.tile_rows..(step.tile + tiles) * 2 * shape.tile_rows;
@@ -377,6 +374,15 @@ impl<T: Multiply> Turn<'_, T> {
             let factors: &[Factor] = bytemuck::cast_slice(factors);
             &factors[step.segment * shape.tile_rows..after * shape.tile_rows]
         });
+        let start = step.tile * shape.tile_rows;
+        let end = start + tiles * shape.tile_rows;
+        let is_last = after == segments.len() && step.block + 1 == shape.blocks;
+        let mut strip = None;
+        if is_last && end <= shape.rows {
+            strip = out.strip(self.first_row + start..self.first_row + end, column);
+        }
+        let is_put = is_last && strip.is_none();
+        let of_panel = &mut space.panels[step.place * shape.sums()..][of_tiles.clone()];
         self.isa.run(Take {
             segments: &segments[step.segment..after],
             scales: self.weight.scales(step.panel),
@@ -384,12 +390,16 @@ impl<T: Multiply> Turn<'_, T> {
             factors: &factors[..tiles],
             rows: shape.tile_rows,
             dots: space.dots_before,
-            block: &mut space.block[of_tiles.clone()],
+            block: &mut space.block[of_tiles],
             is_first: step.segment == 0,
-            panel: (after == segments.len())
-                .then(|| &mut space.panels[step.place * shape.sums()..][of_tiles]),
+            panel: (after == segments.len()).then_some(&mut *of_panel),
             is_first_block: step.block == 0,
+            out: strip,
         });
+        if is_put {
+            let rows = (self.first_row + start, shape.rows - start, shape.tile_rows);
+            put(of_panel, rows, column, out);
+        }
     }
 }
 

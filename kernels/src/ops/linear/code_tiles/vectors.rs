@@ -5,6 +5,7 @@
 
 use super::{CHUNK, STEP, Shape, chunks};
 use crate::cpu::CpuTensor;
+use crate::cpu::matrix::Strip;
 use crate::cpu::quantized::{Columns, PanelScales, Segment};
 use crate::cpu::simd::amx::Signed;
 use crate::cpu::simd::{CODES, Kernel, LANES, Simd};
@@ -107,6 +108,8 @@ pub(super) struct Take<'a> {
     /// If the step is the block's last: sums over all blocks so far, unless the block is the first. `[tiles][2][rows]`
     pub(super) panel: Option<&'a mut [[f32; LANES]]>,
     pub(super) is_first_block: bool,
+    /// Where they go instead if that block is the last, too, and `panel` stays as it is. `[tiles][rows]`
+    pub(super) out: Option<Strip<'a>>,
 }
 
 impl Kernel for Take<'_> {
@@ -149,6 +152,7 @@ impl Take<'_> {
         let rows = self.rows;
         let of_segment = self.factors.len() * 2 * rows;
         let panel = self.panel.unwrap_or_default();
+        let mut out = self.out;
         for (tile, factors) in self.factors.iter().enumerate() {
             let lines = tile * 2 * rows;
             let (mut of_rows, mut dots) = ([&factors[..0]; N], [[&self.dots[..0]; 2]; N]);
@@ -180,11 +184,15 @@ impl Take<'_> {
                 for half in 0..2 {
                     if !LAST {
                         block[half][row] = simd.to_array(sums[half]);
-                    } else if self.is_first_block {
-                        panel[half][row] = simd.to_array(sums[half]);
-                    } else {
-                        let before = simd.load(&panel[half][row]);
-                        panel[half][row] = simd.to_array(simd.mul_add(one, sums[half], before));
+                        continue;
+                    }
+                    let mut sum = sums[half];
+                    if !self.is_first_block {
+                        sum = simd.mul_add(one, sum, simd.load(&panel[half][row]));
+                    }
+                    match &mut out {
+                        Some(out) => out.put(tile * rows + row, half, simd.to_array(sum)),
+                        None => panel[half][row] = simd.to_array(sum),
                     }
                 }
             }
