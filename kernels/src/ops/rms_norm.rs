@@ -28,6 +28,29 @@ impl<E: Stored> Kernel for Normalise<'_, E> {
     }
 }
 
+/// Adds `x` to the residual, and normalises a copy of it.
+struct AddNormalise<'a, E> {
+    x: &'a [f32],
+    residual: &'a mut [f32],
+    weight: &'a [E],
+    norm: Norm,
+    out: &'a mut [f32],
+}
+
+impl<E: Stored> Kernel for AddNormalise<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (residual, x) in self.residual.iter_mut().zip(self.x) {
+            *residual += x;
+        }
+        self.out.copy_from_slice(self.residual);
+        let (x, weight, norm) = (self.out, self.weight, self.norm);
+        Normalise { x, weight, norm }.run(simd);
+    }
+}
+
 /// The fast path.
 pub(crate) fn rms_norm(
     cpu: &CpuBackend,
@@ -72,11 +95,8 @@ pub(crate) fn add_rms_norm(
         assert_eq!(weight.len(), width, "one weight for each column");
         let pairs = (residual.values_mut(), out.values_mut());
         cpu.threads.row_pairs(pairs, width, 3 * width, |i, residual, out| {
-            for ((residual, out), x) in residual.iter_mut().zip(&mut *out).zip(x.row(i)) {
-                *residual += x;
-                *out = *residual;
-            }
-            cpu.isa.run(Normalise { x: out, weight, norm });
+            let x = x.row(i);
+            cpu.isa.run(AddNormalise { x, residual, weight, norm, out });
         });
     });
 }

@@ -8,11 +8,11 @@
 
 use super::activations::{Divide, Factor, Quantize, Slots};
 use super::equal_parts;
-use super::round::{add_bias, prefetch, put};
+use super::round::{AddBias, prefetch, put};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::quantized::{Codes, PanelScales, QUAD, Segment};
-use crate::cpu::simd::{CODES, IntKernel, IntSimd, LANES, Simd, by_rows, tiles};
+use crate::cpu::simd::{CODES, IntKernel, IntSimd, Kernel, LANES, Simd, by_rows, tiles};
 use crate::cpu::threads::Panels;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use crate::quantized::Code;
@@ -97,7 +97,8 @@ impl IntKernel for Turn<'_, '_> {
                 );
             }
             if let Some(bias) = self.bias {
-                add_bias(bias, self.rows.clone(), &mut panel);
+                let (rows, panel) = (self.rows.clone(), &mut panel);
+                AddBias { bias, rows, panel }.run(simd.floats());
             }
         }
     }

@@ -31,7 +31,7 @@ use crate::cpu::quantized::{Part, Quantized};
 use crate::cpu::simd::{Kernel, LANES, MAX_TILE, Simd, dot};
 use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
-use round::{Round, Slots, Turn, WIDENED, add_bias};
+use round::{AddBias, Round, Slots, Turn, WIDENED};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -200,7 +200,8 @@ fn narrow(
                     }
                 });
                 if let Some(bias) = bias {
-                    add_bias(bias, 0..x.rows(), &mut panel);
+                    let (rows, panel) = (0..x.rows(), &mut panel);
+                    cpu.isa.run(AddBias { bias, rows, panel });
                 }
             }
         });

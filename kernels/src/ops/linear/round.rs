@@ -157,7 +157,8 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
                 round.group(simd, (group, i * PANEL_ROWS), &mut panel);
             }
             if let Some(bias) = round.bias {
-                add_bias(bias, round.rows.clone(), &mut panel);
+                let (rows, panel) = (round.rows.clone(), &mut panel);
+                AddBias { bias, rows, panel }.run(simd);
             }
         }
     }
@@ -372,13 +373,24 @@ pub(super) fn put<S: Simd, const M: usize, const N: usize>(
 }
 
 /// Adds the panel's part of `bias` to each of `rows`.
-pub(super) fn add_bias(bias: &CpuWeight, rows: Range<usize>, panel: &mut Panel<'_>) {
-    by_element!(bias.element(), E => {
-        let bias = &bias.vector::<E>()[panel.columns()];
-        for row in rows {
-            for (value, bias) in panel.row(row).iter_mut().zip(bias) {
-                *value += bias.widen();
+pub(super) struct AddBias<'a, 'p> {
+    pub(super) bias: &'a CpuWeight,
+    pub(super) rows: Range<usize>,
+    pub(super) panel: &'a mut Panel<'p>,
+}
+
+impl Kernel for AddBias<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        by_element!(self.bias.element(), E => {
+            let bias = &self.bias.vector::<E>()[self.panel.columns()];
+            for row in self.rows {
+                for (value, bias) in self.panel.row(row).iter_mut().zip(bias) {
+                    *value += bias.widen();
+                }
             }
-        }
-    });
+        });
+    }
 }

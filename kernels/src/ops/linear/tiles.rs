@@ -13,7 +13,7 @@ mod feed_forward;
 
 pub(super) use feed_forward::feed_forward;
 
-use super::{add_bias, equal_parts};
+use super::{AddBias, equal_parts};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SUMS};
@@ -152,7 +152,8 @@ fn multiply<U: TileUnit>(
                 });
                 turn.panels(sums.as_mut_slice(), (part.start, &mut panel));
                 if let Some(bias) = bias {
-                    add_bias(bias, part.clone(), &mut panel);
+                    let (rows, panel) = (part.clone(), &mut panel);
+                    cpu.isa.run(AddBias { bias, rows, panel });
                 }
             }
         });

@@ -21,7 +21,7 @@ mod vectors;
 
 use super::activations::{Factor, SEGMENT};
 use super::tiles::put;
-use super::{add_bias, equal_parts};
+use super::{AddBias, equal_parts};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::quantized::{Codes, Columns, Segment};
@@ -164,7 +164,8 @@ pub(super) fn linear<U: TileUnit>(
                     });
                     turn.panels(numbers, &mut panel);
                     if let Some(bias) = bias {
-                        add_bias(bias, part.clone(), &mut panel);
+                        let (rows, panel) = (part.clone(), &mut panel);
+                        cpu.isa.run(AddBias { bias, rows, panel });
                     }
                 }
             });
