@@ -88,7 +88,7 @@ impl Shape {
 
     /// Activations that do not stay in the cache are read once for each claim.
     fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
-        if self.inputs() <= CACHED && self.tiles > 2 {
+        if self.inputs() <= CACHED {
             panels
         } else {
             panels.in_large_claims()
