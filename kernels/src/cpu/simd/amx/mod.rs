@@ -61,6 +61,9 @@ pub(crate) trait Multiply {
     /// small for a normal f32 counts as zero.
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>);
 
+    /// The same, where sums begin at zero and are written, whatever was there. At least one chunk.
+    fn new_floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>);
+
     /// Of codes, both with a sign. The sums are written, whatever was there; they are exact. At least one chunk.
     fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>);
 }
@@ -366,6 +369,11 @@ impl Tiles {
 impl Multiply for Tiles {
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>) {
         multiply!("tdpbf16ps", add, self, product);
+    }
+
+    fn new_floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>) {
+        assert!(!product.cells.is_empty(), "a chunk at least");
+        multiply!("tdpbf16ps", write, self, product);
     }
 
     fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>) {

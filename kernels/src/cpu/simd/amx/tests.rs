@@ -53,6 +53,12 @@ impl Multiply for ModelTiles {
         });
     }
 
+    fn new_floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>) {
+        assert!(!product.cells.is_empty(), "a chunk at least");
+        product.sums.fill([0.0; LANES]);
+        self.floats(product);
+    }
+
     fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
         assert!(!product.cells.is_empty(), "a chunk at least");
         let cells = product.cells;
