@@ -17,7 +17,7 @@
 mod cases;
 mod measure;
 
-use kernels::backend::Backend;
+use kernels::backend::{Backend, Element};
 use kernels::cpu::CpuBackend;
 use measure::Bench;
 use std::error::Error;
@@ -65,7 +65,9 @@ fn options() -> Result<Options, Box<dyn Error>> {
 }
 
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
-    let cpu = CpuBackend::with_isa(options.threads, None, &options.isa)?;
+    let mut cpu = CpuBackend::with_isa(options.threads, None, &options.isa)?;
+    // As most models are.
+    cpu.compute_in(Element::Bf16);
     let bench = Bench::new(
         (&cpu, options.threads),
         options.only.clone(),

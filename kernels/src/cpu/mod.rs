@@ -45,6 +45,8 @@ pub struct CpuBackend {
     pub(crate) threads: Threads,
     pub(crate) scratch: Scratch,
     pub(crate) isa: Isa,
+    /// What the model's matrices are stored as ([`Backend::compute_in`]).
+    pub(crate) element: Element,
 }
 
 impl CpuBackend {
@@ -86,6 +88,7 @@ impl CpuBackend {
             threads: Threads::start(threads, cores)?,
             scratch,
             isa,
+            element: Element::F32,
         })
     }
 
@@ -130,9 +133,11 @@ impl Backend for CpuBackend {
         memory::total_and_free()
     }
 
-    // f32, whatever the weights are stored as: narrower activations would be slower here. Products on tiles round them as
-    // they lay them out.
-    fn compute_in(&mut self, _element: Element) {}
+    // f32, whatever the weights are stored as: narrower activations would be slower here. Products and attention on tiles,
+    // for those who have bfloat16, round them as they lay them out.
+    fn compute_in(&mut self, element: Element) {
+        self.element = element;
+    }
 
     fn element_bytes(&self, _precision: Precision) -> usize {
         size_of::<f32>()

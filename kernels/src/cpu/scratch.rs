@@ -24,6 +24,9 @@ pub(crate) const TILE_INPUTS: usize = 256 << 10;
 /// Lines of 64 bytes for a thread's sums, 1 MiB: those of 512 rows and 512 outputs.
 pub(crate) const TILE_SUMS: usize = 16 << 10;
 
+/// Lines of 64 bytes for a thread's attention, 1 MiB. A third is touched with heads of 64, all with heads of 256.
+pub(crate) const TILE_ATTENTION: usize = 16 << 10;
+
 /// One space for each thread, and one for all.
 #[derive(Debug)]
 pub(crate) struct Scratch {
@@ -37,6 +40,7 @@ pub(crate) struct Scratch {
 struct TileScratch {
     inputs: Mutex<Region>,
     sums: Vec<Mutex<Region>>,
+    attention: Vec<Mutex<Region>>,
 }
 
 impl Scratch {
@@ -53,13 +57,13 @@ impl Scratch {
     /// The same with memory for tiles.
     pub(crate) fn with_tiles(self) -> Result<Self, DeviceError> {
         let lines = |count: usize| Region::zeroed(&[count, 64]).map(Mutex::new);
+        let each = |count| self.threads.iter().map(|_| lines(count)).collect();
+        let sums: Result<_, DeviceError> = each(TILE_SUMS);
+        let attention: Result<_, DeviceError> = each(TILE_ATTENTION);
         let tiles = TileScratch {
             inputs: lines(TILE_INPUTS)?,
-            sums: self
-                .threads
-                .iter()
-                .map(|_| lines(TILE_SUMS))
-                .collect::<Result<_, _>>()?,
+            sums: sums?,
+            attention: attention?,
         };
         Ok(Self {
             tiles: Some(tiles),
@@ -97,6 +101,15 @@ impl Scratch {
     pub(crate) fn tile_sums(&self, thread: usize) -> MutexGuard<'_, Region> {
         let sums = &self.tiles().sums[thread];
         sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The lines for the attention of `thread`, [`TILE_ATTENTION`] of them.
+    ///
+    /// # Panics
+    /// Without memory for tiles.
+    pub(crate) fn tile_attention(&self, thread: usize) -> MutexGuard<'_, Region> {
+        let attention = &self.tiles().attention[thread];
+        attention.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn tiles(&self) -> &TileScratch {

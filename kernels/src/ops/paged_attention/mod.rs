@@ -9,7 +9,9 @@
 //!
 //! The fast path takes a few tokens of a sequence and all query heads of a key head at a time (`rows.rs`, `round.rs`). Where there
 //! are too few of those for all threads, as when one long sequence decodes, threads share the keys of each, too:
-//! the parts of the keys and the order in which they are merged are the same either way.
+//! the parts of the keys and the order in which they are merged are the same either way. Models of bfloat16 are
+//! computed on matrix tiles where the CPU has them (`tiles.rs`), rounded as their products are; with other bits, and so
+//! for one row as for many.
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
@@ -19,11 +21,17 @@ mod round;
 mod rows;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
-use crate::backend::{Attention, KvLayout};
+use crate::backend::{Attention, Element, KvLayout};
 use crate::cpu::element::{Stored, by_kv_element};
 use crate::cpu::kv_cache::LayerBlocks;
 use crate::cpu::simd::LANES;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::amx::Amx;
+#[cfg(all(test, target_arch = "x86_64"))]
+use crate::cpu::simd::amx::tests::Model;
 use crate::cpu::{CpuBackend, CpuBatch, CpuKvCache, CpuTensor};
 use round::{Sequence, visible};
 use rows::{Merge, Rows, Target, head_vectors, most_rows, parts};
@@ -32,9 +40,54 @@ use std::ops::Range;
 /// Tiles for each thread, so that none waits long for another.
 const TILES_PER_THREAD: usize = 4;
 
+/// What computes rows. The same for all rows of a model, since bits differ.
+#[derive(Clone, Copy)]
+enum Unit {
+    Vectors,
+    #[cfg(target_arch = "x86_64")]
+    Tiles(Amx),
+    #[cfg(all(test, target_arch = "x86_64"))]
+    Model(Model),
+}
+
+impl Unit {
+    /// Tiles where the CPU has them, but not for models of more bits than tiles multiply.
+    fn of(cpu: &CpuBackend, head_dim: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(amx) = cpu.isa.tiles()
+            && cpu.element == Element::Bf16
+            && tiles::takes(head_dim)
+        {
+            return Self::Tiles(amx);
+        }
+        let _ = (cpu, head_dim);
+        Self::Vectors
+    }
+
+    /// How many rows a thread's memory is enough for.
+    fn most_rows(self, head_dim: usize) -> usize {
+        match self {
+            Self::Vectors => most_rows(head_dim),
+            #[cfg(target_arch = "x86_64")]
+            _ => tiles::MOST_ROWS,
+        }
+    }
+}
+
 /// The fast path.
 pub(crate) fn attend(
     cpu: &CpuBackend,
+    batch: &CpuBatch,
+    attention: &Attention,
+    (qkv, cache): (&CpuTensor, &CpuKvCache),
+    out: &mut CpuTensor,
+) {
+    let unit = Unit::of(cpu, cache.layout().head_dim);
+    attend_on((cpu, unit), batch, attention, (qkv, cache), out);
+}
+
+fn attend_on(
+    (cpu, unit): (&CpuBackend, Unit),
     batch: &CpuBatch,
     attention: &Attention,
     (qkv, cache): (&CpuTensor, &CpuKvCache),
@@ -77,6 +130,7 @@ pub(crate) fn attend(
     by_kv_element!(layout.element, E => {
         let problem = Problem {
             cpu,
+            unit,
             batch,
             attention,
             qkv,
@@ -92,6 +146,7 @@ pub(crate) fn attend(
 /// What is to be computed.
 struct Problem<'a, E> {
     cpu: &'a CpuBackend,
+    unit: Unit,
     batch: &'a CpuBatch,
     attention: &'a Attention,
     qkv: &'a CpuTensor,
@@ -110,9 +165,10 @@ impl<'a, E: Stored> Problem<'a, E> {
         } = self.blocks.layout();
         let (tokens, width) = (out.rows(), out.width());
         let threads = self.cpu.threads.count();
-        let heads_at_once = self.group.min(most_rows(head_dim));
+        let most_rows = self.unit.most_rows(head_dim);
+        let heads_at_once = self.group.min(most_rows);
         let tiles = (tokens * local_kv_heads).div_ceil(threads * TILES_PER_THREAD);
-        let most = most_rows(head_dim) / heads_at_once;
+        let most = most_rows / heads_at_once;
         let rows = tiles.clamp(1, most);
         let columns = self.group * head_dim;
         let cost = rows * self.cost_of_token();
@@ -122,21 +178,14 @@ impl<'a, E: Stored> Problem<'a, E> {
             .threads
             .tiles(values, width, tile, |thread, tokens, mut panel| {
                 let kv_head = panel.columns().start / columns;
-                let mut space = self.cpu.scratch.of_thread(thread);
                 let mut start = tokens.start;
                 while start < tokens.end {
                     let row = self.batch.token_rows[start] as usize;
                     let end = tokens.end.min(self.batch.host.row_starts[row + 1] as usize);
                     for first in (0..self.group).step_by(heads_at_once) {
                         let heads = first..(first + heads_at_once).min(self.group);
-                        self.cpu.isa.run(Rows {
-                            sequence: self.sequence(row, kv_head),
-                            tokens: start..end,
-                            heads: kv_head * self.group + heads.start
-                                ..kv_head * self.group + heads.end,
-                            space: &mut space,
-                            target: Target::Out(&mut panel, first * head_dim),
-                        });
+                        let target = Target::Out(&mut panel, first * head_dim);
+                        self.run(thread, (row, start..end), (kv_head, heads), target);
                     }
                     start = end;
                 }
@@ -158,7 +207,7 @@ impl<'a, E: Stored> Problem<'a, E> {
         let needed = items * most * part;
         let mut memory = self.cpu.scratch.shared();
         let not_needed = most < 2 || threads == 1 || items >= threads * TILES_PER_THREAD;
-        if not_needed || needed > memory.len() || self.group > most_rows(head_dim) {
+        if not_needed || needed > memory.len() || self.group > self.unit.most_rows(head_dim) {
             return false;
         }
         let cost = self.cost_of_token() / most;
@@ -171,15 +220,10 @@ impl<'a, E: Stored> Problem<'a, E> {
                 let (token, kv_head) = (item / local_kv_heads, item % local_kv_heads);
                 let wanted = parts(&self.seen(token));
                 if number < wanted.len() {
-                    let heads = kv_head * self.group..(kv_head + 1) * self.group;
                     let row = self.batch.token_rows[token] as usize;
-                    self.cpu.isa.run(Rows {
-                        sequence: self.sequence(row, kv_head),
-                        tokens: token..token + 1,
-                        heads,
-                        space: &mut self.cpu.scratch.of_thread(thread),
-                        target: Target::Part(panel.row(index.start), wanted.start + number),
-                    });
+                    let target = Target::Part(panel.row(index.start), wanted.start + number);
+                    let heads = (kv_head, 0..self.group);
+                    self.run(thread, (row, token..token + 1), heads, target);
                 }
             });
         let (width, columns) = (out.width(), self.group * head_dim);
@@ -198,6 +242,40 @@ impl<'a, E: Stored> Problem<'a, E> {
                 });
             });
         true
+    }
+
+    /// Some tokens of a batch's row and some heads of a key head's group.
+    fn run(
+        &self,
+        thread: usize,
+        (row, tokens): (usize, Range<usize>),
+        (kv_head, heads): (usize, Range<usize>),
+        target: Target<'_, '_>,
+    ) {
+        let first = kv_head * self.group;
+        let heads = first + heads.start..first + heads.end;
+        let sequence = self.sequence(row, kv_head);
+        let rows = |space| Rows {
+            sequence,
+            tokens,
+            heads,
+            space,
+            target,
+        };
+        let (isa, scratch) = (self.cpu.isa, &self.cpu.scratch);
+        #[cfg(target_arch = "x86_64")]
+        let on_tiles = || scratch.tile_attention(thread);
+        match self.unit {
+            Unit::Vectors => isa.run(rows(&mut scratch.of_thread(thread))),
+            #[cfg(target_arch = "x86_64")]
+            Unit::Tiles(amx) => {
+                tiles::attend((isa, amx), rows(on_tiles().as_mut_slice()));
+            }
+            #[cfg(all(test, target_arch = "x86_64"))]
+            Unit::Model(model) => {
+                tiles::attend((isa, model), rows(on_tiles().as_mut_slice()));
+            }
+        }
     }
 
     fn sequence(&self, row: usize, kv_head: usize) -> Sequence<'a, E> {

@@ -42,6 +42,15 @@ pub(super) fn visible(position: u32, window: Option<u32>) -> Range<usize> {
     end - window.map_or(end, |window| end.min(window as usize))..end
 }
 
+impl<E> Sequence<'_, E> {
+    /// Positions that any of some tokens sees.
+    pub(super) fn seen_by(&self, tokens: Range<usize>) -> Range<usize> {
+        let seen = tokens.map(|token| visible(self.positions[token], self.window));
+        let any = seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
+        any.unwrap_or(0..0)
+    }
+}
+
 /// A softmax so far.
 #[derive(Clone, Copy)]
 pub(super) struct State {
@@ -73,11 +82,11 @@ pub(super) struct Places<'a> {
 
 /// Sixteen keys and those of their values that are seen by any row.
 #[derive(Clone, Copy)]
-struct Run<'a, E> {
-    cells: &'a [[E; CELL]],
-    values: &'a [[E; LANES]],
+pub(super) struct Run<'a, E> {
+    pub(super) cells: &'a [[E; CELL]],
+    pub(super) values: &'a [[E; LANES]],
     /// Which of the sixteen the first value belongs to.
-    first: usize,
+    pub(super) first: usize,
 }
 
 /// One round of some rows.
@@ -124,7 +133,7 @@ impl<E: Stored> Round<'_, '_, E> {
 
     /// Keys and values where they are.
     #[inline(always)]
-    fn runs(&self) -> [Run<'_, E>; GROUPS] {
+    pub(super) fn runs(&self) -> [Run<'_, E>; GROUPS] {
         let Sequence {
             table,
             blocks,
@@ -152,7 +161,7 @@ impl<E: Stored> Round<'_, '_, E> {
 
     /// Widens the round's keys and values into cells and padded vectors.
     #[inline(always)]
-    fn copy_keys_and_values(&self, keys: &mut [[f32; CELL]], values: &mut Space) {
+    pub(super) fn copy_keys_and_values(&self, keys: &mut [[f32; CELL]], values: &mut Space) {
         let blocks = &self.sequence.blocks;
         let (block_size, head_dim) = (blocks.layout().block_size, blocks.layout().head_dim);
         keys.fill([0.0; CELL]);
@@ -175,7 +184,7 @@ impl<E: Stored> Round<'_, '_, E> {
     }
 
     #[inline(always)]
-    fn copied_runs<'s>(
+    pub(super) fn copied_runs<'s>(
         &self,
         keys: &'s [[f32; CELL]],
         values: &'s Space,

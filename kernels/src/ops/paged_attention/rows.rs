@@ -9,7 +9,7 @@
 //! does not see a key that another row sees, it adds zero times that key's value.
 
 use super::round::{
-    GROUPS, MOST_ROWS, Places, ROUND, Round, Sequence, State, intersection, larger, visible,
+    GROUPS, MOST_ROWS, Places, ROUND, Round, Sequence, State, intersection, larger,
 };
 use crate::cpu::element::Stored;
 use crate::cpu::exp::exp;
@@ -29,6 +29,16 @@ pub(super) enum Target<'a, 'p> {
     Part(&'a mut [f32], usize),
 }
 
+impl Target<'_, '_> {
+    /// The parts of `keys` that are wanted.
+    pub(super) fn parts(&self, keys: &Range<usize>) -> Range<usize> {
+        match self {
+            Self::Out(..) => parts(keys),
+            Self::Part(_, index) => *index..*index + 1,
+        }
+    }
+}
+
 /// Some rows and where they work.
 pub(super) struct Rows<'a, 'p, E> {
     pub(super) sequence: Sequence<'a, E>,
@@ -40,7 +50,7 @@ pub(super) struct Rows<'a, 'p, E> {
 }
 
 /// The part numbered `index` of all positions.
-fn part(index: usize) -> Range<usize> {
+pub(super) fn part(index: usize) -> Range<usize> {
     index * SPLIT..(index + 1) * SPLIT
 }
 
@@ -86,14 +96,8 @@ impl<E: Stored> Kernel for Rows<'_, '_, E> {
         let mut places = divide(space, count, vectors);
         let rows = (tokens.clone(), heads.clone());
         lay_out_queries::<S>(&sequence, rows, head_dim, places.queries);
-        let seen = |token: usize| visible(sequence.positions[token], sequence.window);
-        let starts = tokens.clone().map(|token| seen(token).start);
-        let ends = tokens.clone().map(|token| seen(token).end);
-        let keys = starts.min().unwrap_or(0)..ends.max().unwrap_or(0);
-        let wanted = match &target {
-            Target::Out(..) => parts(&keys),
-            Target::Part(_, index) => *index..*index + 1,
-        };
+        let keys = sequence.seen_by(tokens.clone());
+        let wanted = target.parts(&keys);
 
         let mut totals = [State::NOTHING; MOST_ROWS];
         places.totals.fill([0.0; LANES]);
@@ -124,12 +128,8 @@ impl<E: Stored> Kernel for Rows<'_, '_, E> {
             }
         }
         if let Target::Out(panel, column) = target {
-            let totals_of = places.totals.chunks_exact(vectors).zip(totals);
-            let at = tokens.flat_map(|token| (0..heads.len()).map(move |head| (token, head)));
-            for ((token, head), (total, state)) in at.zip(totals_of) {
-                let out = &mut panel.row(token)[column + head * head_dim..][..head_dim];
-                finish(total, state, sequence.blocks.unit(), out);
-            }
+            let rows = (tokens, heads.len());
+            put_all(&sequence, rows, (places.totals, &totals), (panel, column));
         }
     }
 }
@@ -182,7 +182,7 @@ fn lay_out_queries<S: Simd>(
 
 /// Adds a part's weighted values to the total of those before it.
 #[inline(always)]
-fn merge((total, at): (&mut Space, &mut State), (sums, state): (&Space, State)) {
+pub(super) fn merge((total, at): (&mut Space, &mut State), (sums, state): (&Space, State)) {
     if state.sum == 0.0 {
         return;
     }
@@ -199,6 +199,23 @@ fn merge((total, at): (&mut Space, &mut State), (sums, state): (&Space, State)) 
     };
 }
 
+/// Puts what is wanted of all rows, `totals: [rows][vectors]`, into the columns of `heads` heads from `column` on.
+#[inline(always)]
+pub(super) fn put_all(
+    sequence: &Sequence<'_, impl Stored>,
+    (tokens, heads): (Range<usize>, usize),
+    (totals, states): (&Space, &[State]),
+    (panel, column): (&mut Panel<'_>, usize),
+) {
+    let head_dim = sequence.blocks.layout().head_dim;
+    let totals = totals.chunks_exact(head_vectors(head_dim)).zip(states);
+    let at = tokens.flat_map(|token| (0..heads).map(move |head| (token, head)));
+    for ((token, head), (total, state)) in at.zip(totals) {
+        let out = &mut panel.row(token)[column + head * head_dim..][..head_dim];
+        finish(total, *state, sequence.blocks.unit(), out);
+    }
+}
+
 #[inline(always)]
 fn finish(total: &Space, state: State, unit: f32, out: &mut [f32]) {
     for (out, total) in out.chunks_mut(LANES).zip(total) {
@@ -210,7 +227,7 @@ fn finish(total: &Space, state: State, unit: f32, out: &mut [f32]) {
 
 /// `[rows][vectors + 1]`: the weighted values, then maximum and sum.
 #[inline(always)]
-fn put_part(out: &mut [f32], sums: &Space, states: &[State], vectors: usize) {
+pub(super) fn put_part(out: &mut [f32], sums: &Space, states: &[State], vectors: usize) {
     let out = out.as_chunks_mut::<LANES>().0.chunks_exact_mut(vectors + 1);
     for ((out, sums), state) in out.zip(sums.chunks_exact(vectors)).zip(states) {
         out[..vectors].copy_from_slice(sums);

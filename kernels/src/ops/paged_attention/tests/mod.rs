@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 mod flashinfer;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use super::*;
 use crate::backend::{Backend, Element, Heads, Precision};
@@ -244,24 +246,34 @@ fn is_the_reference_and_chunked_is_whole_and_batched_is_alone_bit_for_bit() {
         println!("case {case}: {:?} {:?}", scene.layout, scene.attention);
         // The instruction sets in turn, against one and several threads of the same.
         let pair = &all[case % (all.len() / 2) * 2..][..2];
-        let whole = scene.whole((&pair[0], attend));
-        for (s, out) in whole.iter().enumerate() {
-            assert_close(out, &scene.reference(s), 2e-5, 2e-5);
+        check_equivalences(&mut scene, (pair, attend), 2e-5, &mut rng);
+    }
+}
+
+/// On two backends of one kind.
+fn check_equivalences(
+    scene: &mut Scene,
+    (pair, attend): (&[CpuBackend], Attend<CpuBackend>),
+    tolerance: f32,
+    rng: &mut Rng,
+) {
+    let whole = scene.whole((&pair[0], attend));
+    for (s, out) in whole.iter().enumerate() {
+        assert_close(out, &scene.reference(s), tolerance, tolerance);
+    }
+    scene.place(rng);
+    let other = (&pair[1], attend);
+    for other in [scene.whole(other), scene.chunked(other, rng)] {
+        for (a, b) in whole.iter().zip(&other) {
+            assert_eq!(bits(a), bits(b));
         }
-        scene.place(&mut rng);
-        let other = (&pair[1], attend as Attend<CpuBackend>);
-        for other in [scene.whole(other), scene.chunked(other, &mut rng)] {
-            for (a, b) in whole.iter().zip(&other) {
-                assert_eq!(bits(a), bits(b));
-            }
-        }
-        for (s, out) in whole.iter().enumerate() {
-            let mut alone = vec![Vec::new(); whole.len()];
-            let mut cache = scene.dirty_cache(&pair[0]);
-            let on = (&pair[0], attend as Attend<CpuBackend>);
-            scene.step(on, &[(s, 0..scene.length(s))], &mut cache, &mut alone);
-            assert_eq!(bits(out), bits(&alone[s]));
-        }
+    }
+    for (s, out) in whole.iter().enumerate() {
+        let mut alone = vec![Vec::new(); whole.len()];
+        let mut cache = scene.dirty_cache(&pair[0]);
+        let on = (&pair[0], attend);
+        scene.step(on, &[(s, 0..scene.length(s))], &mut cache, &mut alone);
+        assert_eq!(bits(out), bits(&alone[s]));
     }
 }
 
@@ -279,39 +291,47 @@ fn the_last_token_of_a_long_sequence_alone_gives_the_bits_of_the_whole() {
             local_heads: heads.local_kv_heads * rng.within(1..4),
             ..heads
         };
-        let lengths = [3 + rng.within(0..1600), 3, 1 + rng.within(0..600)];
-        let mut scene = Scene::with_lengths(&mut rng, heads, &lengths);
-        scene.attention.sliding_window = rng.pick(&[None, None, Some(530)]);
-        scene.layout.element = KV_ELEMENTS[case % KV_ELEMENTS.len()];
-        println!(
-            "case {case}: {:?} {:?} {lengths:?}",
-            scene.layout, scene.attention
-        );
-        let whole = scene.whole((&pair[0], attend));
-        for s in [0, 2] {
-            assert_close(&whole[s], &scene.reference(s), 2e-5, 2e-5);
+        let element = KV_ELEMENTS[case % KV_ELEMENTS.len()];
+        check_last_tokens(&mut rng, (heads, element), (pair, attend), 2e-5);
+    }
+}
+
+/// On two backends of one kind.
+fn check_last_tokens(
+    rng: &mut Rng,
+    (heads, element): (Heads, Element),
+    (pair, attend): (&[CpuBackend], Attend<CpuBackend>),
+    tolerance: f32,
+) {
+    let lengths = [3 + rng.within(0..1600), 3, 1 + rng.within(0..600)];
+    let mut scene = Scene::with_lengths(rng, heads, &lengths);
+    scene.attention.sliding_window = rng.pick(&[None, None, Some(530)]);
+    scene.layout.element = element;
+    println!("{:?} {:?} {lengths:?}", scene.layout, scene.attention);
+    let whole = scene.whole((&pair[0], attend));
+    for s in [0, 2] {
+        assert_close(&whole[s], &scene.reference(s), tolerance, tolerance);
+    }
+    for (on, together) in [(0, false), (1, false), (1, true)] {
+        let on = (&pair[on], attend);
+        let mut cache = scene.dirty_cache(on.0);
+        let mut outputs = vec![Vec::new(); lengths.len()];
+        let last = |s: usize| (s, lengths[s] - 1..lengths[s]);
+        let before: Vec<_> = (0..3).map(|s| (s, 0..lengths[s] - 1)).collect();
+        let before: Vec<_> = before
+            .into_iter()
+            .filter(|(_, part)| !part.is_empty())
+            .collect();
+        scene.step(on, &before, &mut cache, &mut outputs);
+        if together {
+            scene.step(on, &[last(0), last(1), last(2)], &mut cache, &mut outputs);
+        } else {
+            for s in 0..3 {
+                scene.step(on, &[last(s)], &mut cache, &mut outputs);
+            }
         }
-        for (on, together) in [(0, false), (1, false), (1, true)] {
-            let on = (&pair[on], attend as Attend<CpuBackend>);
-            let mut cache = scene.dirty_cache(on.0);
-            let mut outputs = vec![Vec::new(); lengths.len()];
-            let last = |s: usize| (s, lengths[s] - 1..lengths[s]);
-            let before: Vec<_> = (0..3).map(|s| (s, 0..lengths[s] - 1)).collect();
-            let before: Vec<_> = before
-                .into_iter()
-                .filter(|(_, part)| !part.is_empty())
-                .collect();
-            scene.step(on, &before, &mut cache, &mut outputs);
-            if together {
-                scene.step(on, &[last(0), last(1), last(2)], &mut cache, &mut outputs);
-            } else {
-                for s in 0..3 {
-                    scene.step(on, &[last(s)], &mut cache, &mut outputs);
-                }
-            }
-            for (a, b) in whole.iter().zip(&outputs) {
-                assert_eq!(bits(a), bits(b));
-            }
+        for (a, b) in whole.iter().zip(&outputs) {
+            assert_eq!(bits(a), bits(b));
         }
     }
 }

@@ -1,0 +1,665 @@
+//! Attention of some rows on matrix tiles, with the softmax and the parts of `rows.rs`.
+//!
+//! Queries, keys, weights and values are rounded to bfloat16, sums are f32. The keys and values of a part are laid out as
+//! tiles once for all rows. Then come the rows, two tiles at a time: all their scores with the part, the weights, which
+//! with the scores stay in the second-level cache, and the weighted values. As the part's scores are all there before the
+//! first weight is made, nothing is ever rescaled within a part. What is not here: products (`cpu/simd/amx`).
+//!
+//! Invariant: as said in `rows.rs`. What a row does not see weighs zero, and chunks that no row of its tiles sees are left
+//! out, which comes to the same: adding zeros changes no sum but for making -0 of what was so small that tiles took
+//! it for zero, and that sign is cleared when sums are taken. The values that weigh zero were written, since another row
+//! sees them, or are zeros.
+
+use super::round::{GROUPS, ROUND, Round, Run, Sequence, State, intersection, larger, visible};
+use super::rows::{Rows, SPLIT, Target, head_vectors, merge, part, put_all, put_part};
+use crate::cpu::element::Stored;
+use crate::cpu::matrix::Panel;
+use crate::cpu::scratch::{Space, TILE_ATTENTION};
+use crate::cpu::simd::amx::{
+    CHUNK_CELLS, Course, Floats, Kept, Multiply, Product, TILE_ROWS, TileUnit,
+};
+use crate::cpu::simd::{CELL, Isa, Kernel, LANES, Simd};
+use crate::cpu::tanh::soft_capped;
+use half::bf16;
+use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
+
+/// What a line of queries has of a head's elements, and a line of weights of the positions.
+const CHUNK: usize = CELL;
+
+/// Chunks of positions of a part.
+const PART_CHUNKS: usize = SPLIT / CHUNK;
+
+/// Most rows at a time: enough that laying out keys and values costs little beside all else.
+pub(super) const MOST_ROWS: usize = 7 * 2 * TILE_ROWS;
+
+/// The widest head that memory is enough for.
+const MOST_HEAD_DIM: usize = 256;
+
+/// All sums of a product are there when it ends.
+const WRITTEN: Course<'static> = Course {
+    is_first: true,
+    out: None,
+};
+
+const MOST_VECTORS: usize = MOST_HEAD_DIM / LANES;
+
+/// Whether there is memory for heads of this size.
+pub(super) fn takes(head_dim: usize) -> bool {
+    head_dim <= MOST_HEAD_DIM
+}
+
+/// How rows and heads are cut.
+#[derive(Clone, Copy)]
+struct Shape {
+    rows: usize,
+    /// Rows of a tile; the last may have fewer.
+    tile_rows: usize,
+    /// Chunks of a head.
+    chunks: usize,
+    /// Vectors of a head.
+    vectors: usize,
+}
+
+impl Shape {
+    fn of(rows: usize, head_dim: usize) -> Self {
+        assert!(
+            rows <= MOST_ROWS && takes(head_dim),
+            "{rows} rows of {head_dim}"
+        );
+        Self {
+            rows,
+            tile_rows: rows.div_ceil(rows.div_ceil(TILE_ROWS)),
+            chunks: head_dim.div_ceil(CHUNK),
+            vectors: head_vectors(head_dim),
+        }
+    }
+
+    /// Lines of a tile of queries.
+    fn queries(&self) -> usize {
+        self.chunks * self.tile_rows
+    }
+
+    /// Cells of the keys of a chunk of positions.
+    fn keys(&self) -> usize {
+        self.chunks * CHUNK_CELLS
+    }
+}
+
+/// A thread's memory, divided.
+struct Places<'a> {
+    /// `[tiles][chunks of a head][rows of a tile]`
+    queries: &'a mut [Floats],
+    /// `[PART_CHUNKS][chunks of a head][16][2]`: pairs of elements of sixteen keys, twice.
+    keys: &'a mut [Floats],
+    /// `[pairs of a head's vectors][PART_CHUNKS][16][2]`: pairs of positions, sixteen apart, of two vectors.
+    values: &'a mut [Floats],
+    /// Weighted values of all parts so far. `[rows][vectors]`
+    totals: &'a mut Space,
+    /// For copies of keys and values first, then for [`Turn`]s.
+    rest: &'a mut Space,
+}
+
+impl<'a> Places<'a> {
+    fn divide(shape: Shape, space: &'a mut Space) -> Self {
+        let (queries, space) = space.split_at_mut(MOST_ROWS * shape.chunks);
+        let (keys, space) = space.split_at_mut(PART_CHUNKS * shape.keys());
+        let (values, space) = space.split_at_mut(PART_CHUNKS * shape.keys());
+        let (totals, rest) = space.split_at_mut(shape.rows * shape.vectors);
+        Self {
+            queries: bytemuck::cast_slice_mut(queries),
+            keys: bytemuck::cast_slice_mut(keys),
+            values: bytemuck::cast_slice_mut(values),
+            totals,
+            rest,
+        }
+    }
+}
+
+/// Lines that a turn needs: scores, weights and sums of two full tiles.
+const fn turn_lines(vectors: usize) -> usize {
+    let rows = 2 * TILE_ROWS;
+    PART_CHUNKS * (2 * rows + 1) + PART_CHUNKS * rows + rows * vectors.next_multiple_of(2)
+}
+
+const _: () = {
+    let (chunks, vectors) = (MOST_HEAD_DIM / CHUNK, MOST_VECTORS);
+    let laid_out = MOST_ROWS * (chunks + vectors) + 2 * PART_CHUNKS * chunks * CHUNK_CELLS;
+    assert!(laid_out + turn_lines(vectors) <= TILE_ATTENTION);
+    assert!(2 * ROUND * vectors <= turn_lines(vectors));
+};
+
+/// The work of `rows` on the tiles of `unit`; their space is [`TILE_ATTENTION`] lines.
+pub(super) fn attend<E: Stored, U: TileUnit>((isa, unit): (Isa, U), rows: Rows<'_, '_, E>) {
+    let Rows {
+        sequence,
+        tokens,
+        heads,
+        space,
+        mut target,
+    } = rows;
+    let head_dim = sequence.blocks.layout().head_dim;
+    let shape = Shape::of(tokens.len() * heads.len(), head_dim);
+    let mut places = Places::divide(shape, space);
+    isa.run(Queries {
+        sequence: &sequence,
+        tokens: tokens.clone(),
+        heads: heads.clone(),
+        shape,
+        to: places.queries,
+    });
+    let keys = sequence.seen_by(tokens.clone());
+    let mut totals = [State::NOTHING; MOST_ROWS];
+    places.totals.fill([0.0; LANES]);
+    let mut tiles = unit.tiles(shape.tile_rows);
+    for index in target.parts(&keys) {
+        isa.run(Keys {
+            sequence: &sequence,
+            keys: intersection(&keys, &part(index)),
+            first: part(index).start,
+            shape,
+            places: &mut places,
+        });
+        for first in (0..shape.rows).step_by(2 * shape.tile_rows) {
+            let rows = first..(first + 2 * shape.tile_rows).min(shape.rows);
+            let token = |row: usize| tokens.start + row / heads.len();
+            let own = sequence.seen_by(token(rows.start)..token(rows.end - 1) + 1);
+            let own = intersection(&own, &part(index));
+            // Where `Target::Part` is wanted there is one token, which sees some of it.
+            if own.is_empty() {
+                continue;
+            }
+            let mut turn = Turn::divide(shape, rows.clone(), &own, &mut *places.rest);
+            turn.score(&mut tiles, places.queries, places.keys);
+            isa.run(Softmax {
+                turn: &mut turn,
+                soft_cap: sequence.soft_cap,
+                seen: |row| visible(sequence.positions[token(row)], sequence.window),
+            });
+            turn.weigh(&mut tiles, places.values);
+            isa.run(Take {
+                turn: &turn,
+                totals: (&mut *places.totals, &mut totals),
+                target: &mut target,
+            });
+        }
+    }
+    drop(tiles);
+    if let Target::Out(panel, column) = target {
+        isa.run(Put {
+            sequence: &sequence,
+            rows: (tokens, heads.len()),
+            totals: (places.totals, &totals),
+            to: (panel, column),
+        });
+    }
+}
+
+/// The bits of `value` rounded to nearest even in their upper half; anything in the lower.
+#[inline(always)]
+fn nearest(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let even = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    // A bit that survives says that it is not a number.
+    if value.is_nan() { bits | 1 << 22 } else { even }
+}
+
+/// A line of pairs, of the upper halves of both.
+#[inline(always)]
+fn pairs(first: [u32; LANES], second: [u32; LANES]) -> Floats {
+    let mut line = [0; LANES];
+    for lane in 0..LANES {
+        line[lane] = first[lane] >> 16 | second[lane] & 0xffff_0000;
+    }
+    bytemuck::cast(line)
+}
+
+#[inline(always)]
+fn round(values: [f32; LANES]) -> [u32; LANES] {
+    let mut rounded = [0; LANES];
+    for lane in 0..LANES {
+        rounded[lane] = nearest(values[lane]);
+    }
+    rounded
+}
+
+/// Lays out queries as tiles, such that scores are exponents of two.
+struct Queries<'a, 'b, E> {
+    sequence: &'a Sequence<'b, E>,
+    tokens: Range<usize>,
+    heads: Range<usize>,
+    shape: Shape,
+    to: &'a mut [Floats],
+}
+
+impl<E: Stored> Kernel for Queries<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Shape {
+            rows, tile_rows, ..
+        } = self.shape;
+        let blocks = &self.sequence.blocks;
+        let head_dim = blocks.layout().head_dim;
+        let scale = self.sequence.scale * LOG2_E * blocks.unit();
+        for row in 0..rows.next_multiple_of(tile_rows) {
+            let to = &mut self.to[row / tile_rows * self.shape.queries() + row % tile_rows..];
+            let lines = to.iter_mut().step_by(tile_rows).take(self.shape.chunks);
+            for (chunk, line) in lines.enumerate() {
+                let mut values = [0.0; CHUNK];
+                if row < rows {
+                    let (token, head) = (row / self.heads.len(), row % self.heads.len());
+                    let query = self.sequence.qkv.row(self.tokens.start + token);
+                    let query = &query[(self.heads.start + head) * head_dim..][..head_dim];
+                    let query = &query[chunk * CHUNK..((chunk + 1) * CHUNK).min(head_dim)];
+                    values[..query.len()].copy_from_slice(query);
+                }
+                for (to, value) in line.iter_mut().zip(values) {
+                    let [_, _, low, high] = nearest(value * scale).to_le_bytes();
+                    *to = bf16::from_le_bytes([low, high]);
+                }
+            }
+        }
+    }
+}
+
+/// Lays out keys and values as tiles. Values outside of `keys` are zeros, as far as there is a key in their chunk.
+struct Keys<'a, 'b, 'p, E> {
+    sequence: &'a Sequence<'b, E>,
+    /// Some of a part's positions.
+    keys: Range<usize>,
+    /// The part's first position.
+    first: usize,
+    shape: Shape,
+    places: &'a mut Places<'p>,
+}
+
+impl<E: Stored> Kernel for Keys<'_, '_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self {
+            sequence,
+            keys,
+            first,
+            shape,
+            places,
+        } = self;
+        for start in (keys.start / ROUND * ROUND..keys.end).step_by(ROUND) {
+            let round = Round {
+                sequence,
+                tokens: 0..0,
+                heads: 0,
+                start,
+                keys: intersection(&keys, &(start..start + ROUND)),
+                vectors: shape.vectors,
+            };
+            let chunk = (start - first) / CHUNK;
+            let to = (&mut *places.keys, &mut *places.values);
+            if sequence.blocks.is_packed() {
+                lay_out(simd, shape, &round.runs(), (chunk, to));
+            } else {
+                let (keys, values) = places.rest.split_at_mut(ROUND * shape.vectors);
+                let keys = bytemuck::cast_slice_mut(keys);
+                round.copy_keys_and_values(keys, values);
+                lay_out(simd, shape, &round.copied_runs(keys, values), (chunk, to));
+            }
+        }
+    }
+}
+
+/// Lays out a round, from chunk `chunk` of the part on.
+#[inline(always)]
+fn lay_out<S: Simd, V: Stored>(
+    simd: S,
+    shape: Shape,
+    runs: &[Run<'_, V>; GROUPS],
+    (chunk, (keys, values)): (usize, (&mut [Floats], &mut [Floats])),
+) {
+    for (runs, chunk) in runs.as_chunks::<2>().0.iter().zip(chunk..) {
+        let keys = &mut keys[chunk * shape.keys()..][..shape.keys()];
+        for (half, run) in runs.iter().enumerate() {
+            let mut lines = keys[half..].iter_mut().step_by(2);
+            for (cell, line) in run.cells.iter().zip(&mut lines) {
+                let even = simd.to_array(V::column::<S, false>(simd, cell));
+                let odd = simd.to_array(V::column::<S, true>(simd, cell));
+                *line = pairs(round(even), round(odd));
+            }
+            lines.for_each(|line| *line = [bf16::ZERO; CELL]);
+        }
+        if runs.iter().all(|run| run.values.is_empty()) {
+            continue;
+        }
+        for i in 0..LANES {
+            let [first, second] = runs.each_ref().map(|run| run.value(i, shape.vectors));
+            for v in 0..shape.vectors {
+                let at = (v / 2 * PART_CHUNKS + chunk) * CHUNK_CELLS + 2 * i + v % 2;
+                values[at] = pairs(rounded(simd, first, v), rounded(simd, second, v));
+            }
+        }
+    }
+}
+
+/// A vector of a value, zeros where there is none.
+#[inline(always)]
+fn rounded<S: Simd, V: Stored>(simd: S, value: Option<&[[V; LANES]]>, v: usize) -> [u32; LANES] {
+    match value {
+        Some(value) => round(simd.to_array(V::load(simd, &value[v]))),
+        None => [0; LANES],
+    }
+}
+
+impl<'a, V> Run<'a, V> {
+    /// The value of the `i`th of the sixteen, where it is there.
+    #[inline(always)]
+    fn value(&self, i: usize, vectors: usize) -> Option<&'a [[V; LANES]]> {
+        let start = i.checked_sub(self.first)? * vectors;
+        self.values.get(start..start + vectors)
+    }
+}
+
+/// Rows of one or two tiles and the chunks of a part that they see.
+struct Turn<'a> {
+    shape: Shape,
+    rows: Range<usize>,
+    tiles: usize,
+    /// Of the part.
+    chunks: Range<usize>,
+    /// The first position of the first chunk.
+    start: usize,
+    /// `[chunks]`, each [`Self::stride`] lines: `[tiles][2][rows of a tile]`, and one that keeps a row's lines from
+    /// falling into the same set of the first-level cache.
+    scores: &'a mut Space,
+    /// `[tiles][chunks][rows of a tile]`, in pairs of positions sixteen apart, as values are.
+    weights: &'a mut [Floats],
+    /// `[pairs of a head's vectors][tiles][2][rows of a tile]`
+    sums: &'a mut Space,
+    /// `[rows]`
+    states: [State; 2 * TILE_ROWS],
+}
+
+impl<'a> Turn<'a> {
+    fn divide(shape: Shape, rows: Range<usize>, keys: &Range<usize>, space: &'a mut Space) -> Self {
+        let tiles = rows.len().div_ceil(shape.tile_rows);
+        let first = keys.start / SPLIT * SPLIT;
+        let chunks = (keys.start - first) / CHUNK..(keys.end - first).div_ceil(CHUNK);
+        let lines = tiles * shape.tile_rows;
+        let (scores, space) = space.split_at_mut(chunks.len() * (2 * lines + 1));
+        let (weights, space) = space.split_at_mut(chunks.len() * lines);
+        let sums = &mut space[..shape.vectors.next_multiple_of(2) * lines];
+        Self {
+            start: first + chunks.start * CHUNK,
+            shape,
+            rows,
+            tiles,
+            chunks,
+            scores,
+            weights: bytemuck::cast_slice_mut(weights),
+            sums,
+            states: [State::NOTHING; 2 * TILE_ROWS],
+        }
+    }
+
+    /// Lines of a chunk's scores.
+    #[inline(always)]
+    fn stride(&self) -> usize {
+        2 * self.tiles * self.shape.tile_rows + 1
+    }
+
+    fn score(&mut self, tiles: &mut impl Multiply, queries: &[Floats], keys: &[Floats]) {
+        let run = self.shape.queries();
+        let first = self.rows.start / self.shape.tile_rows;
+        let queries = [0, 1].map(|tile| queries[(first + tile) * run..].get(..run).unwrap_or(&[]));
+        let stride = self.stride();
+        let chunks = keys.chunks_exact(self.shape.keys()).skip(self.chunks.start);
+        for (scores, cells) in self.scores.chunks_exact_mut(stride).zip(chunks) {
+            let product = Product {
+                rows: &queries[..self.tiles],
+                cells,
+                sums: &mut scores[..stride - 1],
+                ahead: &[],
+                kept: Kept::Rows,
+            };
+            tiles.floats(product, WRITTEN);
+        }
+    }
+
+    fn weigh(&mut self, tiles: &mut impl Multiply, values: &[Floats]) {
+        let lines = self.tiles * self.shape.tile_rows;
+        let run = self.chunks.len() * self.shape.tile_rows;
+        let weights = [0, 1].map(|tile| {
+            self.weights
+                .get(tile * run..(tile + 1) * run)
+                .unwrap_or(&[])
+        });
+        let cells = self.chunks.start * CHUNK_CELLS..self.chunks.end * CHUNK_CELLS;
+        let values = values.chunks_exact(PART_CHUNKS * CHUNK_CELLS);
+        for (sums, values) in self.sums.chunks_exact_mut(2 * lines).zip(values) {
+            let product = Product {
+                rows: &weights[..self.tiles],
+                cells: &values[cells.clone()],
+                sums,
+                ahead: &[],
+                kept: Kept::Rows,
+            };
+            tiles.floats(product, WRITTEN);
+        }
+    }
+}
+
+/// Turns scores into weights relative to each row's maximum, zero for what is not `seen` of a row.
+struct Softmax<'a, 'b, F> {
+    turn: &'a mut Turn<'b>,
+    soft_cap: Option<f32>,
+    seen: F,
+}
+
+impl<F: Fn(usize) -> Range<usize>> Kernel for Softmax<'_, '_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let turn = self.turn;
+        let (tile_rows, chunks, stride) = (turn.shape.tile_rows, turn.chunks.len(), turn.stride());
+        for (i, row) in turn.rows.clone().enumerate() {
+            let seen = (self.seen)(row);
+            let end = turn.start + chunks * CHUNK;
+            let seen = [seen.start, seen.end].map(|at| at.clamp(turn.start, end) - turn.start);
+            let (tile, place) = (i / tile_rows, i % tile_rows);
+            let mut row = Row {
+                scores: &mut turn.scores[2 * tile * tile_rows + place..],
+                stride,
+                weights: &mut turn.weights[tile * chunks * tile_rows + place..],
+                tile_rows,
+                chunks,
+            };
+            turn.states[i] = row.weigh(simd, seen[0]..seen[1], self.soft_cap);
+        }
+    }
+}
+
+/// The scores of one row, its weights, and where they are.
+struct Row<'a> {
+    /// Every `stride` lines a chunk's first half, and `tile_rows` lines after it the second.
+    scores: &'a mut Space,
+    stride: usize,
+    /// Every `tile_rows` lines a chunk.
+    weights: &'a mut [Floats],
+    tile_rows: usize,
+    chunks: usize,
+}
+
+impl Row<'_> {
+    /// The scores of a chunk.
+    #[inline(always)]
+    fn scores(&mut self, chunk: usize) -> [&mut [f32; LANES]; 2] {
+        let lines = &mut self.scores[chunk * self.stride..][..=self.tile_rows];
+        let [first, .., second] = lines else {
+            unreachable!("a tile has rows")
+        };
+        [first, second]
+    }
+
+    #[inline(always)]
+    fn weigh<S: Simd>(&mut self, simd: S, seen: Range<usize>, soft_cap: Option<f32>) -> State {
+        let own = if seen.is_empty() {
+            0..0
+        } else {
+            seen.start / CHUNK..seen.end.div_ceil(CHUNK)
+        };
+        for chunk in (0..own.start).chain(own.end..self.chunks) {
+            self.weights[chunk * self.tile_rows] = [bf16::ZERO; CELL];
+        }
+        if own.is_empty() {
+            return State::NOTHING;
+        }
+        if let Some(cap) = soft_cap {
+            for chunk in own.clone() {
+                for scores in self.scores(chunk) {
+                    for score in scores {
+                        *score = soft_capped(*score, cap * LOG2_E);
+                    }
+                }
+            }
+        }
+        for chunk in [own.start, own.end - 1] {
+            let [first, second] = self.scores(chunk);
+            mask(first, chunk * CHUNK, &seen);
+            mask(second, chunk * CHUNK + LANES, &seen);
+        }
+        let mut most = [[f32::NEG_INFINITY; LANES]; 2];
+        for chunk in own.clone() {
+            let [first, second] = self.scores(chunk);
+            for lane in 0..LANES {
+                most[0][lane] = larger(first[lane], most[0][lane]);
+                most[1][lane] = larger(second[lane], most[1][lane]);
+            }
+        }
+        let max = largest(most);
+        let mut sums = [0.0; LANES];
+        for chunk in own {
+            let [first, second] = self.scores(chunk);
+            let mut line = [0; LANES];
+            for lane in 0..LANES {
+                let low = weight(first[lane] - max);
+                let high = weight(second[lane] - max);
+                // What is summed is what weighs.
+                sums[lane] += f32::from_bits(low) + f32::from_bits(high);
+                line[lane] = low >> 16 | high;
+            }
+            self.weights[chunk * self.tile_rows] = bytemuck::cast(line);
+        }
+        State {
+            max: max * LN_2,
+            sum: simd.sum(simd.load(&sums)),
+        }
+    }
+}
+
+/// Takes scores of sixteen positions from `first` on that are not `seen` out of the softmax.
+#[inline(always)]
+fn mask(scores: &mut [f32; LANES], first: usize, seen: &Range<usize>) {
+    let [start, end] = [seen.start, seen.end].map(|at| at.saturating_sub(first).min(LANES) as u32);
+    for (lane, score) in (0..).zip(scores) {
+        *score = if start <= lane && lane < end {
+            *score
+        } else {
+            f32::NEG_INFINITY
+        };
+    }
+}
+
+#[inline(always)]
+fn largest([mut most, others]: [[f32; LANES]; 2]) -> f32 {
+    for lane in 0..LANES {
+        most[lane] = larger(most[lane], others[lane]);
+    }
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            most[lane] = larger(most[lane], most[lane + half]);
+        }
+    }
+    most[0]
+}
+
+/// The bits of `2^x` rounded to bfloat16, halves upwards.
+#[inline(always)]
+fn weight(x: f32) -> u32 {
+    power(x).to_bits().wrapping_add(0x8000) & 0xffff_0000
+}
+
+/// `2^x` within 4e-6 relative for `x <= 0`, which is enough for eight bits; 0 below -125, NaN for NaN.
+///
+/// As `cpu/exp.rs` does it, with fewer terms, found so that the error is smallest, and fused multiplications.
+#[inline(always)]
+fn power(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+    let shifted = x + ROUND;
+    let r = x - (shifted - ROUND);
+    let mut p = 0.009_582_853_f32;
+    for c in [0.055_906_426, 0.240_240_99, 0.693_124_2, 1.0] {
+        p = p.mul_add(r, c);
+    }
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < -125.0 { 0.0 } else { p * power }
+}
+
+/// Merges a turn's sums into the totals, or puts them where the part is wanted.
+struct Take<'a, 'b, 'o, 'p> {
+    turn: &'a Turn<'b>,
+    totals: (&'a mut Space, &'a mut [State; MOST_ROWS]),
+    target: &'a mut Target<'o, 'p>,
+}
+
+impl Kernel for Take<'_, '_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let turn = self.turn;
+        let Shape {
+            tile_rows, vectors, ..
+        } = turn.shape;
+        for (i, row) in turn.rows.clone().enumerate() {
+            let (tile, place) = (i / tile_rows, i % tile_rows);
+            let mut sums = [[0.0; LANES]; MOST_VECTORS];
+            for (v, sums) in sums[..vectors].iter_mut().enumerate() {
+                let at = (v / 2 * turn.tiles + tile) * 2 + v % 2;
+                for (sum, from) in sums.iter_mut().zip(turn.sums[at * tile_rows + place]) {
+                    // Clears the sign of zero.
+                    *sum = from + 0.0;
+                }
+            }
+            let (sums, state) = (&sums[..vectors], turn.states[i]);
+            match self.target {
+                Target::Out(..) => {
+                    let total = &mut self.totals.0[row * vectors..][..vectors];
+                    merge((total, &mut self.totals.1[row]), (sums, state));
+                }
+                Target::Part(out, _) => {
+                    let out = &mut out[row * (vectors + 1) * LANES..];
+                    put_part(out, sums, &[state], vectors);
+                }
+            }
+        }
+    }
+}
+
+/// See [`put_all`].
+struct Put<'a, 'b, 'p, E> {
+    sequence: &'a Sequence<'b, E>,
+    rows: (Range<usize>, usize),
+    totals: (&'a Space, &'a [State]),
+    to: (&'a mut Panel<'p>, usize),
+}
+
+impl<E: Stored> Kernel for Put<'_, '_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        put_all(self.sequence, self.rows, self.totals, self.to);
+    }
+}
