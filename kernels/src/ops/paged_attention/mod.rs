@@ -10,7 +10,7 @@
 //! The fast path takes a few tokens of a sequence and all query heads of a key head at a time (`rows.rs`, `round.rs`). Where there
 //! are too few of those for all threads, as when one long sequence decodes, threads share the keys of each, too:
 //! the parts of the keys and the order in which they are merged are the same either way. Models of bfloat16 are
-//! computed on matrix tiles where the CPU has them (`tiles.rs`), rounded as their products are; with other bits, and so
+//! computed on matrix tiles where the CPU has them (`tiles`), rounded as their products are; with other bits, and so
 //! for one row as for many.
 
 #[cfg(feature = "cuda")]

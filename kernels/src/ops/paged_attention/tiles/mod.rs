@@ -3,14 +3,17 @@
 //! Queries, keys, weights and values are rounded to bfloat16, sums are f32. The keys and values of a part are laid out as
 //! tiles once for all rows. Then come the rows, two tiles at a time: all their scores with the part, the weights, which
 //! with the scores stay in the second-level cache, and the weighted values. As the part's scores are all there before the
-//! first weight is made, nothing is ever rescaled within a part. What is not here: products (`cpu/simd/amx`).
+//! first weight is made, nothing is ever rescaled within a part. What is not here: products (`cpu/simd/amx`), and
+//! how scores become weights (`softmax.rs`).
 //!
 //! Invariant: as said in `rows.rs`. What a row does not see weighs zero, and chunks that no row of its tiles sees are left
 //! out, which comes to the same: adding zeros changes no sum but for making -0 of what was so small that tiles took
 //! it for zero, and that sign is cleared when sums are taken. The values that weigh zero were written, since another row
 //! sees them, or are zeros.
 
-use super::round::{GROUPS, ROUND, Round, Run, Sequence, State, intersection, larger, visible};
+mod softmax;
+
+use super::round::{GROUPS, ROUND, Round, Run, Sequence, State, intersection, visible};
 use super::rows::{Rows, SPLIT, Target, head_vectors, merge, part, put_all, put_part};
 use crate::cpu::element::Stored;
 use crate::cpu::matrix::Panel;
@@ -19,9 +22,9 @@ use crate::cpu::simd::amx::{
     CHUNK_CELLS, Course, Floats, Kept, Multiply, Product, TILE_ROWS, TileUnit,
 };
 use crate::cpu::simd::{CELL, Isa, Kernel, LANES, Simd};
-use crate::cpu::tanh::soft_capped;
 use half::bf16;
-use std::f32::consts::{LN_2, LOG2_E};
+use softmax::Softmax;
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// What a line of queries has of a head's elements, and a line of weights of the positions.
@@ -153,7 +156,7 @@ pub(super) fn attend<E: Stored, U: TileUnit>((isa, unit): (Isa, U), rows: Rows<'
     places.totals.fill([0.0; LANES]);
     let mut tiles = unit.tiles(shape.tile_rows);
     for index in target.parts(&keys) {
-        isa.run(Keys {
+        isa.run(LayOut {
             sequence: &sequence,
             keys: intersection(&keys, &part(index)),
             first: part(index).start,
@@ -265,7 +268,7 @@ impl<E: Stored> Kernel for Queries<'_, '_, E> {
 }
 
 /// Lays out keys and values as tiles. Values outside of `keys` are zeros, as far as there is a key in their chunk.
-struct Keys<'a, 'b, 'p, E> {
+struct LayOut<'a, 'b, 'p, E> {
     sequence: &'a Sequence<'b, E>,
     /// Some of a part's positions.
     keys: Range<usize>,
@@ -275,7 +278,7 @@ struct Keys<'a, 'b, 'p, E> {
     places: &'a mut Places<'p>,
 }
 
-impl<E: Stored> Kernel for Keys<'_, '_, '_, E> {
+impl<E: Stored> Kernel for LayOut<'_, '_, '_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -447,163 +450,6 @@ impl<'a> Turn<'a> {
             tiles.floats(product, WRITTEN);
         }
     }
-}
-
-/// Turns scores into weights relative to each row's maximum, zero for what is not `seen` of a row.
-struct Softmax<'a, 'b, F> {
-    turn: &'a mut Turn<'b>,
-    soft_cap: Option<f32>,
-    seen: F,
-}
-
-impl<F: Fn(usize) -> Range<usize>> Kernel for Softmax<'_, '_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let turn = self.turn;
-        let (tile_rows, chunks, stride) = (turn.shape.tile_rows, turn.chunks.len(), turn.stride());
-        for (i, row) in turn.rows.clone().enumerate() {
-            let seen = (self.seen)(row);
-            let end = turn.start + chunks * CHUNK;
-            let seen = [seen.start, seen.end].map(|at| at.clamp(turn.start, end) - turn.start);
-            let (tile, place) = (i / tile_rows, i % tile_rows);
-            let mut row = Row {
-                scores: &mut turn.scores[2 * tile * tile_rows + place..],
-                stride,
-                weights: &mut turn.weights[tile * chunks * tile_rows + place..],
-                tile_rows,
-                chunks,
-            };
-            turn.states[i] = row.weigh(simd, seen[0]..seen[1], self.soft_cap);
-        }
-    }
-}
-
-/// The scores of one row, its weights, and where they are.
-struct Row<'a> {
-    /// Every `stride` lines a chunk's first half, and `tile_rows` lines after it the second.
-    scores: &'a mut Space,
-    stride: usize,
-    /// Every `tile_rows` lines a chunk.
-    weights: &'a mut [Floats],
-    tile_rows: usize,
-    chunks: usize,
-}
-
-impl Row<'_> {
-    /// The scores of a chunk.
-    #[inline(always)]
-    fn scores(&mut self, chunk: usize) -> [&mut [f32; LANES]; 2] {
-        let lines = &mut self.scores[chunk * self.stride..][..=self.tile_rows];
-        let [first, .., second] = lines else {
-            unreachable!("a tile has rows")
-        };
-        [first, second]
-    }
-
-    #[inline(always)]
-    fn weigh<S: Simd>(&mut self, simd: S, seen: Range<usize>, soft_cap: Option<f32>) -> State {
-        let own = if seen.is_empty() {
-            0..0
-        } else {
-            seen.start / CHUNK..seen.end.div_ceil(CHUNK)
-        };
-        for chunk in (0..own.start).chain(own.end..self.chunks) {
-            self.weights[chunk * self.tile_rows] = [bf16::ZERO; CELL];
-        }
-        if own.is_empty() {
-            return State::NOTHING;
-        }
-        if let Some(cap) = soft_cap {
-            for chunk in own.clone() {
-                for scores in self.scores(chunk) {
-                    for score in scores {
-                        *score = soft_capped(*score, cap * LOG2_E);
-                    }
-                }
-            }
-        }
-        for chunk in [own.start, own.end - 1] {
-            let [first, second] = self.scores(chunk);
-            mask(first, chunk * CHUNK, &seen);
-            mask(second, chunk * CHUNK + LANES, &seen);
-        }
-        let mut most = [[f32::NEG_INFINITY; LANES]; 2];
-        for chunk in own.clone() {
-            let [first, second] = self.scores(chunk);
-            for lane in 0..LANES {
-                most[0][lane] = larger(first[lane], most[0][lane]);
-                most[1][lane] = larger(second[lane], most[1][lane]);
-            }
-        }
-        let max = largest(most);
-        let mut sums = [0.0; LANES];
-        for chunk in own {
-            let [first, second] = self.scores(chunk);
-            let mut line = [0; LANES];
-            for lane in 0..LANES {
-                let low = weight(first[lane] - max);
-                let high = weight(second[lane] - max);
-                // What is summed is what weighs.
-                sums[lane] += f32::from_bits(low) + f32::from_bits(high);
-                line[lane] = low >> 16 | high;
-            }
-            self.weights[chunk * self.tile_rows] = bytemuck::cast(line);
-        }
-        State {
-            max: max * LN_2,
-            sum: simd.sum(simd.load(&sums)),
-        }
-    }
-}
-
-/// Takes scores of sixteen positions from `first` on that are not `seen` out of the softmax.
-#[inline(always)]
-fn mask(scores: &mut [f32; LANES], first: usize, seen: &Range<usize>) {
-    let [start, end] = [seen.start, seen.end].map(|at| at.saturating_sub(first).min(LANES) as u32);
-    for (lane, score) in (0..).zip(scores) {
-        *score = if start <= lane && lane < end {
-            *score
-        } else {
-            f32::NEG_INFINITY
-        };
-    }
-}
-
-#[inline(always)]
-fn largest([mut most, others]: [[f32; LANES]; 2]) -> f32 {
-    for lane in 0..LANES {
-        most[lane] = larger(most[lane], others[lane]);
-    }
-    for half in [8, 4, 2, 1] {
-        for lane in 0..half {
-            most[lane] = larger(most[lane], most[lane + half]);
-        }
-    }
-    most[0]
-}
-
-/// The bits of `2^x` rounded to bfloat16, halves upwards.
-#[inline(always)]
-fn weight(x: f32) -> u32 {
-    power(x).to_bits().wrapping_add(0x8000) & 0xffff_0000
-}
-
-/// `2^x` within 4e-6 relative for `x <= 0`, which is enough for eight bits; 0 below -125, NaN for NaN.
-///
-/// As `cpu/exp.rs` does it, with fewer terms, found so that the error is smallest, and fused multiplications.
-#[inline(always)]
-fn power(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
-    let shifted = x + ROUND;
-    let r = x - (shifted - ROUND);
-    let mut p = 0.009_582_853_f32;
-    for c in [0.055_906_426, 0.240_240_99, 0.693_124_2, 1.0] {
-        p = p.mul_add(r, c);
-    }
-    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
-    if x < -125.0 { 0.0 } else { p * power }
 }
 
 /// Merges a turn's sums into the totals, or puts them where the part is wanted.
