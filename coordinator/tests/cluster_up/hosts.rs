@@ -93,6 +93,7 @@ fn two_hosts_say_what_one_says_and_a_killed_rank_comes_back_where_it_was() {
 
 /// Sends the first shard of node `b` a signal, or cuts the node off until that is noticed, while it streams; nothing is
 /// lost, and another process takes its place there. How long a cut took to be noticed, and to the next token.
+#[expect(clippy::print_stdout, reason = "figures of a test, shown on demand")]
 fn disturb(
     network: &Network,
     cluster: &Cluster,
