@@ -19,7 +19,6 @@ use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::{Epoch, Rank};
 use topology::launch::process::Watched;
-use topology::launch::ssh::Away;
 use topology::link::{Admitted, Listener};
 use topology::wire::{FromShard, Held, Hello, Load, ToShard};
 
@@ -50,7 +49,13 @@ impl LocalHost {
         let identity = legacy.identity.load();
         let listener = identity.and_then(|identity| Listener::bind_again(legacy.address, identity));
         match listener {
-            Ok(listener) => Ok(Self::over(program, listener)),
+            Ok(listener) => {
+                let mut host = Self::over(program, listener);
+                for (last, holder) in host.last.iter_mut().zip(&legacy.ranks) {
+                    *last = holder.as_ref().and_then(|holder| holder.away.clone());
+                }
+                Ok(host)
+            }
             Err(error) => {
                 let why = format!("cannot listen on {} again: {error}", legacy.address);
                 Err(Box::new((program, Fault::group(Cause::Launch(why)))))
@@ -72,9 +77,9 @@ impl LocalHost {
         }
         let begun = now();
         let mut found: Vec<Option<Found>> = sources.iter().map(|_| None).collect();
-        let is_missing = |awaited: &[Option<(Child, _)>]| {
+        let is_missing = |awaited: &[Option<Child>]| {
             let mut awaited = awaited.iter().flatten();
-            awaited.any(|(child, _)| child.is_there())
+            awaited.any(Child::is_there)
         };
         while is_missing(&awaited) && since(begun) < COME_LIMIT {
             // Short, because a shard that was waited for may die.
@@ -84,24 +89,23 @@ impl LocalHost {
             let hello = came.hello.clone();
             let place = hello.rank.index();
             // Where nobody watches it, it ends with its link.
-            let Some((child, away)) = awaited.get_mut(place).and_then(Option::take) else {
+            let Some(child) = awaited.get_mut(place).and_then(Option::take) else {
                 continue;
             };
             match hear_what_is_held(came, (load, welcome)).await {
                 Ok((came, held)) => {
                     self.program.witness.admitted(&hello);
-                    let away = away.map(|away| (away, self.program.alive.clone()));
-                    let shard = LocalShard::new(child, came, (outlet.clone(), away));
+                    let shard = LocalShard::new(child, came, outlet.clone());
                     found[place] = Some(Found { hello, held, shard });
                 }
                 Err(why) => {
                     tracing::warn!(rank = %hello.rank, "a shard is not taken over: {why}");
-                    child.end(Duration::ZERO).await;
+                    child.end(Duration::ZERO, false).await;
                 }
             }
         }
         let late = awaited.into_iter().flatten();
-        join_all(late.map(|(child, _)| child.end(Duration::ZERO))).await;
+        join_all(late.map(|child| child.end(Duration::ZERO, false))).await;
         found
     }
 
@@ -119,7 +123,7 @@ impl LocalHost {
         &self,
         legacy: &Legacy,
         (sources, outlet): (&[super::Source], &Outlet),
-    ) -> Vec<Option<(Child, Option<Away>)>> {
+    ) -> Vec<Option<Child>> {
         let stand_for = async |(rank, holder): (Rank, &Holder)| {
             let body = body(holder).await;
             let body = body.inspect_err(|error| {
@@ -138,8 +142,8 @@ impl LocalHost {
             let place = sources.get(rank.index());
             if let (Some(source), Ok(body)) = (place, body) {
                 let watchers = self.program.watchers();
-                let child = Child::watch(*source, body, outlet.clone(), watchers);
-                watched[rank.index()] = Some((child, away));
+                let child = Child::watch(*source, (body, away), outlet.clone(), watchers);
+                watched[rank.index()] = Some(child);
             }
         }
         watched

@@ -106,6 +106,8 @@ fn disturb(
         metric(address, "vllm:num_requests_running", "") > 0.5
     });
     let before = recoveries(cluster);
+    let spent = || metric(address, "cluster_recovery_seconds_sum", "");
+    let spent_before = spent();
     let (survivors, others) = (network.shards("a"), network.shards("b"));
     let mut times = (Duration::ZERO, Duration::ZERO);
     if let Some(signal) = signal {
@@ -129,6 +131,8 @@ fn disturb(
     }
     assert_eq!(told.join().expect("a stream was lost"), golden);
     assert!(recoveries(cluster) > before, "it was disturbed");
+    let took = spent() - spent_before;
+    println!("requests went on {took:.2} s after the fault ({signal:?})");
     assert_eq!(
         network.shards("a"),
         survivors,
