@@ -8,6 +8,7 @@
 use super::Fleet;
 use super::child::{Adopted, Body, Child};
 use super::fault::{Cause, Fault, Phase};
+use super::host::Took;
 use super::inbox::Outlet;
 use super::legacy::{Holder, Legacy};
 use super::local::{LocalHost, LocalShard, Program};
@@ -186,24 +187,57 @@ async fn hear_what_is_held(
     }
 }
 
-impl Fleet<LocalHost> {
-    /// Takes over the shards of `legacy` that come, and starts those that are missing. `Err(host)` gives
-    /// everything back if none came.
+/// Shards that were taken over and do not work together yet.
+#[derive(Debug)]
+pub struct TakenOver {
+    fleet: Fleet,
+    phases: Vec<Took>,
+}
+
+impl TakenOver {
+    /// Whether there are ranks for which shards have to be started.
+    pub fn is_incomplete(&self) -> bool {
+        self.fleet.members.iter().any(Option::is_none)
+    }
+
+    /// Starts those that are missing, and forms the group.
     ///
     /// # Errors
-    /// The [`Fault`] that kept the group from forming.
+    /// The [`Fault`] that kept it from forming; no shard is left then.
+    pub async fn form(mut self) -> Result<(Fleet, Ready), Fault> {
+        let mut watch = Stopwatch::new(self.phases);
+        if let Err(fault) = self.fleet.form_anew().await {
+            self.fleet.end(Duration::ZERO).await;
+            return Err(fault);
+        }
+        watch.done(Phase::Join);
+        let ready = self.fleet.ready(watch.phases);
+        Ok((self.fleet, ready))
+    }
+
+    /// Ends them, as nobody has use for them.
+    pub async fn end(self) {
+        self.fleet.end(Duration::ZERO).await;
+    }
+}
+
+impl Fleet<LocalHost> {
+    /// Takes over the shards of `legacy` that come.
+    ///
+    /// # Errors
+    /// Everything back, if none came.
     pub async fn adopt(
         host: LocalHost,
         setup: Setup,
         legacy: &Legacy,
         mut tell: impl FnMut(StartEvent) + Send,
-    ) -> Result<Result<(Self, Ready), (LocalHost, Setup)>, Fault> {
+    ) -> Result<TakenOver, (LocalHost, Setup)> {
         let mut fleet = Self::empty(host, setup);
         let mut watch = Stopwatch::new(Vec::new());
         let found = fleet.find(legacy, &mut tell).await;
         let first = found.iter().flatten().next();
         let Some(num_blocks) = first.map(|found| found.held.num_blocks) else {
-            return Ok(Err((fleet.host, fleet.setup)));
+            return Err((fleet.host, fleet.setup));
         };
         let over = found.iter().flatten().map(|found| found.held.epoch).max();
         fleet.num_blocks = num_blocks;
@@ -220,13 +254,8 @@ impl Fleet<LocalHost> {
             })
             .collect();
         watch.done(Phase::Admit);
-        if let Err(fault) = fleet.form_anew().await {
-            fleet.end(Duration::ZERO).await;
-            return Err(fault);
-        }
-        watch.done(Phase::Join);
-        let ready = fleet.ready(watch.phases);
-        Ok(Ok((fleet, ready)))
+        let phases = watch.phases;
+        Ok(TakenOver { fleet, phases })
     }
 
     async fn find(
