@@ -22,7 +22,9 @@ fn main() -> ExitCode {
             attend: Some(charge),
             ..
         } => look_after(&charge),
-        Command::Shard { log, .. } => shard::run(&shard::Options { log }, builtin::FILES),
+        Command::Shard { log, after, .. } => {
+            shard::run(&shard::Options { log, after }, builtin::FILES)
+        }
         Command::Bench(rest) => bench(rest),
         command => cli::run(&command),
     }

@@ -40,6 +40,7 @@ use session::{End, Session};
 use std::process::ExitCode;
 use std::time::Duration;
 use topology::launch::Launch;
+use topology::launch::attend::Charge;
 use topology::launch::child::{self, Parent};
 use topology::link::{self, Identity};
 use topology::model_files::BuiltInFile;
@@ -64,6 +65,8 @@ pub const EXIT_STUCK: u8 = 3;
 pub struct Options {
     /// Which log lines to write to standard error, as in `info,shard=debug`.
     pub log: String,
+    /// Whose place on this host it takes.
+    pub after: Option<Charge>,
 }
 
 /// Runs a shard process to its end. `built_in` is the model inside the binary.
@@ -81,7 +84,7 @@ pub fn run(options: &Options, built_in: &'static [BuiltInFile]) -> ExitCode {
         .enable_all()
         .build();
     let ended = runtime.context("start the runtime").and_then(|runtime| {
-        let ended = runtime.block_on(launch(built_in));
+        let ended = runtime.block_on(launch(options.after.as_ref(), built_in));
         // A read of standard input cannot be cancelled.
         runtime.shutdown_background();
         ended
@@ -107,7 +110,9 @@ pub fn run(options: &Options, built_in: &'static [BuiltInFile]) -> ExitCode {
 }
 
 /// The one place that chooses backend and communicator.
-async fn launch(built_in: &'static [BuiltInFile]) -> Result<End> {
+async fn launch(after: Option<&Charge>, built_in: &'static [BuiltInFile]) -> Result<End> {
+    // Two of them have no room on a device.
+    after.map(Charge::end).transpose()?;
     let (launch, identity, parent) = child::announce().await?;
     if let Some(hold) = &launch.hold {
         if hold.legacy.is_some() {

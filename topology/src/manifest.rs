@@ -36,7 +36,7 @@ const WEIGHTS: &str = ".safetensors";
 pub struct Verified {
     /// SHA-256 of the manifest itself.
     pub manifest: String,
-    /// SHA-256 by name of all files that it lists, in hexadecimal.
+    /// SHA-256 by name of all files that it lists and that were meant, in hexadecimal.
     pub digests: BTreeMap<String, String>,
     /// Their bytes together.
     pub bytes: u64,
@@ -83,19 +83,36 @@ pub enum ManifestError {
 /// # Errors
 /// [`ManifestError`] for the first file, by name, that is missing or another one.
 pub fn verify(files: &ModelFiles, tell: Tell<'_>) -> Result<Option<Verified>, ManifestError> {
+    verify_those(files, |_| true, tell)
+}
+
+/// The same without weights, which are nearly all there is to read: for whoever uses only the rest.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_without_weights(files: &ModelFiles) -> Result<Option<Verified>, ManifestError> {
+    verify_those(files, |name| !name.ends_with(WEIGHTS), &|_, _| ())
+}
+
+fn verify_those(
+    files: &ModelFiles,
+    is_meant: impl Fn(&str) -> bool,
+    tell: Tell<'_>,
+) -> Result<Option<Verified>, ManifestError> {
     let text = match files.read_json(MANIFEST_FILE) {
         Ok(text) => text,
         Err(ModelFileError::Missing { .. }) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let digests = parse(&text)?;
-    let listed: Vec<(&String, &String)> = digests.iter().collect();
+    let mut digests = parse(&text)?;
     let names = files.names()?;
     for name in names.into_iter().filter(|name| name.ends_with(WEIGHTS)) {
         if !digests.contains_key(&name) {
             return Err(ManifestError::Unlisted(name));
         }
     }
+    digests.retain(|name, _| is_meant(name));
+    let listed: Vec<(&String, &String)> = digests.iter().collect();
     // A file that is missing is found out when its turn comes.
     let sizes = listed.iter().filter_map(|(name, _)| files.len(name).ok());
     let (total, done) = (sizes.sum::<u64>(), AtomicU64::new(0));
@@ -318,6 +335,23 @@ mod tests {
         for part in ["model.safetensors", EMPTY, ABC, "copy it again"] {
             assert!(refused.contains(part), "{refused}");
         }
+        // It is not looked at where only the rest is of interest.
+        let names = [MANIFEST_FILE, "model.safetensors", "config.json"];
+        let spoiled = |config| {
+            directory(&[
+                (names[0], text.as_bytes()),
+                (names[1], b"abc"),
+                (names[2], config),
+            ])
+        };
+        let (_keep, files) = spoiled(b"");
+        let rest = verify_without_weights(&files).unwrap().unwrap();
+        assert_eq!(
+            rest.digests.into_keys().collect::<Vec<_>>(),
+            ["config.json"]
+        );
+        let (_keep, files) = spoiled(b"abc");
+        assert!(verify_without_weights(&files).is_err());
         // The first by name, whoever finds it first.
         let text = format!("{ABC}  config.json\n{EMPTY}  model.safetensors\n");
         assert!(

@@ -6,11 +6,12 @@
 
 use super::args::Up;
 use super::prepare::{Drafts, Prepared, PreparedModel};
+use super::progress::Notes;
 use super::{find, nodes};
 use crate::admin::entry::{self, Claim, Entry};
 use crate::fleet::{
     Cause, Ended, Fault, Fleet, Keeper, Legacy, LocalHost, Program, ProgramFile, Ready, Setup,
-    StartEvent, Terms,
+    StartEvent, TakenOver, Terms,
 };
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -41,25 +42,26 @@ pub(super) fn prepare(up: &Up) -> Result<(Prepared, AllHeirs)> {
     let Some((dir, left)) = find(up)? else {
         return Ok((Prepared::new(up)?, AllHeirs::new()));
     };
-    let drafts = Drafts::new(up)?;
+    // Where all have died there is nothing to keep.
+    let left = left.into_iter();
+    let left = left.filter(|(_, legacy)| legacy.alive().next().is_some());
+    let (unreached, waiting): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        left.partition(|(index, _)| Legacy::is_unreached(*index));
+    // Shards that wait have read their weights, and terms say whether those have changed.
+    let drafts = Drafts::new(up, |index| waiting.contains_key(&index))?;
     let (mut known, mut heirs, mut refused) = (BTreeMap::new(), AllHeirs::new(), Vec::new());
-    let mut are_unreached = false;
-    for (index, legacy) in left {
-        // Where all have died there is nothing to keep.
-        if legacy.alive().next().is_none() {
-            continue;
-        }
-        if Legacy::is_unreached(index) {
-            are_unreached = true;
-            continue;
-        }
+    let mut afresh = Vec::new();
+    for (index, legacy) in waiting {
         match wanted((up, &drafts), (index, &legacy))? {
             Ok(model) => {
                 let (dir, only) = (dir.clone(), up.adopt);
                 heirs.insert(index, Heirs { dir, legacy, only });
                 known.insert(index, model);
             }
-            Err(why) => refused.push(why),
+            Err(why) => {
+                refused.push(why);
+                afresh.extend(drafts.models().get(index).copied());
+            }
         }
     }
     if let Some(why) = refused.first() {
@@ -73,8 +75,11 @@ pub(super) fn prepare(up: &Up) -> Result<(Prepared, AllHeirs)> {
         !up.adopt || !heirs.is_empty(),
         "there is nothing to adopt: the shards that wait could not be told to end before; leave out --adopt"
     );
-    if are_unreached || !refused.is_empty() {
-        if are_unreached {
+    for model in afresh {
+        model.verify(Notes(up.log_format))?;
+    }
+    if !unreached.is_empty() || !refused.is_empty() {
+        if !unreached.is_empty() {
             refused.push("an earlier process could not tell them to".to_owned());
         }
         let Ended { count, unreached } =
@@ -98,8 +103,8 @@ fn wanted(
     (up, drafts): (&Up, &Drafts),
     (index, legacy): (usize, &Legacy),
 ) -> Result<Result<PreparedModel, String>> {
-    let names = drafts.names();
-    let Some(name) = names.get(index) else {
+    let models = drafts.models();
+    let Some(asked) = models.get(index) else {
         let number = index + 1;
         return Ok(Err(format!(
             "model number {number} is not to be served any more"
@@ -110,8 +115,8 @@ fn wanted(
     let now = terms((up, &model), places, drafts.first_shard(index))?;
     Ok(match legacy.terms.disagreement(&now) {
         None => Ok(model),
-        Some(why) if names.len() == 1 => Err(why),
-        Some(why) => Err(format!("model {name}: {why}")),
+        Some(why) if models.len() == 1 => Err(why),
+        Some(why) => Err(format!("model {}: {why}", asked.name())),
     })
 }
 
@@ -260,7 +265,7 @@ fn keeper(
 /// passed when they were.
 ///
 /// # Errors
-/// What the check says. Within, as [`Fleet::start`] and [`Fleet::adopt`].
+/// What the check says. Within, as [`Fleet::start`] and [`TakenOver::form`].
 pub(super) async fn start(
     program: Program,
     setup: Setup,
@@ -269,7 +274,15 @@ pub(super) async fn start(
     mut tell: impl FnMut(StartEvent) + Send,
 ) -> Result<Result<(Fleet, Ready), Fault>> {
     let (host, setup) = match take_over(program, setup, heirs, &mut tell).await {
-        Ok(Ok(adopted)) => return Ok(Ok(adopted)),
+        Ok(Ok(taken)) => {
+            if taken.is_incomplete()
+                && let Err(error) = check.await
+            {
+                taken.end().await;
+                return Err(error);
+            }
+            return Ok(taken.form().await);
+        }
         Ok(Err(fresh)) => fresh,
         Err(fault) => return Ok(Err(fault)),
     };
@@ -283,14 +296,14 @@ async fn take_over(
     mut setup: Setup,
     heirs: Option<&Heirs>,
     tell: impl FnMut(StartEvent) + Send,
-) -> Result<Result<(Fleet, Ready), (LocalHost, Setup)>, Fault> {
+) -> Result<Result<TakenOver, (LocalHost, Setup)>, Fault> {
     let Some(Heirs { dir, legacy, only }) = heirs else {
         return Ok(Err((LocalHost::new(program)?, setup)));
     };
     setup.generation = legacy.generation + 1;
     let fresh = match LocalHost::take_over(program, legacy) {
-        Ok(host) => match Fleet::adopt(host, setup, legacy, tell).await? {
-            Ok(adopted) => return Ok(Ok(adopted)),
+        Ok(host) => match Fleet::adopt(host, setup, legacy, tell).await {
+            Ok(taken) => return Ok(Ok(taken)),
             Err(_) if *only => {
                 let why =
                     "there is nothing to adopt: no shard came to be taken over; leave out --adopt";

@@ -67,6 +67,9 @@ pub enum Command {
         /// Look after a shard of this host for a coordinator on another one.
         #[arg(long, value_name = "JSON")]
         attend: Option<Charge>,
+        /// Take the place of a shard of this host, which is ended first.
+        #[arg(long, value_name = "JSON")]
+        after: Option<Charge>,
     },
 }
 

@@ -8,6 +8,7 @@
 use super::Fleet;
 use super::child::{Adopted, Body, Child};
 use super::fault::{Cause, Fault, Phase};
+use super::host::Took;
 use super::inbox::Outlet;
 use super::legacy::{Holder, Legacy};
 use super::local::{LocalHost, LocalShard, Program};
@@ -19,7 +20,6 @@ use std::time::Duration;
 use tokio::time::timeout;
 use topology::ids::{Epoch, Rank};
 use topology::launch::process::Watched;
-use topology::launch::ssh::Away;
 use topology::link::{Admitted, Listener};
 use topology::wire::{FromShard, Held, Hello, Load, ToShard};
 
@@ -50,7 +50,13 @@ impl LocalHost {
         let identity = legacy.identity.load();
         let listener = identity.and_then(|identity| Listener::bind_again(legacy.address, identity));
         match listener {
-            Ok(listener) => Ok(Self::over(program, listener)),
+            Ok(listener) => {
+                let mut host = Self::over(program, listener);
+                for (last, holder) in host.last.iter_mut().zip(&legacy.ranks) {
+                    *last = holder.as_ref().and_then(|holder| holder.away.clone());
+                }
+                Ok(host)
+            }
             Err(error) => {
                 let why = format!("cannot listen on {} again: {error}", legacy.address);
                 Err(Box::new((program, Fault::group(Cause::Launch(why)))))
@@ -72,9 +78,9 @@ impl LocalHost {
         }
         let begun = now();
         let mut found: Vec<Option<Found>> = sources.iter().map(|_| None).collect();
-        let is_missing = |awaited: &[Option<(Child, _)>]| {
+        let is_missing = |awaited: &[Option<Child>]| {
             let mut awaited = awaited.iter().flatten();
-            awaited.any(|(child, _)| child.is_there())
+            awaited.any(Child::is_there)
         };
         while is_missing(&awaited) && since(begun) < COME_LIMIT {
             // Short, because a shard that was waited for may die.
@@ -84,24 +90,23 @@ impl LocalHost {
             let hello = came.hello.clone();
             let place = hello.rank.index();
             // Where nobody watches it, it ends with its link.
-            let Some((child, away)) = awaited.get_mut(place).and_then(Option::take) else {
+            let Some(child) = awaited.get_mut(place).and_then(Option::take) else {
                 continue;
             };
             match hear_what_is_held(came, (load, welcome)).await {
                 Ok((came, held)) => {
                     self.program.witness.admitted(&hello);
-                    let away = away.map(|away| (away, self.program.alive.clone()));
-                    let shard = LocalShard::new(child, came, (outlet.clone(), away));
+                    let shard = LocalShard::new(child, came, outlet.clone());
                     found[place] = Some(Found { hello, held, shard });
                 }
                 Err(why) => {
                     tracing::warn!(rank = %hello.rank, "a shard is not taken over: {why}");
-                    child.end(Duration::ZERO).await;
+                    child.end(Duration::ZERO, false).await;
                 }
             }
         }
         let late = awaited.into_iter().flatten();
-        join_all(late.map(|(child, _)| child.end(Duration::ZERO))).await;
+        join_all(late.map(|child| child.end(Duration::ZERO, false))).await;
         found
     }
 
@@ -119,7 +124,7 @@ impl LocalHost {
         &self,
         legacy: &Legacy,
         (sources, outlet): (&[super::Source], &Outlet),
-    ) -> Vec<Option<(Child, Option<Away>)>> {
+    ) -> Vec<Option<Child>> {
         let stand_for = async |(rank, holder): (Rank, &Holder)| {
             let body = body(holder).await;
             let body = body.inspect_err(|error| {
@@ -138,8 +143,8 @@ impl LocalHost {
             let place = sources.get(rank.index());
             if let (Some(source), Ok(body)) = (place, body) {
                 let watchers = self.program.watchers();
-                let child = Child::watch(*source, body, outlet.clone(), watchers);
-                watched[rank.index()] = Some((child, away));
+                let child = Child::watch(*source, (body, away), outlet.clone(), watchers);
+                watched[rank.index()] = Some(child);
             }
         }
         watched
@@ -182,24 +187,57 @@ async fn hear_what_is_held(
     }
 }
 
-impl Fleet<LocalHost> {
-    /// Takes over the shards of `legacy` that come, and starts those that are missing. `Err(host)` gives
-    /// everything back if none came.
+/// Shards that were taken over and do not work together yet.
+#[derive(Debug)]
+pub struct TakenOver {
+    fleet: Fleet,
+    phases: Vec<Took>,
+}
+
+impl TakenOver {
+    /// Whether there are ranks for which shards have to be started.
+    pub fn is_incomplete(&self) -> bool {
+        self.fleet.members.iter().any(Option::is_none)
+    }
+
+    /// Starts those that are missing, and forms the group.
     ///
     /// # Errors
-    /// The [`Fault`] that kept the group from forming.
+    /// The [`Fault`] that kept it from forming; no shard is left then.
+    pub async fn form(mut self) -> Result<(Fleet, Ready), Fault> {
+        let mut watch = Stopwatch::new(self.phases);
+        if let Err(fault) = self.fleet.form_anew().await {
+            self.fleet.end(Duration::ZERO).await;
+            return Err(fault);
+        }
+        watch.done(Phase::Join);
+        let ready = self.fleet.ready(watch.phases);
+        Ok((self.fleet, ready))
+    }
+
+    /// Ends them, as nobody has use for them.
+    pub async fn end(self) {
+        self.fleet.end(Duration::ZERO).await;
+    }
+}
+
+impl Fleet<LocalHost> {
+    /// Takes over the shards of `legacy` that come.
+    ///
+    /// # Errors
+    /// Everything back, if none came.
     pub async fn adopt(
         host: LocalHost,
         setup: Setup,
         legacy: &Legacy,
         mut tell: impl FnMut(StartEvent) + Send,
-    ) -> Result<Result<(Self, Ready), (LocalHost, Setup)>, Fault> {
+    ) -> Result<TakenOver, (LocalHost, Setup)> {
         let mut fleet = Self::empty(host, setup);
         let mut watch = Stopwatch::new(Vec::new());
         let found = fleet.find(legacy, &mut tell).await;
         let first = found.iter().flatten().next();
         let Some(num_blocks) = first.map(|found| found.held.num_blocks) else {
-            return Ok(Err((fleet.host, fleet.setup)));
+            return Err((fleet.host, fleet.setup));
         };
         let over = found.iter().flatten().map(|found| found.held.epoch).max();
         fleet.num_blocks = num_blocks;
@@ -216,13 +254,8 @@ impl Fleet<LocalHost> {
             })
             .collect();
         watch.done(Phase::Admit);
-        if let Err(fault) = fleet.form_anew().await {
-            fleet.end(Duration::ZERO).await;
-            return Err(fault);
-        }
-        watch.done(Phase::Join);
-        let ready = fleet.ready(watch.phases);
-        Ok(Ok((fleet, ready)))
+        let phases = watch.phases;
+        Ok(TakenOver { fleet, phases })
     }
 
     async fn find(

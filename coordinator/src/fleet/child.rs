@@ -14,12 +14,13 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use topology::ids::Rank;
 use topology::launch::local::Process;
 use topology::launch::process::Watched;
+use topology::launch::ssh::Away;
 use topology::launch::{Announcement, LaunchError};
 
 /// How long the system may take to end a process that was killed.
@@ -68,39 +69,45 @@ pub(super) struct Child {
     pub(super) pid: u32,
     /// What it announced to this process.
     pub(super) announced: Option<Announcement>,
-    /// How long it may take to end; sent once. Dropping it is as good as zero.
-    end: oneshot::Sender<Duration>,
+    /// What it is found by on another node.
+    pub(super) away: Option<Away>,
+    /// Ends it, and says whether what may be left of it on another node is its successor's to end. Dropping it ends
+    /// it too, and for good.
+    end: watch::Sender<Option<bool>>,
     /// How it ended, once it has.
     pub(super) exited: watch::Receiver<Option<String>>,
-    /// Whether it may still run on another node, which a kill does not reach.
-    watcher: JoinHandle<bool>,
+    watcher: JoinHandle<()>,
 }
 
 impl Child {
-    /// Watches `process`; its log lines and its exit are reported under `source`. `alive` is held until
-    /// the process is gone and its last lines are kept.
+    /// Watches a process, which may be `away`; its log lines and its exit are reported under `source`. `alive` is held
+    /// until the process is gone and its last lines are kept.
     pub(super) fn watch(
         source: Source,
-        mut body: Body,
+        (mut body, away): (Body, Option<Away>),
         outlet: Outlet,
         (alive, witness): (mpsc::Sender<()>, Arc<dyn Witness>),
     ) -> Self {
         let log = Log::forward(source.rank, body.lines(), witness.clone());
         let pid = body.pid();
-        let (end, ending) = oneshot::channel();
+        let (end, mut ending) = watch::channel(None);
         let (exit, exited) = watch::channel(None);
+        let place = away.clone();
         let watcher = tokio::spawn(async move {
             let reports = (source, outlet, exit);
-            let (may_run, how) = watch((body, &log), reports, ending).await;
+            let (may_run, how) = watch((body, &log), reports, &mut ending).await;
             log.finish().await;
             witness.ended(source, &how);
-            drop(alive);
-            may_run
+            if let Some(away) = place.filter(|_| may_run) {
+                // Nobody waits for that: its node may not answer.
+                tokio::spawn(end_away(away, ending, (source.rank, alive)));
+            }
         });
         Self {
             source,
             pid,
             announced: None,
+            away,
             end,
             exited,
             watcher,
@@ -118,12 +125,19 @@ impl Child {
         self.exited.borrow().is_none()
     }
 
-    /// Gives the process `limit` to end by itself, kills it then, and waits for that. Whether it may still run on another
-    /// node.
-    pub(super) async fn end(self, limit: Duration) -> bool {
-        // An error means that the process ended by itself.
-        let _ = self.end.send(limit);
-        self.watcher.await.unwrap_or(true)
+    /// Gives the process `limit` to end by itself, kills it then, and waits for that. One that may still run on another
+    /// node is ended there later, unless its successor `is_next`, which does that.
+    pub(super) async fn end(mut self, limit: Duration, is_next: bool) {
+        // Its pipe stays open, or it would take its parent for dead.
+        let exited = self.exited.wait_for(Option::is_some);
+        let is_late = timeout(limit, exited).await.is_err();
+        if is_late && !limit.is_zero() {
+            let rank = self.source.rank;
+            tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
+        }
+        self.end.send_replace(Some(is_next));
+        // An error means that this process ends.
+        let _ = self.watcher.await;
     }
 }
 
@@ -219,39 +233,50 @@ pub(super) async fn first_exit(children: &mut [Child]) -> Fault {
     select_all(exits).await.0
 }
 
+/// What a child's owner said when it ended it, `None` if it just went. Cancel-safe.
+async fn word(ending: &mut watch::Receiver<Option<bool>>) -> Option<bool> {
+    let said = ending.wait_for(Option::is_some).await;
+    said.ok().and_then(|said| *said)
+}
+
+/// Sees to the end of one that may still run on another node. It ends by itself when it hears that it is to, or that
+/// nobody wants it, unless it is frozen.
+async fn end_away(
+    away: Away,
+    mut ending: watch::Receiver<Option<bool>>,
+    (rank, alive): (Rank, mpsc::Sender<()>),
+) {
+    let is_next = word(&mut ending).await.unwrap_or(false);
+    if !is_next && let Err(error) = away.end().await {
+        tracing::warn!(%rank, "cannot see to the end of its old process: {error}");
+    }
+    drop(alive);
+}
+
 /// Whether it may still run on another node, and how it ended.
 async fn watch(
     (mut process, log): (Body, &Log),
     (source, outlet, exit): (Source, Outlet, watch::Sender<Option<String>>),
-    mut ending: oneshot::Receiver<Duration>,
+    ending: &mut watch::Receiver<Option<bool>>,
 ) -> (bool, String) {
-    let rank = source.rank;
-    let limit = tokio::select! {
+    tokio::select! {
         (may_run, how) = process.wait() => {
             exit.send_replace(Some(how.clone()));
             let heard = Heard::Gone(Cause::Exited(how.clone()));
             tokio::select! {
                 _ = outlet.send((source, heard)) => {}
-                _ = &mut ending => {}
+                _ = word(ending) => {}
             }
             return (may_run, how);
         }
-        limit = &mut ending => limit.unwrap_or_else(|_| {
+        word = word(ending) => if word.is_none() {
             // The fleet was dropped on demand. That its link ends is no news from the shard.
             log.hush();
-            Duration::ZERO
-        }),
-    };
-    // It was told to stop; its pipe stays open, or it would take its parent for dead.
-    if let Ok(ended) = timeout(limit, process.wait()).await {
-        return ended;
-    }
-    if !limit.is_zero() {
-        tracing::warn!(%rank, "the shard did not end within {limit:?} and is killed");
+        },
     }
     let may_run = !process.kill().await;
     let Ok((_, how)) = timeout(KILL_LIMIT, process.wait()).await else {
-        tracing::error!(%rank, "the system does not end the shard's process");
+        tracing::error!(rank = %source.rank, "the system does not end the shard's process");
         return (true, "it was killed and has not ended".to_owned());
     };
     (may_run, how)

@@ -57,4 +57,13 @@ pub trait Shard: Send + 'static {
 
     /// Gives it `limit` to end by itself, kills it then, and waits for that.
     fn end(self, limit: Duration) -> impl Future<Output = ()> + Send;
+
+    /// Kills it for another one of its rank, as far as it can be reached. What is left of it has ended before the
+    /// other one says `Hello`.
+    fn give_way(self) -> impl Future<Output = ()> + Send
+    where
+        Self: Sized,
+    {
+        self.end(Duration::ZERO)
+    }
 }

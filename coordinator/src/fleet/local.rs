@@ -92,6 +92,8 @@ pub struct LocalHost {
     pub(super) listener: Listener,
     /// Once no other process's shards are on file.
     own: Option<OwnFile>,
+    /// By rank, what its last process was found by on another node, where it may still run: the next one ends it.
+    pub(super) last: Vec<Option<Away>>,
     /// Says now and then that this coordinator lives.
     _pulse: JoinSet<()>,
 }
@@ -102,8 +104,6 @@ pub struct LocalShard {
     child: Child,
     sender: LinkSender<ToShard>,
     reader: JoinHandle<()>,
-    /// What it is to be found by on another node, and what is held until it was.
-    away: Option<(Away, mpsc::Sender<()>)>,
 }
 
 impl LocalHost {
@@ -130,6 +130,7 @@ impl LocalHost {
             pulse.spawn(keeper.pulse());
         }
         Self {
+            last: vec![None; program.sites.len()],
             program,
             listener,
             own: None,
@@ -154,12 +155,11 @@ impl LocalHost {
                 process,
             }) = child.announced.clone()
             {
-                let away = self.program.sites[hello.rank.index()].away(process);
                 let holder = Holder {
                     certificate,
                     process,
-                    ssh: away.as_ref().and_then(|_| ProcessId::of(child.pid)),
-                    away,
+                    ssh: child.away.as_ref().and_then(|_| ProcessId::of(child.pid)),
+                    away: child.away.clone(),
                 };
                 keeper.admitted(hello.rank, holder);
             }
@@ -180,9 +180,14 @@ impl LocalHost {
                 let environment = environment::of(&site.device, site.nccl_interface.as_deref());
                 let started = match &site.remote {
                     None => local::start_for(&environment, &self.program.path, arguments).await?,
-                    Some(remote) => remote.start(&self.program.log_level, &environment).await?,
+                    Some(remote) => {
+                        let last = self.last[rank.index()].as_ref();
+                        let log_level = &self.program.log_level;
+                        remote.start(log_level, &environment, last).await?
+                    }
                 };
                 let announced = started.said.clone();
+                let away = site.away(announced.process);
                 self.listener.expect(rank, announced.certificate.clone());
                 let keeper = self.program.keeper.as_ref();
                 let launch = Launch {
@@ -192,25 +197,23 @@ impl LocalHost {
                     device: site.device.clone(),
                     cpu_isa: self.program.cpu_isa.clone(),
                     interface: site.interface,
-                    hold: keeper.and_then(|keeper| {
-                        keeper.hold(rank, site.away(announced.process).as_ref())
-                    }),
+                    hold: keeper.and_then(|keeper| keeper.hold(rank, away.as_ref())),
                 };
-                Ok((announced, started.launch(&launch).await?))
+                Ok((announced, away, started.launch(&launch).await?))
             };
             let process = process.await;
             process.map_err(|e: LaunchError| Fault::of(rank, launched(&e)))
         });
         // Those that did start are killed when they are dropped with the others' fault.
         let processes: Result<Vec<_>, Fault> = join_all(launches).await.into_iter().collect();
-        let child = |(source, (announced, process)): (&Source, (Announcement, Process))| {
+        let child = |(source, (announced, away, process)): (&Source, Told)| {
             let process = Box::new(process);
-            let body = match self.program.sites[source.rank.index()].remote {
+            let body = match away {
                 None => Body::Started(process),
                 Some(_) => Body::Reached(process),
             };
-            let watched = Child::watch(*source, body, outlet.clone(), self.program.watchers());
-            watched.with(announced)
+            let watchers = self.program.watchers();
+            Child::watch(*source, (body, away), outlet.clone(), watchers).with(announced)
         };
         Ok(sources.iter().zip(processes?).map(child).collect())
     }
@@ -277,25 +280,22 @@ impl Host for LocalHost {
         let launching = since(begun);
         for child in &children {
             let (rank, pid) = (child.source.rank, child.pid);
+            self.last[rank.index()].clone_from(&child.away);
             self.program.witness.launched(child.source, pid);
             tell(StartEvent::Launched { rank, pid });
         }
         let admitted = match self.admit(&mut children, tell).await {
             Ok(admitted) => admitted,
             Err(fault) => {
-                join_all(children.into_iter().map(|child| child.end(Duration::ZERO))).await;
+                let ends = children.into_iter();
+                join_all(ends.map(|child| child.end(Duration::ZERO, false))).await;
                 return Err(fault);
             }
         };
         self.keep(&children, &admitted);
         let join = |(child, admitted): (Child, Admitted)| {
             let hello = admitted.hello.clone();
-            let site = &self.program.sites[hello.rank.index()];
-            let announced = child.announced.as_ref();
-            let away = announced.and_then(|announced| site.away(announced.process));
-            let away = away.map(|away| (away, self.program.alive.clone()));
-            let shard = LocalShard::new(child, admitted, (outlet.clone(), away));
-            (hello, shard)
+            (hello, LocalShard::new(child, admitted, outlet.clone()))
         };
         Ok(Launched {
             shards: children.into_iter().zip(admitted).map(join).collect(),
@@ -306,6 +306,9 @@ impl Host for LocalHost {
         })
     }
 }
+
+/// What a process said, what it is found by elsewhere, and the process, which knows what to do.
+type Told = (Announcement, Option<Away>, Process);
 
 /// Which of `children` announced this certificate, and as which process.
 fn place_of(children: &[Child], certificate: &Certificate) -> Option<(usize, ProcessId)> {
@@ -338,17 +341,12 @@ impl Program {
 
 impl LocalShard {
     /// Joins a process with the link it opened. What it says is reported under its source.
-    pub(super) fn new(
-        child: Child,
-        admitted: Admitted,
-        (outlet, away): (Outlet, Option<(Away, mpsc::Sender<()>)>),
-    ) -> Self {
+    pub(super) fn new(child: Child, admitted: Admitted, outlet: Outlet) -> Self {
         let reader = tokio::spawn(read(child.source, admitted.receiver, outlet));
         Self {
             child,
             sender: admitted.sender,
             reader,
-            away,
         }
     }
 }
@@ -365,19 +363,13 @@ impl Shard for LocalShard {
     }
 
     async fn end(self, limit: Duration) {
-        let rank = self.child.source.rank;
-        let may_run = self.child.end(limit).await;
+        self.child.end(limit, false).await;
         self.reader.abort();
-        if let Some((away, alive)) = self.away.filter(|_| may_run) {
-            // It ends by itself when it hears that it is to, or that nobody wants it, unless it is frozen. Its
-            // replacement does not wait for that, as it needs nothing of it, and its node may not answer.
-            tokio::spawn(async move {
-                if let Err(error) = away.end().await {
-                    tracing::warn!(%rank, "cannot see to the end of its old process: {error}");
-                }
-                drop(alive);
-            });
-        }
+    }
+
+    async fn give_way(self) {
+        self.child.end(Duration::ZERO, true).await;
+        self.reader.abort();
     }
 }
 

@@ -25,6 +25,7 @@ mod terms;
 mod tests;
 mod witness;
 
+pub use adopt::TakenOver;
 pub use fault::{Cause, Fault, Phase};
 pub use host::{Host, Launched, Shard, Took};
 pub use inbox::{Heard, Outlet, Source};

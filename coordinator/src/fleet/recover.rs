@@ -160,7 +160,7 @@ impl<H: Host> Fleet<H> {
         let old = ranks.iter().map(|rank| self.members[rank.index()].take());
         let old: Vec<_> = old.flatten().collect();
         // Device memory is free only when the old process is gone.
-        join_all(old.into_iter().map(|old| old.shard.end(Duration::ZERO))).await;
+        join_all(old.into_iter().map(|old| old.shard.give_way())).await;
         let sources: Vec<_> = ranks.iter().map(|rank| self.inbox.replace(*rank)).collect();
         let mut tell = |event| {
             if let StartEvent::Launched { rank, pid } = event {

@@ -1,5 +1,5 @@
-//! The coordinator of shards on other nodes dies, and then the way to a node is broken, or the next coordinator ends
-//! early. On an `ssh` that fails when it is told to.
+//! The coordinator of shards dies, and then the way to a node is broken, the next coordinator ends early, or files have
+//! changed. On an `ssh` that fails when it is told to.
 
 use crate::adopt::{all_gone, forget, loads, status};
 use crate::fake_ssh::FakeNodes;
@@ -9,6 +9,7 @@ use crate::turn;
 use crate::wrong_input::model;
 use rustix::process::Signal;
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -149,11 +150,7 @@ fn shards_that_wait_do_not_wait_for_nodes_to_check_their_files() {
     forget(name);
     let nodes = FakeNodes::make();
     let directory = model();
-    let sums = Command::new("sh")
-        .args(["-c", "sha256sum *.json *.safetensors > SHA256SUMS"])
-        .current_dir(directory.path())
-        .status();
-    assert!(sums.expect("sha256sum runs").success());
+    vouch(directory.path());
     let path = directory.path().to_str().expect("a plain name");
     let cluster = Cluster::launch(nodes.up(name, &["--model", path]));
     let shards = cluster.shards.clone();
@@ -161,11 +158,69 @@ fn shards_that_wait_do_not_wait_for_nodes_to_check_their_files() {
     nodes.refuse("--examine");
     let cluster = Cluster::launch(nodes.up(name, &["--model", path]));
     assert_eq!(cluster.shards, shards);
-    cluster.stop();
-    // Those that are started do.
-    let (code, _, stderr) = finish(nodes.up(name, &["--model", path]));
-    assert!(
-        code == 2 && stderr.contains("Connection reset"),
-        "{code} {stderr}"
-    );
+    // Those that are started do: for one that died meanwhile, and for all.
+    cluster.kill();
+    send_signal(shards[1], Signal::KILL);
+    for _ in 0..2 {
+        let (code, _, stderr) = finish(nodes.up(name, &["--model", path]));
+        assert!(
+            code == 2 && stderr.contains("Connection reset"),
+            "{code} {stderr}"
+        );
+        all_gone(&shards);
+    }
+}
+
+/// Writes down what a model's files are.
+fn vouch(directory: &Path) {
+    let mut sums = Command::new("sh");
+    let sums = sums.args(["-c", "sha256sum *.* > SHA256SUMS"]);
+    let done = sums.current_dir(directory).status();
+    assert!(done.expect("sha256sum runs").success());
+}
+
+/// Changes one byte at a file's end, and nothing that is seen without reading all of it.
+fn falsify(file: &Path) {
+    let about = fs::metadata(file).expect("it is there");
+    let mut bytes = fs::read(file).expect("it is there");
+    *bytes.last_mut().expect("it is not empty") ^= 1;
+    fs::write(file, bytes).expect("it is ours");
+    let time = about.modified().expect("it has one");
+    let file = fs::File::options().write(true).open(file);
+    file.and_then(|file| file.set_modified(time))
+        .expect("it is ours");
+}
+
+#[test]
+fn weights_are_read_again_only_for_shards_that_are_started_and_the_rest_for_all() {
+    let _turn = turn();
+    let name = "adopt-sums";
+    forget(name);
+    let directory = model();
+    let template = directory.path().join("chat_template.jinja");
+    fs::write(&template, "{{ messages[0].content }}").expect("a file");
+    vouch(directory.path());
+    let path = directory.path().to_str().expect("a plain name");
+    let up = ["--name", name, "-tp", "2", "--model", path];
+    let again = || run(&[&["up", "--port", "0"], &up[..]].concat());
+    let cluster = Cluster::start(&up);
+    let golden = round(cluster.address, 4, 40);
+    let shards = cluster.shards.clone();
+    cluster.kill();
+    falsify(&template);
+    let (code, _, stderr) = again();
+    let said = "chat_template.jinja is not the file that SHA256SUMS lists";
+    assert!(code == 2 && stderr.contains(said), "{code} {stderr}");
+    falsify(&template);
+
+    falsify(&directory.path().join("model.safetensors"));
+    let cluster = Cluster::start(&up);
+    assert_eq!(cluster.shards, shards, "what they have is what it was");
+    assert_eq!(round(cluster.address, 4, 40), golden);
+    cluster.kill();
+    send_signal(shards[1], Signal::KILL);
+    let (code, _, stderr) = again();
+    let said = "model.safetensors is not the file that SHA256SUMS lists";
+    assert!(code == 2 && stderr.contains(said), "{code} {stderr}");
+    all_gone(&shards);
 }

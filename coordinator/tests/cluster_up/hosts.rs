@@ -93,6 +93,7 @@ fn two_hosts_say_what_one_says_and_a_killed_rank_comes_back_where_it_was() {
 
 /// Sends the first shard of node `b` a signal, or cuts the node off until that is noticed, while it streams; nothing is
 /// lost, and another process takes its place there. How long a cut took to be noticed, and to the next token.
+#[expect(clippy::print_stdout, reason = "figures of a test, shown on demand")]
 fn disturb(
     network: &Network,
     cluster: &Cluster,
@@ -105,6 +106,8 @@ fn disturb(
         metric(address, "vllm:num_requests_running", "") > 0.5
     });
     let before = recoveries(cluster);
+    let spent = || metric(address, "cluster_recovery_seconds_sum", "");
+    let spent_before = spent();
     let (survivors, others) = (network.shards("a"), network.shards("b"));
     let mut times = (Duration::ZERO, Duration::ZERO);
     if let Some(signal) = signal {
@@ -128,6 +131,8 @@ fn disturb(
     }
     assert_eq!(told.join().expect("a stream was lost"), golden);
     assert!(recoveries(cluster) > before, "it was disturbed");
+    let took = spent() - spent_before;
+    println!("requests went on {took:.2} s after the fault ({signal:?})");
     assert_eq!(
         network.shards("a"),
         survivors,

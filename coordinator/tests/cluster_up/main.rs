@@ -24,6 +24,7 @@ mod quality;
 mod recovery;
 mod serving;
 mod sockets;
+mod ssh_ways;
 mod tenants;
 mod wrong_input;
 

@@ -82,7 +82,7 @@ fn main() -> ExitCode {
     match arguments.first().map(String::as_str) {
         Some("shard") => {
             let log = "warn,shard::run=debug".to_owned();
-            return shard::run(&shard::Options { log }, &[]);
+            return shard::run(&shard::Options { log, after: None }, &[]);
         }
         Some("collectives") => return collectives::child(&arguments[1..]),
         _ => {}

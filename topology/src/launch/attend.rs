@@ -2,13 +2,14 @@
 //!
 //! `cluster shard --attend` runs through `ssh`: says whether the shard lives, hands on what the shard writes to its log
 //! file since it lost its parent, ends with it, and ends it when told to. When its own standard input just closes,
-//! the coordinator is lost again: it goes, and the shard waits. Decides nothing.
+//! the coordinator is lost again: it goes, and the shard waits. A shard that takes another one's place there
+//! (`cluster shard --after`) ends that first. Decides nothing.
 //!
 //! Invariants: no signal reaches another process than the one that is meant; once the shard has ended, its files are
 //! gone.
 
 use super::process::ProcessId;
-use super::{handed_on, log_position, read_farewell, remove_log, to_line};
+use super::{handed_on, is_attended, log_position, read_farewell, remove_log, to_line};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -21,6 +22,9 @@ use std::time::Duration;
 
 /// Pause between looks.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Longest time until the system has ended a process that was killed, and the pause between looks for that.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+const LOOK_FOR_END_EVERY: Duration = Duration::from_millis(5);
 /// Most bytes of a log that are handed on at once.
 const MAX_PART_BYTES: u64 = 1 << 20;
 
@@ -38,6 +42,31 @@ impl FromStr for Charge {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         serde_json::from_str(text)
+    }
+}
+
+impl Charge {
+    /// Ends the shard here, if it runs, for one that takes its place: its memory is free then.
+    ///
+    /// # Errors
+    /// If the system does not end it in time.
+    pub fn end(&self) -> io::Result<()> {
+        self.process.kill();
+        let mut waited = Duration::ZERO;
+        while self.process.is_running() {
+            if waited >= KILL_LIMIT {
+                let pid = self.process.pid;
+                let why = format!("process {pid}, whose place this one takes, does not end");
+                return Err(io::Error::other(why));
+            }
+            thread::sleep(LOOK_FOR_END_EVERY);
+            waited += LOOK_FOR_END_EVERY;
+        }
+        // Whoever attends it hands the rest of it on.
+        if !is_attended(&self.log) {
+            remove_log(&self.log);
+        }
+        Ok(())
     }
 }
 
@@ -163,6 +192,7 @@ impl Follower {
 mod tests {
     use super::*;
     use crate::launch::{Hold, log_of};
+    use rustix::process::{Pid, Signal, kill_process};
     use std::process::{Child, Command, Stdio};
     use std::sync::{Arc, Mutex};
 
@@ -280,5 +310,32 @@ mod tests {
         let (said, _order, attendant) = begin(&charge);
         attendant.join().unwrap().unwrap();
         assert_eq!(said.text(), "{\"is_running\":false}\n");
+    }
+
+    #[test]
+    fn whoever_takes_a_shards_place_ends_it_and_loses_nothing_of_what_it_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("shard.log");
+        for is_attended in [true, false] {
+            fs::write(&log, "one\n").unwrap();
+            let mut shard = sleep();
+            let process = ProcessId::of(shard.id()).unwrap();
+            let log = log.clone();
+            let charge = Charge { process, log };
+            let pid = i32::try_from(shard.id()).unwrap();
+            kill_process(Pid::from_raw(pid).unwrap(), Signal::STOP).unwrap();
+            let attended = is_attended.then(|| begin(&charge));
+            if let Some((said, ..)) = &attended {
+                said.until("{\"is_running\":true}\none\n");
+            }
+            charge.end().unwrap();
+            assert!(!process.is_running());
+            shard.wait().unwrap();
+            if let Some((_, _order, attendant)) = attended {
+                attendant.join().unwrap().unwrap();
+            }
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+            charge.end().unwrap();
+        }
     }
 }

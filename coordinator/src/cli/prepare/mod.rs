@@ -82,7 +82,7 @@ impl Prepared {
     /// # Errors
     /// A sentence that says what to change.
     pub fn new(up: &Up) -> Result<Self> {
-        Drafts::new(up)?.prepared(BTreeMap::new())
+        Drafts::new(up, |_| false)?.prepared(BTreeMap::new())
     }
 
     /// The model whose name is shown where there is room for one.
@@ -103,11 +103,11 @@ pub struct Drafts {
 }
 
 impl Drafts {
-    /// Checks flags and files.
+    /// Checks flags and files, but not the weights of models, by number, that `are_loaded`.
     ///
     /// # Errors
     /// A sentence that says what to change.
-    pub fn new(up: &Up) -> Result<Self> {
+    pub fn new(up: &Up, are_loaded: impl Fn(usize) -> bool) -> Result<Self> {
         let keys = access::keys(up)?;
         let address = access::address(up, !keys.is_empty())?;
         let topology = nodes::read(up)?;
@@ -136,7 +136,8 @@ impl Drafts {
             let known = (&gpus, up.gpu_memory_utilization);
             let name_of = |host| memory::place(topology, host);
             let gpus = memory::gpus_of(&placement, &hosts, known, name_of)?;
-            drafts.push(Draft::new(up, placement, (hosts, gpus))?);
+            let model = Model::open(up, are_loaded(index))?;
+            drafts.push(Draft::new(up, model, placement, (hosts, gpus))?);
         }
         tell_apart(&mut drafts)?;
         Ok(Self {
@@ -148,9 +149,9 @@ impl Drafts {
         })
     }
 
-    /// Names of the models, in the operator's order.
-    pub fn names(&self) -> Vec<&str> {
-        self.models.iter().map(|draft| draft.model.name()).collect()
+    /// The models, in the operator's order.
+    pub fn models(&self) -> Vec<&Model> {
+        self.models.iter().map(|draft| &draft.model).collect()
     }
 
     /// Number of the first shard of model `index`, among those of all models.
@@ -214,10 +215,10 @@ struct Draft {
 impl Draft {
     fn new(
         up: &Up,
+        model: Model,
         placement: Placement,
         (hosts, gpus): (Vec<(usize, usize)>, Option<GpuMemory>),
     ) -> Result<Self> {
-        let model = Model::open(up)?;
         let partitions = Partition::all(&model.shape, placement.world_size())
             .with_context(|| format!("model {}", model.name()))?;
         let longest = model.shape.max_position_embeddings;

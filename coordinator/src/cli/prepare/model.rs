@@ -1,7 +1,7 @@
 //! One model's files: found, checked against each other, and read for what text needs.
 //!
-//! Reads the small files and the headers of weights, and all of them where there is a manifest; loads no
-//! weights. Invariant: a [`Model`] that comes out has a configuration, weights and a tokenizer that fit each
+//! Reads the small files and the headers of weights, and all of them where there is a manifest and shards are to be
+//! started; loads no weights. Invariant: a [`Model`] that comes out has a configuration, weights and a tokenizer that fit each
 //! other; every error is one sentence that says what to change.
 
 use crate::builtin;
@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 use topology::checkpoint::Checkpoint;
-use topology::manifest;
+use topology::manifest::{self, MANIFEST_FILE, ManifestError, Verified};
 use topology::model_files::ModelFiles;
 use topology::model_shape::ModelShape;
 use topology::wire::ModelLocation;
@@ -31,7 +31,7 @@ pub struct Model {
     pub names: Vec<String>,
     /// Its `config.json`.
     pub shape: ModelShape,
-    /// SHA-256 of its manifest, if it has one; all files it lists are as it says.
+    /// SHA-256 of its manifest, if it has one; all files it lists are as it says, weights if they were not loaded before.
     pub manifest: Option<String>,
 }
 
@@ -42,8 +42,8 @@ impl Model {
     }
 
     /// Finds the model and checks that its configuration, weights and tokenizer are there and fit
-    /// each other.
-    pub(super) fn open(up: &Up) -> Result<Self> {
+    /// each other. Weights that `are_loaded` are not read.
+    pub(super) fn open(up: &Up, are_loaded: bool) -> Result<Self> {
         let given = up.model.first();
         let (name, files, location) = match given {
             None => (
@@ -70,16 +70,12 @@ impl Model {
             names.extend(given.map(|given| values::model(given).1.to_owned()));
         }
         names.dedup();
-        let meter = Meter::new(
-            Notes(up.log_format),
-            format!("{files}: checking SHA256SUMS"),
-        );
-        let verified = manifest::verify(&files, &|done, total| meter.tell(done, total))?;
-        let manifest = verified.map(|verified| {
-            let (files, bytes) = (verified.digests.len(), verified.bytes);
-            tracing::info!(files, bytes, "the model is what its SHA256SUMS lists");
-            verified.manifest
-        });
+        let verified = if are_loaded {
+            manifest::verify_without_weights(&files)?
+        } else {
+            verify(&files, Notes(up.log_format))?
+        };
+        let manifest = verified.map(|verified| verified.manifest);
         let config = files.read_json("config.json")?;
         let shape = ModelShape::from_config(&config)
             .with_context(|| format!("{files} cannot be served"))?;
@@ -110,6 +106,15 @@ impl Model {
             shape,
             manifest,
         })
+    }
+
+    /// Compares all its files with its manifest, if it has one.
+    ///
+    /// # Errors
+    /// A sentence naming the file.
+    pub(in crate::cli) fn verify(&self, notes: Notes) -> Result<()> {
+        verify(&self.files, notes)?;
+        Ok(())
     }
 
     /// Reads tokenizer, template and defaults. Takes a second for the largest vocabularies.
@@ -146,6 +151,16 @@ impl Model {
             None
         })
     }
+}
+
+fn verify(files: &ModelFiles, notes: Notes) -> Result<Option<Verified>, ManifestError> {
+    let meter = Meter::new(notes, format!("{files}: checking {MANIFEST_FILE}"));
+    let verified = manifest::verify(files, &|done, total| meter.tell(done, total))?;
+    if let Some(verified) = &verified {
+        let (files, bytes) = (verified.digests.len(), verified.bytes);
+        tracing::info!(files, bytes, "the model is what its {MANIFEST_FILE} lists");
+    }
+    Ok(verified)
 }
 
 fn generation_config_dir(up: &Up) -> Option<PathBuf> {

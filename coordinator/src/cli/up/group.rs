@@ -104,7 +104,9 @@ impl Group {
                 .map_err(|error| error.to_string())
         };
         let tell = |event| progress.show(index, &event);
-        let check = manifests::verify(up, (index, all), &yard.sites[index]);
+        // Of shards that wait only those files were read that are not theirs.
+        let are_checked = heirs.is_none();
+        let check = manifests::verify(up, (index, all), &yard.sites[index], are_checked);
         let starting = adopt::start(program, setup, (heirs.as_ref(), check), choose, tell);
         let started = starting.instrument(self.span.clone()).await;
         let started = started.map_err(Failure::Input)?;

@@ -1,7 +1,7 @@
 //! Models on other nodes are what the coordinator's manifest says: each node reads its own files.
 //!
 //! Asks nodes before the first shard of a model is started (those that wait, and are taken over, must not wait for it),
-//! and only for models that have a `SHA256SUMS` here, whose files the coordinator has checked already. Invariant: on
+//! and only for models that have a `SHA256SUMS` here, whose files the coordinator has checked before. Invariant: on
 //! every node, the files that shards read are those that were checked here.
 
 use crate::cli::args::Up;
@@ -20,7 +20,8 @@ use topology::wire::ModelLocation;
 /// How long a node may say nothing while it reads: a disk that has to wake up, or a network's.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Has every node with ranks of model number `index` check its files; `sites` are the model's.
+/// Checks the files of model number `index` here, unless they `are_checked`, and then has every node with ranks of it
+/// check its own; `sites` are the model's.
 ///
 /// # Errors
 /// A sentence that names the node and the file.
@@ -28,8 +29,14 @@ pub(super) async fn verify(
     up: &Up,
     (index, prepared): (usize, &Prepared),
     sites: &[RankSite],
+    are_checked: bool,
 ) -> Result<()> {
     let model = &prepared.models[index];
+    if !are_checked {
+        let (model, notes) = (model.model.clone(), Notes(up.log_format));
+        let checked = tokio::task::spawn_blocking(move || model.verify(notes)).await;
+        checked.context("reading the model panicked")??;
+    }
     let (Some(topology), Some(manifest), ModelLocation::Directory(directory)) = (
         &prepared.topology,
         &model.model.manifest,

@@ -46,6 +46,12 @@ impl Away {
         &self.charge.log
     }
 
+    /// As the program takes it.
+    pub(super) fn charge(&self) -> Result<String, LaunchError> {
+        let charge = serde_json::to_string(&self.charge);
+        charge.map_err(|e| LaunchError::Handshake(e.to_string()))
+    }
+
     /// Has it looked after: the process that is returned says what it says, from where that was read last, and
     /// ends with it; dismissed, it ends it first, and closed without a word it leaves it alone. Also whether the shard
     /// runs.
@@ -53,9 +59,9 @@ impl Away {
     /// # Errors
     /// [`LaunchError`] with what to do: the node is not reached, or the program is not there any more.
     pub async fn attend(&self) -> Result<(bool, Process), LaunchError> {
-        let charge = serde_json::to_string(&self.charge);
-        let charge = charge.map_err(|e| LaunchError::Handshake(e.to_string()))?;
-        let arguments = self.target.arguments(ATTEND, &[&self.program, &charge]);
+        let arguments = self
+            .target
+            .arguments(ATTEND, &[&self.program, &self.charge()?]);
         let started = local::first_word("ssh".as_ref(), arguments, &[]).await;
         let started: Started<Attended> = started.map_err(|e| self.target.explain(e))?;
         Ok((started.said.is_running, started.at_work()))

@@ -45,10 +45,10 @@ const COPY: &str = r#"umask 077 && mkdir -p -- "$1" && cd -- "$1" || exit 1
 new=".$2.$$"
 trap 'rm -f -- "$new"' EXIT
 cat > "$new" && [ "$(sha256sum < "$new")" = "$3  -" ] && chmod 700 "$new" && mv -f -- "$new" "$2""#;
-/// Becomes the shard. `$1`: the program, `$2`: what it logs, the rest: variables, as `NAME=VALUE`, or as
+/// Becomes the shard. `$1`: the program, `$2`: what it logs, `$3`: whose place it takes, or nothing, the rest: variables, as `NAME=VALUE`, or as
 /// `NAME?=VALUE` where the node's own environment comes first.
-const SHARD: &str = r#"program=$1 log=$2
-shift 2
+const SHARD: &str = r#"program=$1 log=$2 before=$3
+shift 3
 for variable
 do
     shift
@@ -60,7 +60,7 @@ do
     esac
     set -- "$@" "$variable"
 done
-exec env "$@" "$program" shard --log "$log""#;
+exec env "$@" "$program" shard --log "$log" ${before:+--after "$before"}"#;
 /// Becomes the process that answers questions about the node. `$1`: the program.
 const EXAMINE: &str = r#"exec "$1" shard --examine"#;
 /// Says how much memory there is.
@@ -311,16 +311,23 @@ impl Remote {
         Ok(true)
     }
 
-    /// Starts a shard on the node and waits for its announcement; the first one brings the program.
+    /// Starts a shard on the node and waits for its announcement; the first one brings the program. What is left of the
+    /// one `before` it there is ended first.
     /// The rest is as for a local shard, but killing its process here kills `ssh`; the shard is dismissed
     /// ([`local::Process::dismiss`]), or ended for good ([`Away::end`]).
     ///
     /// # Errors
     /// [`LaunchError`] with what to do.
-    pub async fn start(&self, log: &str, environment: &[Variable]) -> Result<Started, LaunchError> {
+    pub async fn start(
+        &self,
+        log: &str,
+        environment: &[Variable],
+        before: Option<&Away>,
+    ) -> Result<Started, LaunchError> {
         self.install().await?;
         let (program, variables) = (self.program(), words(environment));
-        let words = [&*program, log].into_iter();
+        let before = before.map(Away::charge).transpose()?.unwrap_or_default();
+        let words = [&*program, log, &before].into_iter();
         let words: Vec<&str> = words.chain(variables.iter().map(String::as_str)).collect();
         let arguments = self.target.arguments(SHARD, &words);
         let started = local::start("ssh".as_ref(), arguments).await;

@@ -90,8 +90,10 @@ fn the_copy_is_whole_or_not_there() {
     assert_eq!(std::fs::read_dir(&work_dir).unwrap().count(), 1);
     let (_, hash) = run(HASH, &[place], Stdio::null());
     assert!(hash.starts_with(&image.hash), "{hash}");
-    let (_, said) = run(SHARD, &[place, "a b"], Stdio::null());
-    assert_eq!(said, "shard --log a b\n");
+    for (before, more) in [("", ""), ("{\"it's\": 1}", " --after {\"it's\": 1}")] {
+        let (_, said) = run(SHARD, &[place, "a b", before], Stdio::null());
+        assert_eq!(said, format!("shard --log a b{more}\n"));
+    }
 }
 
 #[test]
@@ -112,7 +114,7 @@ fn a_shard_is_told_its_variables_and_a_nodes_own_come_before_proposals() {
         variable("T_FIXED", "=eth0", false),
     ];
     let variables = words(&environment);
-    let words = [program.to_str().unwrap(), "info"].into_iter();
+    let words = [program.to_str().unwrap(), "info", ""].into_iter();
     let words: Vec<&str> = words.chain(variables.iter().map(String::as_str)).collect();
     // As sshd runs it: the whole command is one text for the user's shell.
     let arguments = target().arguments(SHARD, &words);
