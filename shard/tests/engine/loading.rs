@@ -1,6 +1,8 @@
 //! What is loaded, what is refused, and what stays over an epoch's end.
 
-use crate::support::{Cluster, Random, Request, Ways, fixtures, generate, load, open};
+use crate::support::{
+    Cluster, Random, Request, Ways, fixtures, generate, load, open, rounds_on_tiles,
+};
 use kernels::backend::Element;
 use kernels::cpu::CpuBackend;
 use shard::comm::shm::ShmComm;
@@ -10,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
+use topology::model_shape::Dtype;
 use topology::wire::{Load, PlanRow, Ran, Sampling, StepPlan};
 
 pub(crate) type CpuEngine = Engine<CpuBackend, ShmComm>;
@@ -135,7 +138,12 @@ fn dtype_rounds_the_weights() {
     for (name, stored) in [("llama31", "bfloat16"), ("llama-uneven", "float32")] {
         let auto = logprob(name, "auto");
         assert_eq!(auto.to_bits(), logprob(name, stored).to_bits());
-        assert_eq!(auto.to_bits(), logprob(name, "float32").to_bits());
+        let exact = logprob(name, "float32");
+        if stored == "bfloat16" && rounds_on_tiles(Dtype::Bfloat16) {
+            assert!((auto - exact).abs() < 0.5, "{name}: {auto} and {exact}");
+        } else {
+            assert_eq!(auto.to_bits(), exact.to_bits());
+        }
     }
     let moved = (logprob("llama-uneven", "auto") - logprob("llama-uneven", "bfloat16")).abs();
     assert!((1e-5..0.5).contains(&moved), "moved by {moved}");

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::Duration;
 use topology::ids::{BlockId, Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
-use topology::model_shape::ModelShape;
+use topology::model_shape::{Dtype, ModelShape};
 use topology::wire::{
     Load, ModelLocation, PlanRow, Ran, RowOutput, Sampling, ScoredToken, StepPlan,
 };
@@ -95,6 +95,14 @@ impl Tested for CpuBackend {
     fn open() -> Self {
         Self::new(1, None).expect("one thread can be had")
     }
+}
+
+/// What a few layers make of rounding to bfloat16 what is multiplied with weights of it, relative to the largest logit.
+pub(crate) const ON_TILES: f32 = 0.05;
+
+/// Whether the CPU backend does so here: matrix tiles take nothing else.
+pub(crate) fn rounds_on_tiles(stored: Dtype) -> bool {
+    stored == Dtype::Bfloat16 && CpuBackend::open().name().contains("AMX")
 }
 
 /// A group of engines over one model.
