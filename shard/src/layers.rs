@@ -9,7 +9,7 @@
 
 use crate::comm::{Comm, CommError};
 use crate::weights::Linear;
-use kernels::backend::{Activation, Backend};
+use kernels::backend::{Activation, Backend, FeedForward};
 
 /// `out = x · weightᵀ (+ bias)` for this rank's outputs. `[rows, in] → [rows, local out]`
 pub(crate) fn column_parallel<B: Backend>(
@@ -41,9 +41,12 @@ pub(crate) fn gated_parallel<B: Backend, C: Comm<B>>(
     space: (&mut B::Tensor, &mut B::Tensor),
     out: &mut B::Tensor,
 ) -> Result<(), CommError> {
-    let gate_up = (&gate_up.weight, gate_up.bias.as_ref());
-    let down = (&down.weight, down.bias.as_ref());
-    backend.feed_forward(x, gate_up, activation, down, space, out);
+    let layer = FeedForward {
+        gate_up: (&gate_up.weight, gate_up.bias.as_ref()),
+        activation,
+        down: (&down.weight, down.bias.as_ref()),
+    };
+    backend.feed_forward(x, layer, space, out);
     comm.all_reduce_sum(backend, out)
 }
 

@@ -132,8 +132,8 @@ async fn launch(after: Option<&Charge>, built_in: &'static [BuiltInFile]) -> Res
             };
             let place = Place {
                 rank: launch.rank,
-                // What the CPU computes in. Rounding keys and values to 16 bits would let texts of
-                // different tensor-parallel sizes drift apart for no speed.
+                // What the CPU computes in, so that no instruction set loses anything. (Matrix tiles round what they
+                // read: for them 16 bits would do, in half the memory.)
                 kv_element: Some(Element::F32),
                 quantises_head: true,
                 interface: launch.interface,

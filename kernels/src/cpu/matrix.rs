@@ -182,9 +182,15 @@ impl Strip<'_> {
             unsafe_code,
             reason = "a panel is a strided view, which slices cannot express"
         )]
-        // SAFETY: the panel has this row and these columns, and no other thread has them.
+        // SAFETY: the panel has this row and these columns, so they are in the slice that `base` was taken from.
+        let vector = unsafe { self.first.add(row * self.width + half * LANES) };
+        #[expect(
+            unsafe_code,
+            reason = "a panel is a strided view, which slices cannot express"
+        )]
+        // SAFETY: so they are, and no other thread has them.
         unsafe {
-            *self.first.add(row * self.width + half * LANES).cast() = values;
+            *vector.cast() = values;
         }
     }
 }

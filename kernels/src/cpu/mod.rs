@@ -27,8 +27,8 @@ pub use tensor::CpuTensor;
 pub use weight::CpuWeight;
 
 use crate::backend::{
-    Activation, Attention, Backend, DeviceError, Element, Heads, HostMatrix, KvLayout, Norm,
-    Precision,
+    Activation, Attention, Backend, DeviceError, Element, FeedForward, Heads, HostMatrix, KvLayout,
+    Norm, Precision,
 };
 use crate::batch::Batch;
 use crate::ops;
@@ -309,20 +309,13 @@ impl Backend for CpuBackend {
         ops::gated_activation::gated_activation(self, activation, gate_up, out);
     }
 
-    fn feed_forward(
+    fn fused_feed_forward(
         &self,
         x: &CpuTensor,
-        gate_up: (&CpuWeight, Option<&CpuWeight>),
-        activation: Activation,
-        down: (&CpuWeight, Option<&CpuWeight>),
-        (both, activated): (&mut CpuTensor, &mut CpuTensor),
+        layer: &FeedForward<'_, CpuWeight>,
         out: &mut CpuTensor,
-    ) {
-        if !ops::linear::feed_forward(self, x, gate_up, activation, down, out) {
-            self.linear(x, gate_up.0, gate_up.1, both);
-            self.gated_activation(activation, both, activated);
-            self.linear(activated, down.0, down.1, out);
-        }
+    ) -> bool {
+        ops::linear::feed_forward(self, x, layer, out)
     }
 
     fn soft_cap(&self, cap: f32, x: &mut CpuTensor) {

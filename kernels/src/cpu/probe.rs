@@ -46,7 +46,7 @@ impl CpuBackend {
         let mut each = vec![0.0; self.threads.count()];
         self.threads
             .rows(&mut each, 1, usize::MAX >> 16, |thread, _| {
-                let mut memory = self.scratch.tile_sums(thread);
+                let mut memory = self.scratch.tile_space(thread);
                 let (sums, operands) = memory.as_bytes_mut().split_at_mut(4 * TILE_ROWS * 64);
                 let operands: &[Floats] = bytemuck::cast_slice(operands);
                 let (cells, operands) = operands.split_at(CHUNKS * CHUNK_CELLS);

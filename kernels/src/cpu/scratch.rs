@@ -18,14 +18,12 @@ pub(crate) type Space = [[f32; LANES]];
 /// positions needs it all.
 const SHARED: usize = 1 << 20;
 
-/// Lines of 64 bytes for activations as tiles, 16 MiB: 512 rows of 16384 columns. What is not used is never touched.
+/// Lines of 64 bytes for activations as tiles, 16 MiB: 496 rows of 16384 columns. What is not used is never touched.
 pub(crate) const TILE_INPUTS: usize = 256 << 10;
 
-/// Lines of 64 bytes for a thread's sums, 1 MiB: those of 512 rows and 512 outputs.
-pub(crate) const TILE_SUMS: usize = 16 << 10;
-
-/// Lines of 64 bytes for a thread's attention, 1 MiB. A third is touched with heads of 64, all with heads of 256.
-pub(crate) const TILE_ATTENTION: usize = 16 << 10;
+/// Lines of 64 bytes for a thread's work with tiles, 1 MiB, of a huge page where there are such: the sums of 512 rows and
+/// 512 outputs, or attention with heads of 256.
+pub(crate) const TILE_SPACE: usize = 16 << 10;
 
 /// One space for each thread, and one for all.
 #[derive(Debug)]
@@ -39,8 +37,7 @@ pub(crate) struct Scratch {
 #[derive(Debug)]
 struct TileScratch {
     inputs: Mutex<Region>,
-    sums: Vec<Mutex<Region>>,
-    attention: Vec<Mutex<Region>>,
+    spaces: Vec<Mutex<Region>>,
 }
 
 impl Scratch {
@@ -57,13 +54,10 @@ impl Scratch {
     /// The same with memory for tiles.
     pub(crate) fn with_tiles(self) -> Result<Self, DeviceError> {
         let lines = |count: usize| Region::zeroed(&[count, 64]).map(Mutex::new);
-        let each = |count| self.threads.iter().map(|_| lines(count)).collect();
-        let sums: Result<_, DeviceError> = each(TILE_SUMS);
-        let attention: Result<_, DeviceError> = each(TILE_ATTENTION);
+        let spaces = self.threads.iter().map(|_| lines(TILE_SPACE));
         let tiles = TileScratch {
             inputs: lines(TILE_INPUTS)?,
-            sums: sums?,
-            attention: attention?,
+            spaces: spaces.collect::<Result<_, _>>()?,
         };
         Ok(Self {
             tiles: Some(tiles),
@@ -94,22 +88,13 @@ impl Scratch {
         inputs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The lines for the sums of `thread`.
+    /// The [`TILE_SPACE`] lines of `thread`, holding anything.
     ///
     /// # Panics
     /// Without memory for tiles.
-    pub(crate) fn tile_sums(&self, thread: usize) -> MutexGuard<'_, Region> {
-        let sums = &self.tiles().sums[thread];
-        sums.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The lines for the attention of `thread`, [`TILE_ATTENTION`] of them.
-    ///
-    /// # Panics
-    /// Without memory for tiles.
-    pub(crate) fn tile_attention(&self, thread: usize) -> MutexGuard<'_, Region> {
-        let attention = &self.tiles().attention[thread];
-        attention.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn tile_space(&self, thread: usize) -> MutexGuard<'_, Region> {
+        let space = &self.tiles().spaces[thread];
+        space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn tiles(&self) -> &TileScratch {

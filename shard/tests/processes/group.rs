@@ -204,13 +204,12 @@ fn eprint(line: &str) {
 }
 
 pub(crate) fn load(fixture: &str) -> Load {
-    // A GPU rounds activations to the weights' type; nothing is to be rounded here.
-    let dtype = if is_gpu() { "float32" } else { "auto" };
     let folder = fixture_root().join(fixture);
     Load {
         model: ModelLocation::Directory(folder.display().to_string()),
         tensor_parallel_size: 2,
-        dtype: dtype.to_owned(),
+        // GPUs and matrix tiles round activations to the weights' type; nothing is to be rounded here.
+        dtype: "float32".to_owned(),
         quantization: "auto".to_owned(),
         kv_cache_dtype: "auto".to_owned(),
         block_size: 4,

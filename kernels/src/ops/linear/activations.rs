@@ -3,7 +3,7 @@
 //! `scale = max|x| / 127` over the segment and `code = x / scale`, rounded to nearest even: what a code stands for is at
 //! most half a scale from `x`. Rows are quantised once for all threads, into memory that they share, in the order in
 //! which products read them: a slot for each tile of rows, `[padded columns / 4][rows of the tile]` quads, then
-//! `[segments][rows of the tile]` factors. For matrix tiles they are laid out in `code_tiles.rs`.
+//! `[segments][rows of the tile]` factors. For matrix tiles they are laid out in `code_tiles`.
 //!
 //! Invariant: a row's codes follow from that row and from how the weight's columns are cut.
 

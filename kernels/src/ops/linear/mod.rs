@@ -22,9 +22,9 @@ mod round;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-use crate::backend::Activation;
 #[cfg(target_arch = "x86_64")]
 use crate::backend::Element;
+use crate::backend::FeedForward;
 use crate::cpu::element::{F8, Stored, by_element};
 use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Part, Quantized};
@@ -81,20 +81,25 @@ pub(crate) fn linear(
 pub(crate) fn feed_forward(
     cpu: &CpuBackend,
     x: &CpuTensor,
-    gate_up: (&CpuWeight, Option<&CpuWeight>),
-    activation: Activation,
-    down: (&CpuWeight, Option<&CpuWeight>),
+    layer: &FeedForward<'_, CpuWeight>,
     out: &mut CpuTensor,
 ) -> bool {
+    let (gate_up, down) = (layer.gate_up.0, layer.down.0);
+    assert_eq!(
+        (x.width(), gate_up.rows()),
+        (gate_up.cols(), 2 * down.cols()),
+        "x is as wide as the first weight's rows, of whose outputs half go into the second"
+    );
+    assert_eq!(
+        (out.rows(), out.width()),
+        (x.rows(), down.rows()),
+        "out is [rows, out]"
+    );
     #[cfg(target_arch = "x86_64")]
-    if let (Some(unit), Values::Matrix(first), Values::Matrix(second)) =
-        (cpu.isa.tiles(), gate_up.0.values(), down.0.values())
-        && [gate_up.0, down.0].map(CpuWeight::element) == [Element::Bf16; 2]
-    {
-        let (first, second) = ((first, gate_up.1), (second, down.1));
-        return tiles::feed_forward((cpu, unit), x, first, activation, second, out);
+    if let Some(unit) = cpu.isa.tiles() {
+        return tiles::feed_forward((cpu, unit), x, layer, out);
     }
-    let _ = (cpu, x, gate_up, activation, down, out);
+    let _ = (cpu, x, layer, out);
     false
 }
 

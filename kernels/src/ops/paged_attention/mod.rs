@@ -264,7 +264,7 @@ impl<'a, E: Stored> Problem<'a, E> {
         };
         let (isa, scratch) = (self.cpu.isa, &self.cpu.scratch);
         #[cfg(target_arch = "x86_64")]
-        let on_tiles = || scratch.tile_attention(thread);
+        let on_tiles = || scratch.tile_space(thread);
         match self.unit {
             Unit::Vectors => isa.run(rows(&mut scratch.of_thread(thread))),
             #[cfg(target_arch = "x86_64")]

@@ -2,7 +2,7 @@
 //!
 //! A product is what one or two tiles of activations give with the two cells of a packed panel that lie side by side,
 //! over as many chunks as there are. A chunk is what one tile holds of a row: 32 bfloat16 or 64 codes of a byte. What is
-//! not here: how matrices are cut into blocks (`ops/linear/tiles.rs`, `ops/linear/code_tiles.rs`).
+//! not here: how matrices are cut into blocks (`ops/linear/tiles`, `ops/linear/code_tiles`).
 //!
 //! Unsafe code here rests on two facts: an [`Amx`] exists only where CPU and system let this process use the
 //! instructions, and while a [`Tiles`] lives, its thread's tiles have the shapes that it says.
@@ -404,11 +404,11 @@ impl Tiles {
 impl Multiply for Tiles {
     fn floats(
         &mut self,
-        product: Product<'_, Floats, Floats, [f32; LANES]>,
+        mut product: Product<'_, Floats, Floats, [f32; LANES]>,
         Course { is_first, out }: Course<'_>,
     ) {
         let (is_two, kept) = (product.rows.len() == 2, product.kept);
-        let mut operands = operands(self.rows, product);
+        let mut operands = operands(self.rows, &mut product);
         if let Some(mut out) = out {
             let tiles = 1 + usize::from(is_two);
             assert_eq!(out.rows(), tiles * self.rows, "a row of `out` for each");
@@ -425,9 +425,9 @@ impl Multiply for Tiles {
         }
     }
 
-    fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>) {
+    fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
         let (is_two, kept) = (product.rows.len() == 2, product.kept);
-        let operands = operands(self.rows, product);
+        let operands = operands(self.rows, &mut product);
         match kept {
             Kept::Cells => multiply!("tdpbssd", zero, cells, operands, is_two),
             Kept::Rows => multiply!("tdpbssd", zero, rows, operands, is_two),
@@ -451,8 +451,8 @@ impl Drop for Tiles {
 }
 
 /// Checks the operands' sizes. Sums go where they come from.
-fn operands<A, B, S>(rows: usize, product: Product<'_, A, B, S>) -> Operands {
-    let chunks = chunks(rows, &product);
+fn operands<A, B, S>(rows: usize, product: &mut Product<'_, A, B, S>) -> Operands {
+    let chunks = chunks(rows, product);
     let (first, second) = (product.rows[0], product.rows.get(1));
     let tile = 64 * rows;
     let to = product.sums.as_mut_ptr().cast();

@@ -1,5 +1,5 @@
 //! Tiles in plain Rust, and the instructions compared with plain Rust. What whole products of bfloat16 come to is tested
-//! where they are made (`ops/linear/tiles.rs`).
+//! where they are made (`ops/linear/tiles`).
 
 use super::*;
 use crate::cpu::simd::Isa;

@@ -25,7 +25,7 @@ use super::{AddBias, equal_parts};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::quantized::{Codes, Columns, Segment};
-use crate::cpu::scratch::{TILE_INPUTS, TILE_SUMS};
+use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
 use crate::cpu::simd::amx::{CHUNK_CELLS, Kept, Multiply, Product, Signed, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{CODES, Isa, LANES};
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
@@ -41,6 +41,9 @@ const MAX_ROWS: usize = 512;
 
 /// Lines that activations of a block may take, 576 KiB: more than that does not stay in the cache beside the sums.
 const BLOCK_LINES: usize = MAX_ROWS * 18;
+
+/// Lines that all sums and what they are made of may take, 512 KiB: the same is true of them.
+const SUMS: usize = TILE_SPACE / 2;
 
 /// Columns of a tile of activations.
 const CHUNK: usize = 64;
@@ -119,7 +122,7 @@ impl Shape {
         if self.inputs() <= BLOCK_LINES {
             1
         } else {
-            (TILE_SUMS - WEIGHTS - 2 * DOTS - 2 * MAX_ROWS) / self.sums()
+            (SUMS - WEIGHTS - 2 * DOTS - 2 * MAX_ROWS) / self.sums()
         }
     }
 }
@@ -149,7 +152,7 @@ pub(super) fn linear<U: TileUnit>(
         let out = (out.values_mut(), width);
         cpu.threads
             .panels(out, within, (PANEL_ROWS, cost), |mut panels| {
-                let mut memory = cpu.scratch.tile_sums(panels.thread());
+                let mut memory = cpu.scratch.tile_space(panels.thread());
                 let mut space = Some(Space::of(memory.as_bytes_mut()));
                 let mut turn = None;
                 while let Some((numbers, mut panel)) = panels.claim() {

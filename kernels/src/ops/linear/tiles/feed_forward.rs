@@ -7,13 +7,14 @@
 //! Invariant: the bits are those of the three operations one after the other.
 
 use super::{CACHED, CHUNK, MAX_ROWS, Shape, Turn, lay_out, multiply, round};
-use crate::backend::Activation;
+use crate::backend::{Activation, Element, FeedForward};
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::scratch::TILE_INPUTS;
 use crate::cpu::simd::amx::{Floats, Multiply, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{Kernel, LANES, Simd};
+use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use crate::ops::gated_activation::{gelu_gated, silu_gated};
 use crate::ops::linear::equal_parts;
@@ -24,16 +25,18 @@ const LEAST_ROWS: usize = 128;
 /// A weight, and what is added to its outputs.
 type Linear<'a> = (&'a Packed, Option<&'a CpuWeight>);
 
-/// `out = activated · downᵀ`, `activated` being what `activation` gives of the two halves of `x · gate_upᵀ`. Does nothing
-/// and answers `false` where it would not pay or there is no room.
+/// The layer on the tiles of `unit`. Does nothing and answers `false` where it would not pay, there is no room, or weights
+/// are not in bfloat16.
 pub(in crate::ops) fn feed_forward<U: TileUnit>(
     (cpu, unit): (&CpuBackend, U),
     x: &CpuTensor,
-    gate_up: Linear<'_>,
-    activation: Activation,
-    down: Linear<'_>,
+    layer: &FeedForward<'_, CpuWeight>,
     out: &mut CpuTensor,
 ) -> bool {
+    let (Some(gate_up), Some(down)) = (linear(layer.gate_up), linear(layer.down)) else {
+        return false;
+    };
+    let activation = layer.activation;
     let n = gate_up.0.rows() / 2;
     let lines_of_row = [x.width(), n].map(|columns| columns.div_ceil(CHUNK));
     // Padding of blocks is less than as much again.
@@ -61,6 +64,14 @@ pub(in crate::ops) fn feed_forward<U: TileUnit>(
     true
 }
 
+/// A weight in bfloat16.
+fn linear<'a>((weight, bias): (&'a CpuWeight, Option<&'a CpuWeight>)) -> Option<Linear<'a>> {
+    match weight.values() {
+        Values::Matrix(packed) if weight.element() == Element::Bf16 => Some((packed, bias)),
+        _ => None,
+    }
+}
+
 /// The first product, activated and rounded, as tiles of `shape`.
 fn activate<U: TileUnit>(
     (cpu, unit): (&CpuBackend, U),
@@ -73,18 +84,14 @@ fn activate<U: TileUnit>(
     let cost = 2 * own.rows * weight.columns().padded() * PANEL_ROWS;
     let chunk = ((shape.tiles, shape.tile_rows), cost);
     cpu.threads
-        .tiles(activated, shape.run(), chunk, |thread, runs, mut lines| {
+        .tiles(activated, shape.run(), chunk, |thread, runs, lines| {
             let place = lines.columns().start / shape.tile_rows;
             let gate = runs.start / shape.tiles * shape.block_chunks + place;
             if gate >= pairs {
-                // Padding of the last block, which meets padding.
-                for run in runs {
-                    lines.row(run).fill(Floats::default());
-                }
-                return;
+                return; // the last block's padding, which the weight has no cells for
             }
             let up = gate + pairs;
-            let mut memory = cpu.scratch.tile_sums(thread);
+            let mut memory = cpu.scratch.tile_space(thread);
             let (gates, rest) = memory.as_mut_slice().split_at_mut(own.sums());
             let ups = &mut rest[..own.sums()];
             let mut turn = Turn {
@@ -182,24 +189,16 @@ impl Activate<'_, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Backend, Element, Precision};
+    use crate::backend::{Backend, Precision};
     use crate::cpu::scratch::Scratch;
     use crate::cpu::simd::Isa;
     use crate::cpu::simd::amx::tests::Model;
-    use crate::cpu::weight::Values;
     use crate::testing::{Rng, bits, tensor, weight};
-
-    fn packed(weight: &CpuWeight) -> &Packed {
-        match weight.values() {
-            Values::Matrix(packed) => packed,
-            _ => panic!("a matrix is packed"),
-        }
-    }
 
     fn check<U: TileUnit>(unit: U, seed: u64) {
         let mut rng = Rng::new(seed);
         // One block; several, with padding in the last; rows with a rest; a width that is no whole chunk.
-        for (rows, inputs, n) in [(128, 64, 32), (150, 700, 704), (131, 90, 96), (530, 33, 64)] {
+        for (rows, inputs, n) in [(128, 64, 32), (150, 700, 672), (131, 90, 96), (530, 33, 64)] {
             let threads = rng.pick(&[1, 3]);
             let mut cpu = CpuBackend::new(threads, None).unwrap();
             cpu.scratch = Scratch::of(threads).with_tiles().unwrap();
@@ -216,10 +215,14 @@ mod tests {
             let allocate = |width| cpu.allocate(rows, width, Precision::Compute).unwrap();
             let [mut both, mut activated, mut out, mut expected] = [2 * n, n, 70, 70].map(allocate);
 
-            let first = (packed(&gate_up), biases[0]);
-            let second = (packed(&down), biases[1]);
+            let layer = FeedForward {
+                gate_up: (&gate_up, biases[0]),
+                activation,
+                down: (&down, biases[1]),
+            };
             let on = (&cpu, unit);
-            assert!(feed_forward(on, &x, first, activation, second, &mut out));
+            assert!(feed_forward(on, &x, &layer, &mut out));
+            let [first, second] = [layer.gate_up, layer.down].map(|one| linear(one).unwrap());
             super::super::linear(on, &x, first.0, first.1, &mut both);
             cpu.gated_activation(activation, &both, &mut activated);
             super::super::linear(on, &activated, second.0, second.1, &mut expected);
@@ -250,16 +253,12 @@ mod tests {
             let (down, _) = weight(&mut rng, &cpu, (70, n), Element::Bf16);
             let x = tensor(&cpu, &rng.values(rows * 64), 64);
             let mut out = cpu.allocate(rows, 70, Precision::Compute).unwrap();
-            let (first, second) = ((packed(&gate_up), None), (packed(&down), None));
-            let on = (&cpu, Model);
-            assert!(!feed_forward(
-                on,
-                &x,
-                first,
-                Activation::Silu,
-                second,
-                &mut out
-            ));
+            let layer = FeedForward {
+                gate_up: (&gate_up, None),
+                activation: Activation::Silu,
+                down: (&down, None),
+            };
+            assert!(!feed_forward((&cpu, Model), &x, &layer, &mut out));
             assert!(out.values().iter().all(|value| *value == 0.0));
         }
     }

@@ -9,6 +9,10 @@
 //! Invariant, on the CPU bit for bit: a row of a result depends on that row's inputs alone, never
 //! on what else is in the batch or how a sequence was cut into steps.
 
+mod layer;
+
+pub use layer::{Activation, Attention, FeedForward, Heads, Norm};
+
 use crate::batch::Batch;
 use crate::quantized::{Code, HostQuantized};
 use crate::sampling::{SampleRequest, SampleResult};
@@ -133,32 +137,6 @@ impl KvLayout {
     }
 }
 
-/// What attention needs beyond the batch.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Attention {
-    /// Layer whose blocks are read.
-    pub layer: usize,
-    /// Query heads of this rank; a multiple of the layout's `local_kv_heads`.
-    pub local_heads: usize,
-    /// Factor on q·k, usually `1 / sqrt(head_dim)`.
-    pub scale: f32,
-    /// How many last positions a token sees, itself included; `None` is all.
-    pub sliding_window: Option<u32>,
-    /// Scores become `cap * tanh(score / cap)`, before the mask; above 0.
-    pub logit_soft_cap: Option<f32>,
-}
-
-/// What RMSNorm needs beside its weight.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Norm {
-    /// Added to the mean of squares, under the root.
-    pub eps: f32,
-    /// Added in f32 to each stored weight: 0, or 1 where the weights are stored as their distance from 1 (Gemma).
-    /// It is not folded into the weights when they are loaded, because their sum may need more bits
-    /// than the element that they are kept in has.
-    pub weight_offset: f32,
-}
-
 /// Where the device's time in a step went, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceTime {
@@ -166,15 +144,6 @@ pub struct DeviceTime {
     pub total_us: u64,
     /// The part of it spent sampling and scoring.
     pub sample_us: u64,
-}
-
-/// What a gate goes through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + e^-x)`.
-    Silu,
-    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.
-    GeluTanh,
 }
 
 /// Memory and operations of one device.
@@ -418,20 +387,30 @@ pub trait Backend: Send + 'static {
     );
 
     /// `out = activated · downᵀ (+ bias)`, `activated` being what [`Self::gated_activation`] gives of `x · gate_upᵀ (+ bias)`.
-    /// Weights come with their biases; `space` is for both results between, and need not hold them afterwards.
+    /// `space` is for both results between, and need not hold them afterwards.
     fn feed_forward(
         &self,
         x: &Self::Tensor,
-        gate_up: (&Self::Weight, Option<&Self::Weight>),
-        activation: Activation,
-        down: (&Self::Weight, Option<&Self::Weight>),
-        space: (&mut Self::Tensor, &mut Self::Tensor),
+        layer: FeedForward<'_, Self::Weight>,
+        (both, activated): (&mut Self::Tensor, &mut Self::Tensor),
         out: &mut Self::Tensor,
     ) {
-        let (both, activated) = space;
-        self.linear(x, gate_up.0, gate_up.1, both);
-        self.gated_activation(activation, both, activated);
-        self.linear(activated, down.0, down.1, out);
+        if !self.fused_feed_forward(x, &layer, out) {
+            self.linear(x, layer.gate_up.0, layer.gate_up.1, both);
+            self.gated_activation(layer.activation, both, activated);
+            self.linear(activated, layer.down.0, layer.down.1, out);
+        }
+    }
+
+    /// The same in one operation with the same bits, where the device has one that is faster. Otherwise it does nothing
+    /// and answers `false`.
+    fn fused_feed_forward(
+        &self,
+        _x: &Self::Tensor,
+        _layer: &FeedForward<'_, Self::Weight>,
+        _out: &mut Self::Tensor,
+    ) -> bool {
+        false
     }
 
     /// `x = cap * tanh(x / cap)`, element by element, in place; `cap` is above 0.
@@ -493,22 +472,4 @@ pub trait Backend: Send + 'static {
 
     /// Waits for the end of a step. What was sampled, by request.
     fn finish(&self, pending: Self::Pending) -> Result<Vec<SampleResult>, DeviceError>;
-}
-
-/// The heads in a `qkv` matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads of this rank.
-    pub local_heads: usize,
-    /// Key and value heads of this rank.
-    pub local_kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-}
-
-impl Heads {
-    /// Width of `qkv`.
-    pub fn qkv_width(self) -> usize {
-        (self.local_heads + 2 * self.local_kv_heads) * self.head_dim
-    }
 }

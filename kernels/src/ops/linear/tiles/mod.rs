@@ -1,10 +1,11 @@
 //! A product on matrix tiles: `x` rounded to bfloat16, times a packed matrix of bfloat16.
 //!
-//! First all threads lay out the rows of `x` as tiles, once for all of them. Then each claims panels, takes a few at a
-//! time, and adds up their sums block by block of columns. In a second-level cache of 2 MiB stay the rows of one block,
-//! 512 KiB, which all panels of the group meet, and the group's sums, 512 KiB, which all blocks meet; in the first-level
-//! cache stays the part of one panel that all rows meet, 32 KiB. Where rows fill no more than two tiles, weights are
-//! what is read, and each panel is one block from its beginning to its end.
+//! First all threads lay out the rows of `x` as tiles, once for all of them. Then each claims panels and adds up their sums
+//! block by block of columns. The part of a panel in one block, at most 40 KiB, stays in the first-level cache: all rows meet
+//! it, and pass by that cache on their way from the second one, of 2 MiB. Where 1 MiB holds all rows, a panel is computed
+//! from its first block to its last; otherwise panels come in groups, whose sums, at most 1 MiB, wait while all of them
+//! meet the rows of one block, at most 640 KiB. Where rows fill no more than two tiles, weights are what is read, and each
+//! panel is one block from its beginning to its end.
 //!
 //! Invariant: as said in `mod.rs`, a sum depends on a row and a column alone. Sums wait in memory between blocks as they
 //! are in tiles, so blocks do not change them.
@@ -16,7 +17,7 @@ pub(super) use feed_forward::feed_forward;
 use super::{AddBias, equal_parts};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
-use crate::cpu::scratch::{TILE_INPUTS, TILE_SUMS};
+use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
 use crate::cpu::simd::amx::{
     CHUNK_CELLS, Course, Floats, Kept, Multiply, Product, TILE_ROWS, TileUnit,
 };
@@ -101,7 +102,7 @@ impl Shape {
         if self.inputs() <= CACHED {
             1
         } else {
-            TILE_SUMS / self.sums()
+            TILE_SPACE / self.sums()
         }
     }
 }
@@ -141,7 +142,7 @@ fn multiply<U: TileUnit>(
     cpu.threads
         .panels(out, 0..width, (PANEL_ROWS, cost), |panels| {
             let mut panels = shape.claims(panels);
-            let mut sums = cpu.scratch.tile_sums(panels.thread());
+            let mut sums = cpu.scratch.tile_space(panels.thread());
             let mut turn = None;
             while let Some((_, mut panel)) = panels.claim() {
                 let turn = turn.get_or_insert_with(|| Turn {
@@ -282,7 +283,7 @@ impl<T: Multiply> Turn<'_, T> {
         let (run, rows) = (self.shape.run(), self.shape.tile_rows);
         let (whole, rest) = cells.split_at(cells.len() / CHUNK_CELLS * CHUNK_CELLS);
         let chunks = whole.len() / CHUNK_CELLS;
-        let (is_first, is_last) = (at.0 == 0, at.0 + 1 == self.shape.blocks);
+        let is_last = at.0 + 1 == self.shape.blocks;
         let inputs = &self.inputs[at.0 * self.shape.tiles * run..][..self.shape.tiles * run];
         let pairs = inputs.chunks(2 * run).zip(sums.chunks_mut(4 * rows));
         let count = self.shape.tiles.div_ceil(2);
@@ -291,13 +292,6 @@ impl<T: Multiply> Turn<'_, T> {
             let [from, to] = [pair, pair + 1].map(|pair| pair * ahead.len() / count);
             let tiles: [&[Floats]; 2] = [0, run].map(|start| inputs.get(start..).unwrap_or(&[]));
             let tiles = &tiles[..inputs.len() / run];
-            let part = |lines: Range<usize>| {
-                let mut parts: [&[Floats]; 2] = [&[]; 2];
-                for (part, tile) in parts.iter_mut().zip(tiles) {
-                    *part = &tile[lines.clone()];
-                }
-                parts
-            };
             let start = 2 * pair * rows;
             let these = start..start + tiles.len() * rows;
             let mut strip = None;
@@ -309,7 +303,7 @@ impl<T: Multiply> Turn<'_, T> {
             }
             let is_put = is_last && strip.is_none();
             if chunks > 0 {
-                let parts = part(0..chunks * rows);
+                let parts = tiles_of(tiles, 0..chunks * rows);
                 let product = Product {
                     rows: &parts[..tiles.len()],
                     cells: whole,
@@ -318,13 +312,14 @@ impl<T: Multiply> Turn<'_, T> {
                     kept,
                 };
                 let out = strip.take_if(|_| rest.is_empty());
+                let is_first = at.0 == 0;
                 self.tiles.floats(product, Course { is_first, out });
             }
             if !rest.is_empty() {
                 // Half a chunk is left, which the tiles of activations have zeros for.
                 let mut last = Aligned([[bf16::ZERO; CELL]; CHUNK_CELLS]);
                 last.0[..rest.len()].copy_from_slice(rest);
-                let parts = part(chunks * rows..(chunks + 1) * rows);
+                let parts = tiles_of(tiles, chunks * rows..(chunks + 1) * rows);
                 let product = Product {
                     rows: &parts[..tiles.len()],
                     cells: &last.0,
@@ -333,17 +328,26 @@ impl<T: Multiply> Turn<'_, T> {
                     kept,
                 };
                 let course = Course {
-                    is_first: is_first && chunks == 0,
+                    is_first: at.0 == 0 && chunks == 0,
                     out: strip,
                 };
                 self.tiles.floats(product, course);
             }
             if is_put && let Some(((row, column), out)) = &mut out {
-                let left = self.shape.rows - start;
-                put(sums, (*row + start, left, rows), *column, out);
+                let rows = (*row + start, self.shape.rows - start, rows);
+                put(sums, rows, *column, out);
             }
         }
     }
+}
+
+/// Some lines of one or two tiles.
+fn tiles_of<'a>(tiles: &[&'a [Floats]], lines: Range<usize>) -> [&'a [Floats]; 2] {
+    let mut parts: [&[Floats]; 2] = [&[]; 2];
+    for (part, tile) in parts.iter_mut().zip(tiles) {
+        *part = &tile[lines.clone()];
+    }
+    parts
 }
 
 /// Copies a panel's sums, `[tiles][2][tile_rows]`, to `rows` rows from `first` on and the columns from `column` on; what is
@@ -401,7 +405,8 @@ mod tests {
 
     fn check<U: TileUnit>(unit: U, seed: u64) {
         let mut rng = Rng::new(seed);
-        // One row and one tile; two tiles; blocks with a rest; several groups of panels; several parts of the rows.
+        // One row and one tile; two tiles; blocks with a rest; several panels; several parts of the rows; activations that
+        // do not stay in the cache, which panels meet in groups.
         let shapes = [
             (1, 1200, 70),
             (16, 90, 33),
@@ -409,6 +414,7 @@ mod tests {
             (70, 1111, 97),
             (131, 528, 900),
             (530, 48, 40),
+            (300, 1800, 200),
         ];
         for (rows, inputs, outputs) in shapes {
             for threads in [1, 3] {
