@@ -68,7 +68,7 @@ pub enum Command {
         #[arg(long, value_name = "JSON")]
         attend: Option<Charge>,
         /// Take the place of a shard of this host, which is ended first.
-        #[arg(long, value_name = "JSON")]
+        #[arg(long, value_name = "JSON", conflicts_with = "attend")]
         after: Option<Charge>,
     },
 }
