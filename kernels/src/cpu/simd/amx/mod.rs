@@ -2,7 +2,7 @@
 //!
 //! A product is what one or two tiles of activations give with the two cells of a packed panel that lie side by side,
 //! over as many chunks as there are. A chunk is what one tile holds of a row: 32 bfloat16 or 64 codes of a byte. What is
-//! not here: how matrices are cut into blocks (`ops/linear/tiles`, `ops/linear/code_tiles`).
+//! not here: how matrices are cut into blocks (`ops/linear/tiles`, `ops/linear/code_tiles`, `ops/linear/float8_tiles`).
 //!
 //! Unsafe code here rests on two facts: an [`Amx`] exists only where CPU and system let this process use the
 //! instructions, and while a [`Tiles`] lives, its thread's tiles have the shapes that it says.
@@ -12,8 +12,11 @@
     reason = "instructions need a CPU that has them, and memory of the tiles' sizes; the types are the proof"
 )]
 
+mod widen;
+
 use super::ints::Vnni;
 use super::{CELL, Kernel, LANES};
+use crate::cpu::element::F8;
 use crate::cpu::matrix::Strip;
 use half::bf16;
 use std::arch::asm;
@@ -72,6 +75,10 @@ pub(crate) trait TileUnit: Copy + Sync {
 
     /// Tiles of sums and of activations get `rows` rows, 1 to 16.
     fn tiles(self, rows: usize) -> Self::Tiles;
+
+    /// What floats of 8 bits are in bfloat16, where each of them is exact, cell by cell. What lies some KiB behind the cells is
+    /// asked for.
+    fn widen(self, cells: &[[F8; CELL]], to: &mut [Floats]);
 }
 
 /// Products of tiles.
@@ -81,11 +88,22 @@ pub(crate) trait Multiply {
     /// small for a normal f32 counts as zero.
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>, course: Course<'_>);
 
+    /// The same in steps: the sums of one or two tiles of activations begin at zero, or at what was written before:
+    /// `[tiles][2][rows]`.
+    fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>);
+
+    /// One chunk with each tile of activations: `[rows]` each, as many as have begun, and [`CHUNK_CELLS`].
+    fn step(&mut self, rows: [&[Floats]; 2], cells: &[Floats]);
+
+    /// Writes the sums: `[tiles][2][rows]`.
+    fn end(&mut self, sums: &mut [[f32; LANES]]);
+
     /// Of codes, both with a sign. The sums are written, whatever was there; they are exact.
     fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>);
 }
 
-/// Proof that this process may use AMX with bfloat16 and bytes, and of all that [`Vnni`] proves.
+/// Proof that this process may use AMX with bfloat16 and bytes, permutations of bytes (AVX512-VBMI), and of all that [`Vnni`]
+/// proves.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Amx(Vnni);
 
@@ -94,14 +112,23 @@ impl Amx {
     pub(super) fn detect() -> Option<Self> {
         static ALLOWED: OnceLock<bool> = OnceLock::new();
         let vectors = Vnni::detect()?;
-        let allowed = *ALLOWED.get_or_init(|| cpu_has_tiles() && system_saves_tiles());
+        let allowed = *ALLOWED.get_or_init(|| {
+            is_x86_feature_detected!("avx512vbmi") && cpu_has_tiles() && system_saves_tiles()
+        });
         allowed.then_some(Self(vectors))
     }
 
-    /// Runs `kernel` compiled for 512-bit vectors.
+    /// Runs `kernel` compiled for 512-bit vectors, and for what [`widen`] needs.
     #[inline]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        self.0.run(kernel)
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c"
+        )]
+        fn compiled<K: Kernel>(kernel: K, vectors: Vnni) -> K::Output {
+            kernel.run(vectors.vectors())
+        }
+        // SAFETY: `self` proves that the CPU has these instructions.
+        unsafe { compiled(kernel, self.0) }
     }
 
     /// For integer products of few rows, which do not run on tiles.
@@ -115,6 +142,11 @@ impl TileUnit for Amx {
 
     fn tiles(self, rows: usize) -> Tiles {
         Tiles::configure(self, rows)
+    }
+
+    #[inline(always)]
+    fn widen(self, cells: &[[F8; CELL]], to: &mut [Floats]) {
+        widen::widen(self, cells, to);
     }
 }
 
@@ -181,6 +213,8 @@ thread_local! {
 #[derive(Debug)]
 pub(crate) struct Tiles {
     rows: usize,
+    /// Tiles of activations, of which sums have begun.
+    begun: usize,
     /// It stays in its thread.
     here: PhantomData<*const ()>,
 }
@@ -396,6 +430,7 @@ impl Tiles {
         }
         Self {
             rows,
+            begun: 0,
             here: PhantomData,
         }
     }
@@ -431,6 +466,140 @@ impl Multiply for Tiles {
         match kept {
             Kept::Cells => multiply!("tdpbssd", zero, cells, operands, is_two),
             Kept::Rows => multiply!("tdpbssd", zero, rows, operands, is_two),
+        }
+    }
+
+    // Nothing but what is written here uses tiles, so they keep what they hold from one step to the next.
+
+    #[inline(always)]
+    fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>) {
+        assert!(tiles == 1 || tiles == 2, "{tiles} tiles of activations");
+        self.begun = tiles;
+        let Some(sums) = sums else {
+            // SAFETY: tiles are configured.
+            unsafe {
+                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nomem, nostack));
+            }
+            return;
+        };
+        assert_eq!(sums.len(), tiles * 2 * self.rows, "sums of all tiles");
+        let tile = 64 * self.rows;
+        if tiles == 2 {
+            // SAFETY: there are four tiles of sums.
+            unsafe {
+                asm!(
+                    "tileloadd tmm0, [{at} + {line}]",
+                    "add {at}, {tile}",
+                    "tileloadd tmm1, [{at} + {line}]",
+                    "add {at}, {tile}",
+                    "tileloadd tmm2, [{at} + {line}]",
+                    "add {at}, {tile}",
+                    "tileloadd tmm3, [{at} + {line}]",
+                    at = inout(reg) sums.as_ptr() => _,
+                    tile = in(reg) tile,
+                    line = in(reg) 64_usize,
+                    options(nostack),
+                );
+            }
+        } else {
+            // SAFETY: there are two tiles of sums.
+            unsafe {
+                asm!(
+                    "tileloadd tmm0, [{at} + {line}]",
+                    "add {at}, {tile}",
+                    "tileloadd tmm1, [{at} + {line}]",
+                    at = inout(reg) sums.as_ptr() => _,
+                    tile = in(reg) tile,
+                    line = in(reg) 64_usize,
+                    options(nostack),
+                );
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn step(&mut self, [first, second]: [&[Floats]; 2], cells: &[Floats]) {
+        assert!(
+            first.len() == self.rows && cells.len() == CHUNK_CELLS,
+            "a chunk"
+        );
+        if self.begun == 2 {
+            assert_eq!(second.len(), self.rows, "activations of both tiles");
+            // SAFETY: so many lines there are behind each address.
+            unsafe {
+                asm!(
+                    "tileloadd tmm6, [{cells} + {pair}]",
+                    "tileloaddt1 tmm4, [{first} + {line}]",
+                    "tileloadd tmm7, [{cells} + {pair} + 64]",
+                    "tileloaddt1 tmm5, [{second} + {line}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    cells = in(reg) cells.as_ptr(),
+                    first = in(reg) first.as_ptr(),
+                    second = in(reg) second.as_ptr(),
+                    line = in(reg) 64_usize,
+                    pair = in(reg) 128_usize,
+                    options(nostack),
+                );
+            }
+        } else {
+            // SAFETY: so many lines there are behind each address.
+            unsafe {
+                asm!(
+                    "tileloadd tmm6, [{cells} + {pair}]",
+                    "tileloaddt1 tmm4, [{first} + {line}]",
+                    "tileloadd tmm7, [{cells} + {pair} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    cells = in(reg) cells.as_ptr(),
+                    first = in(reg) first.as_ptr(),
+                    line = in(reg) 64_usize,
+                    pair = in(reg) 128_usize,
+                    options(nostack),
+                );
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn end(&mut self, sums: &mut [[f32; LANES]]) {
+        assert!(
+            self.begun > 0 && sums.len() == self.begun * 2 * self.rows,
+            "sums of all tiles"
+        );
+        let tile = 64 * self.rows;
+        if self.begun == 2 {
+            // SAFETY: there is room for four tiles of sums.
+            unsafe {
+                asm!(
+                    "tilestored [{at} + {line}], tmm0",
+                    "add {at}, {tile}",
+                    "tilestored [{at} + {line}], tmm1",
+                    "add {at}, {tile}",
+                    "tilestored [{at} + {line}], tmm2",
+                    "add {at}, {tile}",
+                    "tilestored [{at} + {line}], tmm3",
+                    at = inout(reg) sums.as_mut_ptr() => _,
+                    tile = in(reg) tile,
+                    line = in(reg) 64_usize,
+                    options(nostack),
+                );
+            }
+        } else {
+            // SAFETY: there is room for two tiles of sums.
+            unsafe {
+                asm!(
+                    "tilestored [{at} + {line}], tmm0",
+                    "add {at}, {tile}",
+                    "tilestored [{at} + {line}], tmm1",
+                    at = inout(reg) sums.as_mut_ptr() => _,
+                    tile = in(reg) tile,
+                    line = in(reg) 64_usize,
+                    options(nostack),
+                );
+            }
         }
     }
 }

@@ -9,13 +9,24 @@ use crate::testing::Rng;
 #[derive(Clone, Copy)]
 pub(crate) struct Model;
 
-pub(crate) struct ModelTiles(usize);
+pub(crate) struct ModelTiles {
+    rows: usize,
+    /// Those that have begun. `[tiles][2][rows]`
+    sums: Vec<[f32; LANES]>,
+}
 
 impl TileUnit for Model {
     type Tiles = ModelTiles;
 
     fn tiles(self, rows: usize) -> ModelTiles {
-        ModelTiles(rows)
+        ModelTiles { rows, sums: Vec::new() }
+    }
+
+    fn widen(self, cells: &[[F8; CELL]], to: &mut [Floats]) {
+        assert_eq!(cells.len(), to.len());
+        for (to, cell) in to.iter_mut().zip(cells) {
+            *to = cell.map(|code| bf16::from_f32(code.widen()));
+        }
     }
 }
 
@@ -49,7 +60,7 @@ impl Multiply for ModelTiles {
         if is_first {
             product.sums.fill([0.0; LANES]);
         }
-        each(self.0, &mut product, |sums, x, first| {
+        each(self.rows, &mut product, |sums, x, first| {
             for (lane, sum) in sums.iter_mut().enumerate() {
                 let mut halves = [0.0_f32; 2];
                 for (i, x) in x.iter().enumerate() {
@@ -61,17 +72,45 @@ impl Multiply for ModelTiles {
         });
         if let Some(mut out) = out {
             for (i, (sums, before)) in product.sums.iter_mut().zip(before).enumerate() {
-                let (tile, half, row) = (i / (2 * self.0), i / self.0 % 2, i % self.0);
-                out.put(tile * self.0 + row, half, *sums);
+                let (tile, half, row) = (i / (2 * self.rows), i / self.rows % 2, i % self.rows);
+                out.put(tile * self.rows + row, half, *sums);
                 *sums = before;
             }
         }
     }
 
+    fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>) {
+        self.sums = vec![[0.0; LANES]; tiles * 2 * self.rows];
+        if let Some(sums) = sums {
+            self.sums.copy_from_slice(sums);
+        }
+    }
+
+    fn step(&mut self, rows: [&[Floats]; 2], cells: &[Floats]) {
+        let mut sums = std::mem::take(&mut self.sums);
+        let product = Product {
+            rows: &rows[..sums.len() / (2 * self.rows)],
+            cells,
+            sums: &mut sums,
+            ahead: &[],
+            kept: Kept::Cells,
+        };
+        let course = Course {
+            is_first: false,
+            out: None,
+        };
+        self.floats(product, course);
+        self.sums = sums;
+    }
+
+    fn end(&mut self, sums: &mut [[f32; LANES]]) {
+        sums.copy_from_slice(&self.sums);
+    }
+
     fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
         let cells = product.cells;
         product.sums.fill([0; LANES]);
-        each(self.0, &mut product, |sums, x, first| {
+        each(self.rows, &mut product, |sums, x, first| {
             for (i, x) in x.iter().enumerate() {
                 let cell = &cells[first + i / 4 * 2];
                 for (lane, sum) in sums.iter_mut().enumerate() {

@@ -24,6 +24,12 @@ impl Vnni {
         is_x86_feature_detected!("avx512vnni").then_some(Self(floats))
     }
 
+    /// Vectors of floats.
+    #[inline(always)]
+    pub(crate) fn vectors(self) -> Avx512 {
+        self.0
+    }
+
     /// Runs `kernel` compiled for 512-bit vectors.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
