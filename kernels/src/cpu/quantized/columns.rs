@@ -119,13 +119,13 @@ impl Columns {
         inputs.map_or(column, |inputs| inputs[column] as usize)
     }
 
-    /// Copies what a segment's columns are multiplied with out of a row of activations. `to: [columns]`
+    /// Copies what some columns are multiplied with out of a row of activations. `to: [columns]`
     #[inline(always)]
-    pub(crate) fn gather(&self, segment: &Segment, row: &[f32], to: &mut [f32]) {
+    pub(crate) fn gather(&self, columns: Range<usize>, row: &[f32], to: &mut [f32]) {
         match &self.inputs {
-            None => to.copy_from_slice(&row[segment.columns.clone()]),
+            None => to.copy_from_slice(&row[columns]),
             Some(inputs) => {
-                for (to, input) in to.iter_mut().zip(&inputs[segment.columns.clone()]) {
+                for (to, input) in to.iter_mut().zip(&inputs[columns]) {
                     *to = row[*input as usize];
                 }
             }

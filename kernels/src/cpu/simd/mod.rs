@@ -102,7 +102,7 @@ const NAMES: [&str; 5] = ["amx", "avx512vnni", "avx512", "avx2", "portable"];
 /// The instruction set in use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
-    /// Tiles for matrices of bfloat16 and many rows of codes, and 512-bit vectors for all else.
+    /// Tiles for matrices of bfloat16, of floats of 8 bits, and for many rows of codes; 512-bit vectors for all else.
     #[cfg(target_arch = "x86_64")]
     Amx(amx::Amx),
     /// 512-bit vectors, and instructions for products of bytes.
@@ -195,7 +195,8 @@ impl Isa {
         }
     }
 
-    /// Whether products of bfloat16 matrices run on tiles, which take `x` in bfloat16 too, and those of codes may.
+    /// Whether products of matrices of bfloat16 and of floats of 8 bits run on tiles, which take `x` in bfloat16, and those of
+    /// codes may.
     pub(crate) fn has_tiles(self) -> bool {
         self.key() == "amx"
     }

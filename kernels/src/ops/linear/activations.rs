@@ -129,7 +129,8 @@ pub(super) fn quantized(
     zero: u8,
 ) -> ([i8; SEGMENT], Factor) {
     let mut values = [0.0_f32; SEGMENT];
-    columns.gather(segment, row, &mut values[..segment.columns.len()]);
+    let count = segment.columns.len();
+    columns.gather(segment.columns.clone(), row, &mut values[..count]);
     // As integers, sizes are in the order of the numbers, and what is no number is above all.
     let max = values
         .iter()

@@ -7,8 +7,9 @@
 //!
 //! Invariant: `out[i][j]` is the sum over segments of at most [`BLOCK`] columns, from the first to the last, of the
 //! segment's products summed one by one from the first to the last, times its scale if it has one (and then the bias).
-//! On tiles (AMX, bfloat16 weights) `x` is rounded to bfloat16, and segments have 32 columns: to the sum so far comes
-//! what the products of even columns, one by one, and those of odd columns, one by one, make together. Nothing else
+//! On tiles (AMX, weights of bfloat16 or of floats of 8 bits) `x` is rounded to bfloat16, and segments have 32 columns: to the
+//! sum so far comes what the products of even columns, one by one, and those of odd columns, one by one, make together; scales
+//! come with groups of columns, see `float8_tiles`. Nothing else
 //! about the shapes, and nothing about threads, changes a bit. Integer codes: `codes.rs`, whose bits `code_tiles` gives
 //! too.
 
@@ -16,6 +17,8 @@ mod activations;
 #[cfg(target_arch = "x86_64")]
 mod code_tiles;
 mod codes;
+#[cfg(target_arch = "x86_64")]
+mod float8_tiles;
 #[cfg(test)]
 mod quantized_tests;
 mod round;
@@ -166,6 +169,11 @@ fn linear_quantized(
                 code_tiles::linear((cpu, unit), x, (codes, first), bias, out);
             }
             Part::Codes(codes) => codes::linear(cpu, x, (codes, first), bias, out),
+            #[cfg(target_arch = "x86_64")]
+            Part::Floats(packed) if cpu.isa.has_tiles() => {
+                let unit = cpu.isa.tiles().expect("it has tiles");
+                float8_tiles::linear((cpu, unit), x, (packed, first), bias, out);
+            }
             Part::Floats(packed) => multiply::<F8<false>>(cpu, x, (packed, first), bias, out),
         }
         first += part.rows();

@@ -12,7 +12,11 @@
     reason = "instructions need a CPU that has them, and memory of the tiles' sizes; the types are the proof"
 )]
 
+mod detect;
+mod steps;
 mod widen;
+
+pub(crate) use steps::Steps;
 
 use super::ints::Vnni;
 use super::{CELL, Kernel, LANES};
@@ -20,7 +24,6 @@ use crate::cpu::element::F8;
 use crate::cpu::matrix::Strip;
 use half::bf16;
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid_count, _xgetbv};
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::mem::offset_of;
@@ -71,7 +74,7 @@ pub(crate) struct Course<'a> {
 /// Tiles, or what computes as they do.
 pub(crate) trait TileUnit: Copy + Sync {
     /// One thread's.
-    type Tiles: Multiply;
+    type Tiles: Multiply + Steps;
 
     /// Tiles of sums and of activations get `rows` rows, 1 to 16.
     fn tiles(self, rows: usize) -> Self::Tiles;
@@ -88,16 +91,6 @@ pub(crate) trait Multiply {
     /// small for a normal f32 counts as zero.
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>, course: Course<'_>);
 
-    /// The same in steps: the sums of one or two tiles of activations begin at zero, or at what was written before:
-    /// `[tiles][2][rows]`.
-    fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>);
-
-    /// One chunk with each tile of activations: `[rows]` each, as many as have begun, and [`CHUNK_CELLS`].
-    fn step(&mut self, rows: [&[Floats]; 2], cells: &[Floats]);
-
-    /// Writes the sums: `[tiles][2][rows]`.
-    fn end(&mut self, sums: &mut [[f32; LANES]]);
-
     /// Of codes, both with a sign. The sums are written, whatever was there; they are exact.
     fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>);
 }
@@ -113,7 +106,9 @@ impl Amx {
         static ALLOWED: OnceLock<bool> = OnceLock::new();
         let vectors = Vnni::detect()?;
         let allowed = *ALLOWED.get_or_init(|| {
-            is_x86_feature_detected!("avx512vbmi") && cpu_has_tiles() && system_saves_tiles()
+            is_x86_feature_detected!("avx512vbmi")
+                && detect::cpu_has_tiles()
+                && detect::system_saves_tiles()
         });
         allowed.then_some(Self(vectors))
     }
@@ -148,46 +143,6 @@ impl TileUnit for Amx {
     fn widen(self, cells: &[[F8; CELL]], to: &mut [Floats]) {
         widen::widen(self, cells, to);
     }
-}
-
-/// AMX-BF16, AMX-TILE and AMX-INT8, and that the system has turned tiles on.
-fn cpu_has_tiles() -> bool {
-    // Who has AVX-512 has these leaves, and a system that saves registers with `xsave`.
-    let tiles = 1 << 22 | 1 << 24 | 1 << 25;
-    if __cpuid_count(0, 0).eax < 7 || __cpuid_count(7, 0).edx & tiles != tiles {
-        return false;
-    }
-    let (config, data) = (1 << 17, 1 << 18);
-    // SAFETY: only called where AVX-512 was found, which includes asking the system by this instruction.
-    let saved = unsafe { _xgetbv(0) };
-    saved & (config | data) == config | data
-}
-
-/// Asks Linux to save the tiles' contents, which it does for those who asked only.
-#[cfg(target_os = "linux")]
-fn system_saves_tiles() -> bool {
-    const ARCH_PRCTL: i64 = 158;
-    const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
-    const XFEATURE_XTILEDATA: i64 = 18;
-    let answer: i64;
-    // SAFETY: a system call that takes numbers alone; the registers that it changes are named.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") ARCH_PRCTL => answer,
-            in("rdi") ARCH_REQ_XCOMP_PERM,
-            in("rsi") XFEATURE_XTILEDATA,
-            out("rcx") _,
-            out("r11") _,
-            options(nostack),
-        );
-    }
-    answer == 0
-}
-
-#[cfg(not(target_os = "linux"))]
-fn system_saves_tiles() -> bool {
-    false
 }
 
 /// What `ldtilecfg` reads.
@@ -466,140 +421,6 @@ impl Multiply for Tiles {
         match kept {
             Kept::Cells => multiply!("tdpbssd", zero, cells, operands, is_two),
             Kept::Rows => multiply!("tdpbssd", zero, rows, operands, is_two),
-        }
-    }
-
-    // Nothing but what is written here uses tiles, so they keep what they hold from one step to the next.
-
-    #[inline(always)]
-    fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>) {
-        assert!(tiles == 1 || tiles == 2, "{tiles} tiles of activations");
-        self.begun = tiles;
-        let Some(sums) = sums else {
-            // SAFETY: tiles are configured.
-            unsafe {
-                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nomem, nostack));
-            }
-            return;
-        };
-        assert_eq!(sums.len(), tiles * 2 * self.rows, "sums of all tiles");
-        let tile = 64 * self.rows;
-        if tiles == 2 {
-            // SAFETY: there are four tiles of sums.
-            unsafe {
-                asm!(
-                    "tileloadd tmm0, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm1, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm2, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm3, [{at} + {line}]",
-                    at = inout(reg) sums.as_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
-        } else {
-            // SAFETY: there are two tiles of sums.
-            unsafe {
-                asm!(
-                    "tileloadd tmm0, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm1, [{at} + {line}]",
-                    at = inout(reg) sums.as_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn step(&mut self, [first, second]: [&[Floats]; 2], cells: &[Floats]) {
-        assert!(
-            first.len() == self.rows && cells.len() == CHUNK_CELLS,
-            "a chunk"
-        );
-        if self.begun == 2 {
-            assert_eq!(second.len(), self.rows, "activations of both tiles");
-            // SAFETY: so many lines there are behind each address.
-            unsafe {
-                asm!(
-                    "tileloadd tmm6, [{cells} + {pair}]",
-                    "tileloaddt1 tmm4, [{first} + {line}]",
-                    "tileloadd tmm7, [{cells} + {pair} + 64]",
-                    "tileloaddt1 tmm5, [{second} + {line}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    cells = in(reg) cells.as_ptr(),
-                    first = in(reg) first.as_ptr(),
-                    second = in(reg) second.as_ptr(),
-                    line = in(reg) 64_usize,
-                    pair = in(reg) 128_usize,
-                    options(nostack),
-                );
-            }
-        } else {
-            // SAFETY: so many lines there are behind each address.
-            unsafe {
-                asm!(
-                    "tileloadd tmm6, [{cells} + {pair}]",
-                    "tileloaddt1 tmm4, [{first} + {line}]",
-                    "tileloadd tmm7, [{cells} + {pair} + 64]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    cells = in(reg) cells.as_ptr(),
-                    first = in(reg) first.as_ptr(),
-                    line = in(reg) 64_usize,
-                    pair = in(reg) 128_usize,
-                    options(nostack),
-                );
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn end(&mut self, sums: &mut [[f32; LANES]]) {
-        assert!(
-            self.begun > 0 && sums.len() == self.begun * 2 * self.rows,
-            "sums of all tiles"
-        );
-        let tile = 64 * self.rows;
-        if self.begun == 2 {
-            // SAFETY: there is room for four tiles of sums.
-            unsafe {
-                asm!(
-                    "tilestored [{at} + {line}], tmm0",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm1",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm2",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm3",
-                    at = inout(reg) sums.as_mut_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
-        } else {
-            // SAFETY: there is room for two tiles of sums.
-            unsafe {
-                asm!(
-                    "tilestored [{at} + {line}], tmm0",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm1",
-                    at = inout(reg) sums.as_mut_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
         }
     }
 }

@@ -2,6 +2,7 @@
 //! where they are made (`ops/linear/tiles`).
 
 use super::*;
+use crate::cpu::element::Stored;
 use crate::cpu::simd::Isa;
 use crate::testing::Rng;
 
@@ -19,7 +20,10 @@ impl TileUnit for Model {
     type Tiles = ModelTiles;
 
     fn tiles(self, rows: usize) -> ModelTiles {
-        ModelTiles { rows, sums: Vec::new() }
+        ModelTiles {
+            rows,
+            sums: Vec::new(),
+        }
     }
 
     fn widen(self, cells: &[[F8; CELL]], to: &mut [Floats]) {
@@ -79,6 +83,21 @@ impl Multiply for ModelTiles {
         }
     }
 
+    fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
+        let cells = product.cells;
+        product.sums.fill([0; LANES]);
+        each(self.rows, &mut product, |sums, x, first| {
+            for (i, x) in x.iter().enumerate() {
+                let cell = &cells[first + i / 4 * 2];
+                for (lane, sum) in sums.iter_mut().enumerate() {
+                    *sum += i32::from(*x) * i32::from(cell[4 * lane + i % 4]);
+                }
+            }
+        });
+    }
+}
+
+impl Steps for ModelTiles {
     fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>) {
         self.sums = vec![[0.0; LANES]; tiles * 2 * self.rows];
         if let Some(sums) = sums {
@@ -105,19 +124,6 @@ impl Multiply for ModelTiles {
 
     fn end(&mut self, sums: &mut [[f32; LANES]]) {
         sums.copy_from_slice(&self.sums);
-    }
-
-    fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
-        let cells = product.cells;
-        product.sums.fill([0; LANES]);
-        each(self.rows, &mut product, |sums, x, first| {
-            for (i, x) in x.iter().enumerate() {
-                let cell = &cells[first + i / 4 * 2];
-                for (lane, sum) in sums.iter_mut().enumerate() {
-                    *sum += i32::from(*x) * i32::from(cell[4 * lane + i % 4]);
-                }
-            }
-        });
     }
 }
 

@@ -28,7 +28,7 @@ use half::bf16;
 use std::ops::Range;
 
 /// Columns of a tile of activations.
-const CHUNK: usize = CELL;
+pub(super) const CHUNK: usize = CELL;
 
 /// Most chunks of a block: 640 columns, of which a panel takes 40 KiB.
 const BLOCK_CHUNKS: usize = 20;
@@ -209,7 +209,7 @@ fn round_row<'a>(isa: Isa, values: &[f32], lines: impl Iterator<Item = &'a mut F
 
 /// To nearest even, as every element is narrowed; in a form that compilers turn into vector code.
 #[inline(always)]
-fn round(value: f32) -> bf16 {
+pub(super) fn round(value: f32) -> bf16 {
     let bits = value.to_bits();
     let even = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     // A bit that survives says that it is not a number.

@@ -1,0 +1,237 @@
+//! A product on matrix tiles: `x` rounded to bfloat16, times a packed matrix of floats of 8 bits.
+//!
+//! First all threads lay out the rows of `x` as tiles, once for all of them. Then each claims panels (`turn.rs`). Codes are
+//! written out as lines of bfloat16, which stay in the first-level cache until all rows have met them. A group of columns is
+//! summed from zero, multiplied with its scale and added to the sums, by vectors while tiles go on.
+//!
+//! Invariant: `out[i][j]` is the sum over groups of columns, from the first to the last, of `dot * scale`, fused; `dot` is
+//! what tiles make of the group, see `ops/linear`, in chunks of 32 columns. Nothing else about the shapes, and nothing about
+//! threads, changes a bit.
+
+mod turn;
+
+use super::equal_parts;
+use super::tiles::{CHUNK, round};
+use crate::cpu::packed::{PANEL_ROWS, Packed};
+use crate::cpu::quantized::Columns;
+use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
+use crate::cpu::simd::amx::{CHUNK_CELLS, Floats, TILE_ROWS, TileUnit};
+use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
+use std::ops::Range;
+use turn::{Turn, Work};
+
+/// Most chunks of a block that many rows meet: 512 columns, whose lines take 32 KiB.
+const BLOCK_CHUNKS: usize = 16;
+
+/// Most rows that are multiplied at once.
+const MAX_ROWS: usize = 512;
+
+/// Lines of activations that stay in a second-level cache of 2 MiB beside sums: 1 MiB.
+const CACHED: usize = 16 << 10;
+
+/// Lines of a thread's memory for what is written out of one block.
+const CELLS: usize = BLOCK_CHUNKS * CHUNK_CELLS;
+
+/// Lines of a thread's memory for what two tiles of rows make of one group.
+const DOTS: usize = 4 * TILE_ROWS;
+
+/// What tiles multiply at once: up to 32 columns of one group.
+#[derive(Clone, Debug)]
+struct Chunk {
+    /// Among those that are stored.
+    columns: Range<usize>,
+    /// Cells of a panel; fewer than a chunk's if columns are padded to no more.
+    cells: Range<usize>,
+    group: usize,
+    /// Whether the group starts, and ends, with it.
+    starts: bool,
+    ends: bool,
+}
+
+/// All of a weight's, in order.
+fn chunks_of(columns: &Columns) -> Vec<Chunk> {
+    let segments = columns.segments();
+    let mut chunks: Vec<Chunk> = Vec::with_capacity(columns.padded() / CHUNK + segments.len());
+    for segment in segments {
+        for start in (0..segment.columns.len()).step_by(CHUNK) {
+            let [from, to] = [&segment.columns, &segment.padded]
+                .map(|range| range.start + start..range.end.min(range.start + start + CHUNK));
+            let starts = chunks.last().is_none_or(|last| last.group != segment.group);
+            if let Some(last) = chunks.last_mut() {
+                last.ends = starts;
+            }
+            chunks.push(Chunk {
+                columns: from,
+                cells: to,
+                group: segment.group,
+                starts,
+                ends: true,
+            });
+        }
+    }
+    chunks
+}
+
+/// How rows and columns are cut.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    rows: usize,
+    /// Tiles that the rows take, of `tile_rows` each; the last may have fewer.
+    tiles: usize,
+    tile_rows: usize,
+    /// Blocks of `block_chunks` chunks; the last may have fewer. Few rows, of no more than two tiles, meet all in one.
+    blocks: usize,
+    block_chunks: usize,
+    groups: usize,
+}
+
+impl Shape {
+    fn of(rows: usize, chunks: &[Chunk], groups: usize) -> Self {
+        let tiles = rows.div_ceil(TILE_ROWS);
+        let count = chunks.len();
+        let equal = count.div_ceil(count.div_ceil(BLOCK_CHUNKS));
+        // Whole groups where they fit, supposing that all are like the first.
+        let first = chunks.iter().position(|chunk| chunk.ends).unwrap_or(0) + 1;
+        let block_chunks = match equal.next_multiple_of(first) {
+            _ if tiles <= 2 => count,
+            whole @ 0..=BLOCK_CHUNKS => whole,
+            _ => equal,
+        };
+        Self {
+            rows,
+            tiles,
+            tile_rows: rows.div_ceil(tiles),
+            blocks: count.div_ceil(block_chunks),
+            block_chunks,
+            groups,
+        }
+    }
+
+    /// Whether codes are what is read: they are written out chunk by chunk.
+    fn is_few(&self) -> bool {
+        self.tiles <= 2
+    }
+
+    /// Lines of one tile of activations through one block.
+    fn run(&self) -> usize {
+        self.block_chunks * self.tile_rows
+    }
+
+    /// Lines of the sums of a panel.
+    fn sums(&self) -> usize {
+        self.tiles * 2 * self.tile_rows
+    }
+
+    /// Lines of all activations.
+    fn inputs(&self) -> usize {
+        self.blocks * self.tiles * self.run()
+    }
+
+    /// Panels that meet the rows of one block after each other.
+    fn panels(&self) -> usize {
+        // Where activations of all blocks stay in the cache, panels are read from their beginning to their end. Two, so that
+        // sums of one may wait while the other's begin.
+        if self.inputs() <= CACHED {
+            2
+        } else {
+            (TILE_SPACE - CELLS - DOTS) / (2 * self.sums())
+        }
+    }
+}
+
+/// The outputs of `weight`, which are the columns of `out` from `first` on, on the tiles of `unit`.
+pub(super) fn linear<U: TileUnit>(
+    (cpu, unit): (&CpuBackend, U),
+    x: &CpuTensor,
+    (weight, first): (&Packed, usize),
+    bias: Option<&CpuWeight>,
+    out: &mut CpuTensor,
+) {
+    let columns = weight.columns();
+    let chunks = chunks_of(columns);
+    let most = TILE_INPUTS / (chunks.len() + BLOCK_CHUNKS);
+    let most = (most / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
+    let mut memory = cpu.scratch.tile_inputs();
+    for part in equal_parts(x.rows(), most, TILE_ROWS) {
+        let shape = Shape::of(part.len(), &chunks, columns.groups());
+        let inputs: &mut [Floats] = &mut memory.as_mut_slice()[..shape.inputs()];
+        let run = shape.run();
+        cpu.threads.rows(inputs, run, run * CHUNK, |i, lines| {
+            let (block, tile) = (i / shape.tiles, i % shape.tiles);
+            let start = tile * shape.tile_rows;
+            let end = (start + shape.tile_rows).min(shape.rows);
+            let from = block * shape.block_chunks;
+            cpu.isa.run(LayOut {
+                x,
+                columns,
+                chunks: &chunks[from..(from + shape.block_chunks).min(chunks.len())],
+                rows: part.start + start..part.start + end,
+                lines,
+                tile_rows: shape.tile_rows,
+            });
+        });
+        let work = Work {
+            unit,
+            shape,
+            first_row: part.start,
+            inputs,
+            chunks: &chunks,
+            weight,
+            bias,
+        };
+        let cost = part.len() * columns.padded() * PANEL_ROWS;
+        let within = first..first + weight.rows();
+        let width = out.width();
+        let out = (out.values_mut(), width);
+        cpu.threads
+            .panels(out, within, (PANEL_ROWS, cost), |panels| {
+                let mut memory = cpu.scratch.tile_space(panels.thread());
+                let memory = memory.as_mut_slice();
+                cpu.isa.run(Turn {
+                    work,
+                    panels,
+                    memory,
+                });
+            });
+    }
+}
+
+/// Rounds one tile of rows through one block: `[chunks][rows]`, columns as the weight has them. What is left of the tile, and of
+/// chunks, is zero.
+struct LayOut<'a> {
+    x: &'a CpuTensor,
+    columns: &'a Columns,
+    chunks: &'a [Chunk],
+    rows: Range<usize>,
+    lines: &'a mut [Floats],
+    tile_rows: usize,
+}
+
+impl Kernel for LayOut<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        for (chunk, lines) in self
+            .chunks
+            .iter()
+            .zip(self.lines.chunks_exact_mut(self.tile_rows))
+        {
+            let (known, padding) = lines.split_at_mut(self.rows.len());
+            for (line, row) in known.iter_mut().zip(self.rows.clone()) {
+                let mut values = [0.0; CHUNK];
+                let to = &mut values[..chunk.columns.len()];
+                self.columns
+                    .gather(chunk.columns.clone(), self.x.row(row), to);
+                for (to, from) in line.iter_mut().zip(values) {
+                    *to = round(from);
+                }
+            }
+            padding.fill(Floats::default());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
