@@ -39,6 +39,7 @@ fn config(sequences: u32) -> SchedulerConfig {
         max_num_queued_reqs: usize::MAX,
         max_num_queued_tokens: usize::MAX,
         long_prefill_token_threshold: 0,
+        max_mixed_prefill_tokens: 0,
         enable_prefix_caching: true,
         async_scheduling: true,
     }

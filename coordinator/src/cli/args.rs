@@ -3,7 +3,8 @@
 //! Says nothing of what the values mean for each other (`check` does) or where else they may come
 //! from (`layers` does). Flags that `vllm serve` has keep its names and meaning.
 
-use super::values::{AutoTokens, bytes, cluster_name, part, positive_tokens, tokens};
+use super::scheduling::Scheduling;
+use super::values::{AutoTokens, bytes, cluster_name, part};
 use clap::builder::{
     BoolishValueParser, NonEmptyStringValueParser as NonEmpty, PossibleValuesParser,
 };
@@ -381,42 +382,10 @@ pub struct Up {
           action = clap::ArgAction::Set, help_heading = DEVICES)]
     pub enforce_eager: bool,
 
-    /// Most sequences in one step [default: 256, or --max-num-batched-tokens if that is less].
-    #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",
-          value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = SCHEDULING)]
-    pub max_num_seqs: Option<u32>,
-    /// Most tokens in one step [default: 512; on GPUs 2048, or 8192 where all have 70 GB].
-    #[arg(long, env = "CLUSTER_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS",
-          value_parser = positive_tokens, help_heading = SCHEDULING)]
-    pub max_num_batched_tokens: Option<u32>,
-    /// Most tokens of one request in one step; 0 is no limit.
-    #[arg(long, env = "CLUSTER_LONG_PREFILL_TOKEN_THRESHOLD", default_value = "0",
-          value_name = "TOKENS", value_parser = tokens, help_heading = SCHEDULING)]
-    pub long_prefill_token_threshold: u32,
-    /// Reuse KV blocks of equal prompt beginnings (turn off: --no-enable-prefix-caching).
-    #[arg(long, env = "CLUSTER_ENABLE_PREFIX_CACHING", default_value_t = true,
-          default_missing_value = "true", num_args = 0..=1, require_equals = true,
-          value_name = "BOOL", value_parser = BoolishValueParser::new(),
-          action = clap::ArgAction::Set, help_heading = SCHEDULING)]
-    pub enable_prefix_caching: bool,
-    /// Plan a step while the one before it is computed (turn off: --no-async-scheduling).
-    #[arg(long, env = "CLUSTER_ASYNC_SCHEDULING", default_value_t = true,
-          default_missing_value = "true", num_args = 0..=1, require_equals = true,
-          value_name = "BOOL", value_parser = BoolishValueParser::new(),
-          action = clap::ArgAction::Set, help_heading = SCHEDULING)]
-    pub async_scheduling: bool,
-    /// Most requests that may wait; more are answered 429.
-    #[arg(long, env = "CLUSTER_MAX_NUM_QUEUED_REQS", default_value_t = 1024, value_name = "N",
-          help_heading = SCHEDULING)]
-    pub max_num_queued_reqs: u32,
-    /// Most prompt tokens that may wait; more are answered 429.
-    #[arg(long, env = "CLUSTER_MAX_NUM_QUEUED_TOKENS", default_value = "4m", value_name = "TOKENS",
-          value_parser = tokens, help_heading = SCHEDULING)]
-    pub max_num_queued_tokens: u32,
-    /// Most alternatives a request may ask log-probabilities for.
-    #[arg(long, env = "CLUSTER_MAX_LOGPROBS", default_value_t = 20, value_name = "N",
-          help_heading = SCHEDULING)]
-    pub max_logprobs: u32,
+    /// What a step holds and what may wait.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub scheduling: Scheduling,
 
     /// Address to serve on. Anything but this machine's own loopback asks for an API key.
     #[arg(long, env = "CLUSTER_HOST", default_value = "127.0.0.1", value_parser = NonEmpty::new(),
@@ -493,5 +462,4 @@ pub struct Up {
 
 const MODEL: &str = "Model";
 const DEVICES: &str = "Devices and memory";
-const SCHEDULING: &str = "Scheduling";
 const SERVER: &str = "Server";

@@ -288,10 +288,10 @@ mod tests {
         let path = file.path().to_str().unwrap();
         let got = up(&["--config", path, "--port", "7000"]).unwrap();
         assert_eq!(
-            (got.port, got.block_size, got.max_num_queued_reqs),
+            (got.port, got.block_size, got.scheduling.max_num_queued_reqs),
             (7000, 32, 1024)
         );
-        assert!(!got.enable_prefix_caching);
+        assert!(!got.scheduling.enable_prefix_caching);
         assert_eq!(got.models(), ["m=/x"]);
         assert_eq!(got.api_key, ["a", "b"]);
         assert_eq!(got.max_model_len.to_string(), "32000");
@@ -299,7 +299,7 @@ mod tests {
         assert_eq!(got.models(), ["/y"]);
         let got = up(&["--model", "/y", "--config", path, "--enable-prefix-caching"]).unwrap();
         assert_eq!(
-            (got.models(), got.enable_prefix_caching),
+            (got.models(), got.scheduling.enable_prefix_caching),
             (vec!["/y"], true)
         );
         let got = up(&["--model", "a=/x", "--model", "b=/y", "--config", path]).unwrap();

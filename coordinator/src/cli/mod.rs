@@ -16,6 +16,7 @@ mod presence;
 mod progress;
 mod report;
 mod run_batch;
+pub mod scheduling;
 mod signals;
 mod status;
 pub mod up;

@@ -7,6 +7,11 @@ use super::queue::Queue;
 use super::request::{Refusal, Request};
 use super::room::{MAX_STEP_TOKENS, fits_alone};
 
+/// Steps that a backlog of prompts is spread over: where the limit of prompt tokens beside sequences that generate is less
+/// than this part of it, a step holds this part. So a long prompt or a rush of them is worked off at almost full speed, and a
+/// load that consists of prompts mostly loses no throughput; both cost the pauses that the limit spares others.
+const BACKLOG_STEPS: usize = 8;
+
 /// Fixed for the life of a scheduler.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SchedulerConfig {
@@ -28,6 +33,9 @@ pub struct SchedulerConfig {
     pub max_num_queued_tokens: usize,
     /// Most tokens of one sequence in one step; 0 for no limit but the budget.
     pub long_prefill_token_threshold: u32,
+    /// Most prompt tokens in a step that goes on with sequences that generate, while not many more wait; 0 for no limit but
+    /// the budget. Each sequence that runs has a token all the same.
+    pub max_mixed_prefill_tokens: u32,
     /// Whether computed blocks are kept for sequences that begin the same.
     pub enable_prefix_caching: bool,
     /// Whether a step is planned while the one before it is computed.
@@ -103,6 +111,14 @@ impl SchedulerConfig {
             threshold => threshold as usize,
         };
         gap.min(budget).min(threshold)
+    }
+
+    /// Prompt tokens that a step holds which goes on with sequences that generate, while `backlog` are to be computed.
+    pub(super) fn mixed_prefill(&self, backlog: usize) -> usize {
+        match self.max_mixed_prefill_tokens {
+            0 => usize::MAX,
+            limit => backlog.div_ceil(BACKLOG_STEPS).max(limit as usize),
+        }
     }
 
     /// Whether these requests may join the queue.
@@ -194,6 +210,7 @@ mod tests {
             max_num_queued_reqs: 3,
             max_num_queued_tokens: 30,
             long_prefill_token_threshold: 0,
+            max_mixed_prefill_tokens: 0,
             enable_prefix_caching: true,
             async_scheduling: true,
         }

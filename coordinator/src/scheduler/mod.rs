@@ -141,10 +141,12 @@ impl Scheduler {
         if !self.may_plan() {
             return None;
         }
-        let mut room = Room::new(&self.config);
         if let Some(suspect) = self.suspects.first().copied() {
-            self.run_alone(suspect, room);
-        } else if !self.continue_running(&mut room) {
+            self.run_alone(suspect, Room::new(&self.config));
+            return self.send();
+        }
+        let mut room = self.room();
+        if !self.continue_running(&mut room) {
             // What was just taken from one sequence is not for a new one.
             self.admit_waiting(room);
         }
@@ -186,11 +188,10 @@ impl Scheduler {
 
     /// Where it stands, in numbers.
     pub fn stats(&self) -> Stats {
-        let gaps = self.running.iter().filter(|s| s.in_prefill());
         Stats {
             running: self.running.len(),
             waiting: self.waiting.len(),
-            waiting_tokens: self.waiting.num_tokens() + gaps.map(Sequence::gap).sum::<usize>(),
+            waiting_tokens: self.backlog(),
             queued: self.waiting.num_fresh(),
             queued_tokens: self.waiting.num_fresh_tokens(),
             suspects: self.suspects.len(),
@@ -200,6 +201,23 @@ impl Scheduler {
             blocks_evictable: self.pool.num_idle(),
             blocks_free: self.pool.num_free(),
             counters: self.counters,
+        }
+    }
+
+    /// Prompt tokens, or such as are computed again, that no step so far computes.
+    fn backlog(&self) -> usize {
+        let gaps = self.running.iter().filter(|s| s.in_prefill());
+        self.waiting.num_tokens() + gaps.map(Sequence::gap).sum::<usize>()
+    }
+
+    /// An empty step. Where a sequence generates, it is to be a short one.
+    fn room(&self) -> Room {
+        let room = Room::new(&self.config);
+        let generates = |s: &Sequence| s.continues() && !s.in_prefill();
+        if self.running.iter().any(generates) {
+            room.with_prefill(self.config.mixed_prefill(self.backlog()))
+        } else {
+            room
         }
     }
 
@@ -258,7 +276,7 @@ impl Scheduler {
         let mut passed = None;
         let mut num_passed = 0;
         let mut computing = self.prefixes_under_way();
-        while room.tokens > 0 && self.running.len() < self.config.max_num_seqs as usize {
+        while room.admits() && self.running.len() < self.config.max_num_seqs as usize {
             let Some(candidate) = self.waiting.first_after(passed) else {
                 break;
             };

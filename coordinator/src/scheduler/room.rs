@@ -33,7 +33,9 @@ pub(super) const MAX_STEP_TOKENS: usize = MAX_FRAME_BYTES / 2 / STEP_TOKEN_BYTES
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Room {
     /// Tokens to compute.
-    pub tokens: usize,
+    tokens: usize,
+    /// Of those, tokens that close a gap.
+    prefill: usize,
     bytes: Bytes,
 }
 
@@ -51,11 +53,25 @@ impl Room {
         let plan = MAX_FRAME_BYTES - HEAD_BYTES;
         Self {
             tokens,
+            prefill: tokens,
             bytes: Bytes {
                 plan: plan.saturating_sub(tokens * STEP_TOKEN_BYTES),
                 answer: MAX_FRAME_BYTES - HEAD_BYTES,
             },
         }
+    }
+
+    /// The same with at most so many tokens that close gaps.
+    pub(super) fn with_prefill(self, most: usize) -> Self {
+        Self {
+            prefill: most.min(self.tokens),
+            ..self
+        }
+    }
+
+    /// Whether there is room for a sequence that waits.
+    pub(super) fn admits(&self) -> bool {
+        self.tokens > 0 && self.prefill > 0
     }
 
     /// Takes the bytes of a row with one token, or nothing and says `false`.
@@ -86,8 +102,16 @@ impl Room {
         if let Some(score) = score {
             gap = gap.min(1 + self.bytes.answer / score);
         }
-        let taken = config.chunk(gap, self.tokens - behind);
+        let mut left = self.tokens - behind;
+        if sequence.in_prefill() {
+            // Who runs progresses in every step.
+            left = left.min(self.prefill.max(1));
+        }
+        let taken = config.chunk(gap, left);
         self.tokens -= taken;
+        if sequence.in_prefill() {
+            self.prefill = self.prefill.saturating_sub(taken);
+        }
         self.bytes.answer -= score.map_or(0, |score| score * (taken - 1));
         taken
     }
@@ -175,6 +199,7 @@ mod tests {
             max_num_queued_reqs: usize::MAX,
             max_num_queued_tokens: usize::MAX,
             long_prefill_token_threshold: 0,
+            max_mixed_prefill_tokens: 0,
             enable_prefix_caching: true,
             async_scheduling: true,
         }

@@ -16,6 +16,7 @@ fn config() -> SchedulerConfig {
         max_num_queued_reqs: usize::MAX,
         max_num_queued_tokens: usize::MAX,
         long_prefill_token_threshold: 0,
+        max_mixed_prefill_tokens: 0,
         enable_prefix_caching: true,
         async_scheduling: true,
     }
@@ -82,6 +83,78 @@ fn a_long_prompt_does_not_stop_those_that_generate() {
     let counters = scheduler.stats().counters;
     let computed = (counters.prefill_tokens, counters.decode_tokens);
     assert_eq!(computed, (4 + 4 + 100, 2 * 8));
+}
+
+#[test]
+fn prompts_are_computed_in_small_pieces_while_others_generate() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        max_mixed_prefill_tokens: 8,
+        ..config()
+    })
+    .unwrap();
+    // Nobody generates: the whole budget is theirs.
+    scheduler
+        .add(vec![request(0, 0, 30, 12), request(1, 100, 34, 12)])
+        .unwrap();
+    assert_eq!(step(&mut scheduler), [30, 34]);
+    scheduler
+        .add(vec![request(2, 200, 20, 2), request(3, 300, 20, 2)])
+        .unwrap();
+    assert_eq!(step(&mut scheduler), [1, 1, 8]);
+    assert_eq!(step(&mut scheduler), [1, 1, 8]);
+    assert_eq!(
+        step(&mut scheduler),
+        [1, 1, 4, 4],
+        "what is left is the next one's"
+    );
+    assert_eq!(step(&mut scheduler), [1, 1, 1, 8]);
+    for id in [0, 1] {
+        scheduler.cancel(SequenceId(id));
+    }
+    scheduler.add(vec![request(4, 400, 50, 1)]).unwrap();
+    assert_eq!(step(&mut scheduler), [8, 50], "nobody generates any more");
+}
+
+#[test]
+fn who_runs_progresses_beside_others_that_generate() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        max_mixed_prefill_tokens: 1,
+        long_prefill_token_threshold: 4,
+        ..config()
+    })
+    .unwrap();
+    // The threshold lets several begin at once, and the first of them generates before the others do.
+    let prompts = [(0, 4), (1, 7), (2, 8)];
+    let requests = prompts.map(|(id, len)| request(u64::from(id), 100 * id, len, 9));
+    scheduler.add(requests.to_vec()).unwrap();
+    assert_eq!(step(&mut scheduler), [4, 4, 4]);
+    assert_eq!(step(&mut scheduler), [1, 1, 1]);
+    assert_eq!(step(&mut scheduler), [1, 1, 1]);
+}
+
+/// A prompt of 1,000 tokens beside one stream would take 125 steps of 8 tokens.
+#[test]
+fn a_large_backlog_is_not_computed_in_small_pieces() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        num_blocks: 512,
+        max_model_len: 2048,
+        max_num_batched_tokens: 512,
+        max_mixed_prefill_tokens: 8,
+        vocab_size: 4096,
+        ..config()
+    })
+    .unwrap();
+    scheduler.add(vec![request(0, 0, 1, 100)]).unwrap();
+    step(&mut scheduler);
+    scheduler.add(vec![request(1, 100, 1000, 1)]).unwrap();
+    let mut pieces = Vec::new();
+    while scheduler.stats().running + scheduler.stats().waiting > 1 {
+        pieces.push(step(&mut scheduler)[1]);
+    }
+    assert_eq!(pieces[..3], [125, 110, 96]);
+    assert!(pieces.is_sorted_by(|a, b| a >= b), "{pieces:?}");
+    assert_eq!(pieces.iter().sum::<usize>(), 1000);
+    assert!((25..=30).contains(&pieces.len()), "{pieces:?}");
 }
 
 #[test]

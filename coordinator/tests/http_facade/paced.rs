@@ -104,6 +104,7 @@ pub(crate) async fn start(setup: Setup, pace: Pace, (running, waiting): (u32, us
         max_num_queued_reqs: waiting,
         max_num_queued_tokens: 1 << 20,
         long_prefill_token_threshold: 0,
+        max_mixed_prefill_tokens: 0,
         enable_prefix_caching: false,
         async_scheduling: true,
     });

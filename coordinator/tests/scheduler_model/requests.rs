@@ -20,6 +20,7 @@ pub(crate) fn config(rng: &mut Rng) -> SchedulerConfig {
         max_num_queued_reqs: [2, 5, 12, usize::MAX][rng.between(0, 3) as usize],
         max_num_queued_tokens: [60, 300, usize::MAX][rng.between(0, 2) as usize],
         long_prefill_token_threshold: [0, 0, 1, 7][rng.between(0, 3) as usize],
+        max_mixed_prefill_tokens: [0, 0, 1, 7][rng.between(0, 3) as usize],
         enable_prefix_caching: !rng.one_in(6),
         async_scheduling: !rng.one_in(4),
     }

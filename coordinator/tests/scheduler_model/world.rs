@@ -219,6 +219,9 @@ impl World {
         assert_eq!(computed(&after) - computed(&before), tokens as u64);
         assert_eq!((plan.epoch, plan.step), (self.epoch, self.next_step));
         let preempted = after.counters.preemptions - before.counters.preemptions;
+        if preempted == 0 {
+            self.check_mixed(&before, &after, plan.rows.len());
+        }
         assert!(preempted == 0 || under_way == 0);
         if before.suspects > 0 {
             assert_eq!((plan.rows.len(), under_way), (1, 0), "a suspect runs alone");
@@ -235,6 +238,21 @@ impl World {
         hash_plan(&mut self.trace, &plan);
         self.plans.push_back(plan);
         true
+    }
+
+    /// Beside sequences that generate, prompts get no more than the limit, or their part of the backlog; and a row a token.
+    fn check_mixed(&self, before: &Stats, after: &Stats, rows: usize) {
+        let limit = self.config.max_mixed_prefill_tokens as usize;
+        let prefill = after.counters.prefill_tokens - before.counters.prefill_tokens;
+        let generates = after.counters.decode_tokens > before.counters.decode_tokens;
+        // One that was preempted may come back with a single token to compute: it did not generate when it was planned.
+        let lost = after.counters.preemptions + after.counters.recomputations > 0;
+        let came_back = lost && after.waiting < before.waiting;
+        let most = before.waiting_tokens.div_ceil(8).max(limit) + rows;
+        assert!(
+            limit == 0 || !generates || came_back || prefill <= most as u64,
+            "{prefill} prompt tokens beside sequences that generate, {rows} rows"
+        );
     }
 
     fn apply(&mut self, plan: &StepPlan) {

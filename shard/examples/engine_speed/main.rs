@@ -1,8 +1,9 @@
-//! Measures steps of the engine without a coordinator: decode at several batch sizes, prefill of several lengths.
+//! Measures steps of the engine without a coordinator: decode at several batch sizes, prefill of several lengths, and both
+//! in one step.
 //!
 //!     cargo run --release -p shard --example engine_speed -- --model DIR [--device cpu|cuda:N] [--tp N]
 //!         [--decode 1,8,64,256] [--prefill 512,2048,8192] [--context 512] [--steps 32] [--dtype auto]
-//!         [--quantization int8] [--kv-cache-dtype auto] [--cpu-isa auto] [--enforce-eager true]
+//!         [--beside 64,128] [--quantization int8] [--kv-cache-dtype auto] [--cpu-isa auto] [--enforce-eager true]
 //!
 //! Prints one JSON object per line. With `--tp` it starts itself once per rank, all on the same GPU, or on the
 //! CPU. Every rank makes the same plans by itself, so nothing but the collectives connects them.
@@ -157,6 +158,11 @@ fn measure<B: Backend, C: Comm<B>>(
     for tokens in &options.prefill {
         bench.prefill(*tokens)?;
     }
+    for tokens in &options.beside {
+        for batch in &options.decode {
+            bench.mixed(*batch, *tokens, options)?;
+        }
+    }
     Ok(())
 }
 
@@ -216,6 +222,33 @@ impl<B: Backend, C: Comm<B>> Bench<B, C> {
             "flops": self.flops(tokens),
             "collective_us": times.collective_us,
             "outside_us": times.outside_us,
+        }));
+        Ok(())
+    }
+
+    /// Each sequence of the batch gets one token, and beside them a prompt is computed, again and again.
+    fn mixed(&mut self, batch: u32, tokens: u32, options: &Options) -> Result<()> {
+        let per_sequence = decoded(options).div_ceil(BLOCK_SIZE);
+        let blocks = |first: u32, tokens: u32| {
+            (first..first + tokens.div_ceil(BLOCK_SIZE))
+                .map(BlockId)
+                .collect()
+        };
+        let decode = |index| {
+            let blocks = blocks(index * per_sequence, options.context + 1);
+            row_of(&[token(&self.shape, index)], options.context, blocks)
+        };
+        let mut rows: Vec<PlanRow> = (0..batch).map(decode).collect();
+        let prompt: Vec<u32> = (0..tokens).map(|at| token(&self.shape, at)).collect();
+        rows.push(row_of(&prompt, 0, blocks(batch * per_sequence, tokens)));
+        let plans = vec![rows; (PREFILL_WARM_UP + options.steps) as usize];
+        let times = self.time(plans, PREFILL_WARM_UP as usize, false)?;
+        self.say(&serde_json::json!({
+            "what": "mixed",
+            "batch": batch,
+            "tokens": tokens,
+            "step_us": times.median(),
+            "fastest_us": times.steps[0],
         }));
         Ok(())
     }
@@ -323,8 +356,11 @@ fn token(shape: &ModelShape, seed: u32) -> u32 {
     seed.wrapping_mul(2_654_435_761) % shape.vocab_size
 }
 
+fn most(list: &[u32]) -> u32 {
+    list.iter().copied().max().unwrap_or(1)
+}
+
 fn load(options: &Options) -> Load {
-    let most = |list: &[u32]| list.iter().copied().max().unwrap_or(1);
     Load {
         model: ModelLocation::Directory(options.model.clone()),
         tensor_parallel_size: options.tp,
@@ -333,8 +369,9 @@ fn load(options: &Options) -> Load {
         kv_cache_dtype: options.kv_cache_dtype.clone(),
         block_size: BLOCK_SIZE,
         max_model_len: most(&options.prefill).max(decoded(options)) + 1,
-        max_num_batched_tokens: most(&options.prefill).max(most(&options.decode)),
-        max_num_seqs: most(&options.decode),
+        max_num_batched_tokens: most(&options.prefill)
+            .max(most(&options.decode) + most(&options.beside)),
+        max_num_seqs: most(&options.decode) + 1,
         async_scheduling: true,
         enforce_eager: options.eager,
     }
@@ -353,5 +390,6 @@ fn blocks(options: &Options) -> u32 {
         .prefill
         .iter()
         .map(|tokens| tokens.div_ceil(BLOCK_SIZE));
-    decode.chain(prefill).max().unwrap_or(1)
+    let beside = most(&options.beside).div_ceil(BLOCK_SIZE);
+    decode.chain(prefill).max().unwrap_or(1) + beside
 }

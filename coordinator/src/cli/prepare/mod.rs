@@ -7,6 +7,7 @@
 mod access;
 mod memory;
 pub mod model;
+mod scheduling;
 
 use super::args::{CpuIsaArg, DtypeArg, QuantizationArg, Up};
 use super::nodes;
@@ -29,14 +30,6 @@ use topology::quantization::{at_load, head_at_load};
 use topology::spec::cluster::Topology;
 use topology::wire::{Load, Loaded};
 
-/// Most tokens in one step on CPUs: a step of this size takes a blink with a small model.
-const CPU_BATCHED_TOKENS: u32 = 512;
-/// The same on GPUs, and on GPUs of at least [`LARGE_GPU_BYTES`]: as in `vllm serve`.
-const GPU_BATCHED_TOKENS: u32 = 2048;
-const LARGE_GPU_BATCHED_TOKENS: u32 = 8192;
-const LARGE_GPU_BYTES: u64 = 70 << 30;
-/// Most sequences in one step, unless said otherwise.
-const MAX_NUM_SEQS: u32 = 256;
 /// `--max-model-len auto` is not lowered below this many tokens.
 const LEAST_AUTO_LEN: u32 = 256;
 
@@ -231,17 +224,7 @@ impl Draft {
                 model.name()
             ),
         };
-        let max_num_batched_tokens = up
-            .max_num_batched_tokens
-            .unwrap_or_else(|| batched_tokens(gpus.as_ref()));
-        let sizes = Sizes {
-            block_size: up.block_size,
-            max_model_len,
-            max_num_batched_tokens,
-            max_num_seqs: up
-                .max_num_seqs
-                .unwrap_or(MAX_NUM_SEQS.min(max_num_batched_tokens)),
-        };
+        let sizes = scheduling::sizes(up, max_model_len, gpus.as_ref());
         Ok(Self {
             up: up.clone(),
             elements: elements(up, &model.shape, gpus.is_some())?,
@@ -307,10 +290,14 @@ impl Draft {
             max_model_len: sizes.max_model_len,
             max_num_batched_tokens: sizes.max_num_batched_tokens,
             max_num_seqs: sizes.max_num_seqs,
-            async_scheduling: up.async_scheduling,
+            async_scheduling: up.scheduling.async_scheduling,
             enforce_eager: up.enforce_eager,
         };
-        let scheduler = scheduler_config(&up, &report, self.model.shape.vocab_size);
+        let scheduler = scheduling::config(
+            &up,
+            &report,
+            (self.model.shape.vocab_size, self.gpus.is_some()),
+        );
         // Nothing is kept of it: it says whether the limits make sense together.
         Scheduler::new(scheduler.clone())?;
         Ok(PreparedModel {
@@ -433,22 +420,6 @@ fn placements(up: &Up, models: usize) -> Result<Placements> {
     Ok(place(&request, models, &cores)?)
 }
 
-/// Most tokens in one step, where the operator does not say.
-fn batched_tokens(gpus: Option<&GpuMemory>) -> u32 {
-    match gpus {
-        None => CPU_BATCHED_TOKENS,
-        Some(gpus)
-            if gpus
-                .total_bytes
-                .iter()
-                .all(|total| *total >= LARGE_GPU_BYTES) =>
-        {
-            LARGE_GPU_BATCHED_TOKENS
-        }
-        Some(_) => GPU_BATCHED_TOKENS,
-    }
-}
-
 fn quantization(up: &Up) -> &'static str {
     up.quantization.map_or("auto", QuantizationArg::name)
 }
@@ -478,21 +449,4 @@ fn elements(up: &Up, shape: &ModelShape, on_gpus: bool) -> Result<Elements> {
 fn asked(up: &Up) -> Option<Asked> {
     let blocks = up.num_gpu_blocks_override.map(Asked::Blocks);
     blocks.or(up.kv_cache_memory_bytes.map(Asked::Bytes))
-}
-
-fn scheduler_config(up: &Up, report: &FitReport, vocab_size: u32) -> SchedulerConfig {
-    let sizes = &report.sizes;
-    SchedulerConfig {
-        num_blocks: report.num_blocks,
-        block_size: sizes.block_size,
-        max_num_seqs: sizes.max_num_seqs,
-        max_num_batched_tokens: sizes.max_num_batched_tokens,
-        max_model_len: sizes.max_model_len,
-        vocab_size,
-        max_num_queued_reqs: up.max_num_queued_reqs as usize,
-        max_num_queued_tokens: up.max_num_queued_tokens as usize,
-        long_prefill_token_threshold: up.long_prefill_token_threshold,
-        enable_prefix_caching: up.enable_prefix_caching,
-        async_scheduling: up.async_scheduling,
-    }
 }

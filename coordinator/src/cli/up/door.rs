@@ -48,7 +48,7 @@ impl Door {
         let chat = models.iter().map(|model| model.text.template.is_some());
         let chat = chat.collect();
         let limits = ServerLimits {
-            max_logprobs: up.max_logprobs,
+            max_logprobs: up.scheduling.max_logprobs,
             drain_timeout: FLUSH_LIMIT,
             ..ServerLimits::default()
         };

@@ -145,6 +145,7 @@ pub(super) async fn rig_of(
         max_num_queued_reqs: 64,
         max_num_queued_tokens: 10_000,
         long_prefill_token_threshold: 0,
+        max_mixed_prefill_tokens: 0,
         enable_prefix_caching: true,
         async_scheduling: true,
     })

@@ -65,6 +65,7 @@ pub(super) fn config(rng: &mut Rng) -> SchedulerConfig {
         max_num_queued_reqs: usize::MAX,
         max_num_queued_tokens: usize::MAX,
         long_prefill_token_threshold: [0, 0, 7][rng.usize(0..3)],
+        max_mixed_prefill_tokens: [0, 1, 7][rng.usize(0..3)],
         enable_prefix_caching: rng.u32(0..6) > 0,
         async_scheduling: rng.u32(0..4) > 0,
     }

@@ -57,6 +57,7 @@ fn case() -> Case {
             max_num_queued_reqs: 8,
             max_num_queued_tokens: 1000,
             long_prefill_token_threshold: 0,
+            max_mixed_prefill_tokens: 0,
             enable_prefix_caching: true,
             async_scheduling: true,
         },
