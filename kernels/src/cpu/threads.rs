@@ -72,6 +72,7 @@ impl Threads {
             items,
             threads: self.count,
             least: 1,
+            head: 0,
             claimed: &claimed,
         };
         match self.pool(items, cost) {
@@ -197,6 +198,8 @@ pub(crate) struct Share<'a> {
     threads: usize,
     /// How many are claimed at once at least.
     least: usize,
+    /// How many are claimed first, if any.
+    head: usize,
     claimed: &'a AtomicUsize,
 }
 
@@ -215,7 +218,8 @@ impl Share<'_> {
             if left == 0 {
                 return None;
             }
-            let count = (left / (2 * self.threads)).max(self.least).min(left);
+            let count = (left / (2 * self.threads)).max(self.least).max(self.head);
+            let count = count.min(left);
             let count = if self.threads == 1 { left } else { count };
             match self.claimed.compare_exchange_weak(
                 start,
@@ -223,7 +227,10 @@ impl Share<'_> {
                 Ordering::Relaxed,
                 Ordering::Relaxed,
             ) {
-                Ok(_) => return Some(start..start + count),
+                Ok(_) => {
+                    self.head = 0;
+                    return Some(start..start + count);
+                }
                 Err(now) => start = now,
             }
         }
@@ -245,6 +252,18 @@ impl Panels<'_> {
     pub(crate) fn in_large_claims(mut self) -> Self {
         let share = &mut self.share;
         share.least = share.items.div_ceil(2 * share.threads);
+        self
+    }
+
+    /// The same for a product of so many rows. Few wait for the weights, and most of a thread's part is then one claim, since
+    /// each begins with waiting for what nobody has asked for.
+    pub(crate) fn for_rows(mut self, rows: usize) -> Self {
+        /// More than these are limited by arithmetic, and then threads may differ in speed.
+        const FEW: usize = 32;
+        if rows <= FEW {
+            let share = &mut self.share;
+            share.head = share.items * 7 / (8 * share.threads);
+        }
         self
     }
 

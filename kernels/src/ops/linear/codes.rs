@@ -58,6 +58,7 @@ pub(super) fn linear(
         cpu.threads
             .panels(out, within, (PANEL_ROWS, cost), |panels| {
                 let (x, rows) = (&shared[..], rows.clone());
+                let panels = panels.for_rows(rows.len());
                 cpu.isa.run_ints(Turn {
                     weight,
                     x,

@@ -190,7 +190,7 @@ pub(super) fn linear<U: TileUnit>(
                 let memory = memory.as_mut_slice();
                 cpu.isa.run(Turn {
                     work,
-                    panels,
+                    panels: panels.for_rows(shape.rows),
                     memory,
                 });
             });

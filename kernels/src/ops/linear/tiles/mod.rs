@@ -87,10 +87,10 @@ impl Shape {
         self.blocks * self.tiles * self.run()
     }
 
-    /// Activations that do not stay in the cache are read once for each claim.
+    /// Weights are what few rows wait for; activations that do not stay in the cache are read once for each claim.
     fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
         if self.inputs() <= CACHED {
-            panels
+            panels.for_rows(self.rows)
         } else {
             panels.in_large_claims()
         }
