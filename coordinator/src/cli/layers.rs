@@ -382,6 +382,10 @@ mod tests {
         assert_eq!(printed, again);
         assert!(printed.contains("tensor-parallel-size = 2"), "{printed}");
         assert!(printed.contains("max-model-len = 32000"), "{printed}");
+        assert!(
+            printed.contains("enable-prefix-caching = false"),
+            "{printed}"
+        );
     }
 
     #[test]

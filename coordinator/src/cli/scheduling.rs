@@ -10,6 +10,7 @@ use serde::Serialize;
 
 /// Flags under "Scheduling".
 #[derive(Args, Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Scheduling {
     /// Most sequences in one step [default: 256, or --max-num-batched-tokens if that is less].
     #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",

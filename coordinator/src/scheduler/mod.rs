@@ -204,7 +204,8 @@ impl Scheduler {
         }
     }
 
-    /// Prompt tokens, or such as are computed again, that no step so far computes.
+    /// Prompt tokens, or such as are computed again, that no step so far computes; what the cache has of them is found when they
+    /// are admitted.
     fn backlog(&self) -> usize {
         let gaps = self.running.iter().filter(|s| s.in_prefill());
         self.waiting.num_tokens() + gaps.map(Sequence::gap).sum::<usize>()
@@ -215,7 +216,7 @@ impl Scheduler {
         let room = Room::new(&self.config);
         let generates = |s: &Sequence| s.continues() && !s.in_prefill();
         if self.running.iter().any(generates) {
-            room.with_prefill(self.config.mixed_prefill(self.backlog()))
+            room.mixed(self.backlog(), &self.config)
         } else {
             room
         }
@@ -337,6 +338,7 @@ impl Scheduler {
         let len = sequence.len();
         let fits = self.pool.extend(&mut sequence.table, len);
         assert!(fits, "a sequence is started only if it fits");
+        room.cached(sequence.computed, &self.config);
         sequence.share = room.take_tokens(&sequence, 0, &self.config);
         if !sequence.started {
             sequence.started = true;

@@ -36,6 +36,8 @@ pub(super) struct Room {
     tokens: usize,
     /// Of those, tokens that close a gap.
     prefill: usize,
+    /// Tokens that all gaps are thought to have, if `prefill` follows from them.
+    backlog: Option<usize>,
     bytes: Bytes,
 }
 
@@ -54,6 +56,7 @@ impl Room {
         Self {
             tokens,
             prefill: tokens,
+            backlog: None,
             bytes: Bytes {
                 plan: plan.saturating_sub(tokens * STEP_TOKEN_BYTES),
                 answer: MAX_FRAME_BYTES - HEAD_BYTES,
@@ -61,11 +64,22 @@ impl Room {
         }
     }
 
-    /// The same with at most so many tokens that close gaps.
-    pub(super) fn with_prefill(self, most: usize) -> Self {
+    /// The same beside sequences that generate, for gaps of so many tokens in all.
+    pub(super) fn mixed(self, backlog: usize, config: &SchedulerConfig) -> Self {
         Self {
-            prefill: most.min(self.tokens),
+            prefill: config.mixed_prefill(backlog),
+            backlog: Some(backlog),
             ..self
+        }
+    }
+
+    /// The gaps have so many tokens less: the cache had them.
+    pub(super) fn cached(&mut self, tokens: usize, config: &SchedulerConfig) {
+        if let Some(backlog) = &mut self.backlog {
+            let before = config.mixed_prefill(*backlog);
+            *backlog = backlog.saturating_sub(tokens);
+            let less = before - config.mixed_prefill(*backlog);
+            self.prefill = self.prefill.saturating_sub(less);
         }
     }
 

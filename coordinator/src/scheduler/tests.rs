@@ -157,6 +157,29 @@ fn a_large_backlog_is_not_computed_in_small_pieces() {
     assert!((25..=30).contains(&pieces.len()), "{pieces:?}");
 }
 
+/// What the cache has is no work, and no reason for a long step.
+#[test]
+fn cached_tokens_are_not_a_backlog() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        num_blocks: 1024,
+        max_model_len: 2048,
+        max_num_batched_tokens: 1024,
+        max_mixed_prefill_tokens: 8,
+        vocab_size: 4096,
+        ..config()
+    })
+    .unwrap();
+    // The first one's prompt is computed and ends; another stream runs.
+    scheduler.add(vec![request(0, 100, 1000, 1)]).unwrap();
+    step(&mut scheduler);
+    scheduler.add(vec![request(1, 2000, 1, 100)]).unwrap();
+    step(&mut scheduler);
+    // The same prompt, and 40 tokens more.
+    scheduler.add(vec![request(2, 100, 1040, 1)]).unwrap();
+    let pieces: Vec<_> = (0..4).map(|_| step(&mut scheduler)[1]).collect();
+    assert_eq!(pieces, [8; 4]);
+}
+
 #[test]
 fn choices_over_one_prompt_compute_it_once() {
     let mut scheduler = Scheduler::new(config()).unwrap();

@@ -11,7 +11,7 @@
 //! of another type, is it rounded to nearest even.
 
 use super::element::{F8, Stored, by_element};
-use super::quantized::{Columns, Cut, PanelScales, Scales, rows_of};
+use super::quantized::{Chunk, Columns, Cut, PanelScales, Scales, rows_of};
 use super::region::Region;
 use super::simd::{CELL, LANES};
 use super::threads::Threads;
@@ -38,7 +38,7 @@ pub(crate) struct Packed {
     element: Element,
     rows: usize,
     columns: Columns,
-    scales: Option<ProductScales>,
+    scales: Option<Box<ProductScales>>,
 }
 
 /// Scales of codes.
@@ -49,6 +49,8 @@ struct ProductScales {
     /// Where there are codes that are no numbers: the same, but no number for their groups. Products do
     /// not look at each code, and any number times none is none.
     products: Option<Scales>,
+    /// The columns as matrix tiles take them.
+    chunks: Vec<Chunk>,
 }
 
 impl Packed {
@@ -110,7 +112,7 @@ impl Packed {
             memory,
             element: Element::Fp8,
             rows,
-            scales: Some(ProductScales::pack(parts, columns.groups())?),
+            scales: Some(Box::new(ProductScales::pack(parts, &columns)?)),
             columns,
         })
     }
@@ -123,6 +125,11 @@ impl Packed {
     /// How its columns are cut: products of a segment are summed before they are added to the rest.
     pub(crate) fn columns(&self) -> &Columns {
         &self.columns
+    }
+
+    /// The columns of floats of 8 bits in chunks of [`CELL`], each of one group.
+    pub(crate) fn chunks(&self) -> &[Chunk] {
+        self.scales.as_ref().map_or(&[], |scales| &scales.chunks)
     }
 
     /// What products of a segment are multiplied with, for one panel.
@@ -189,7 +196,8 @@ impl Packed {
 }
 
 impl ProductScales {
-    fn pack(parts: &[HostQuantized], groups: usize) -> Result<Self, DeviceError> {
+    fn pack(parts: &[HostQuantized], columns: &Columns) -> Result<Self, DeviceError> {
+        let groups = columns.groups();
         let rows = || {
             parts
                 .iter()
@@ -215,6 +223,7 @@ impl ProductScales {
             products: has_nan
                 .then(|| Scales::pack(products.chunks_exact(groups), groups))
                 .transpose()?,
+            chunks: columns.chunks(CELL),
         })
     }
 }

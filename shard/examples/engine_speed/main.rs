@@ -368,10 +368,13 @@ fn load(options: &Options) -> Load {
         quantization: options.quantization.clone(),
         kv_cache_dtype: options.kv_cache_dtype.clone(),
         block_size: BLOCK_SIZE,
-        max_model_len: most(&options.prefill).max(decoded(options)) + 1,
+        max_model_len: most(&options.prefill)
+            .max(most(&options.beside))
+            .max(decoded(options))
+            + 1,
         max_num_batched_tokens: most(&options.prefill)
-            .max(most(&options.decode) + most(&options.beside)),
-        max_num_seqs: most(&options.decode) + 1,
+            .max(most(&options.decode) + options.beside.iter().max().copied().unwrap_or(0)),
+        max_num_seqs: most(&options.decode) + u32::from(!options.beside.is_empty()),
         async_scheduling: true,
         enforce_eager: options.eager,
     }
@@ -390,6 +393,7 @@ fn blocks(options: &Options) -> u32 {
         .prefill
         .iter()
         .map(|tokens| tokens.div_ceil(BLOCK_SIZE));
-    let beside = most(&options.beside).div_ceil(BLOCK_SIZE);
+    let beside = options.beside.iter().max().copied().unwrap_or(0);
+    let beside = beside.div_ceil(BLOCK_SIZE);
     decode.chain(prefill).max().unwrap_or(1) + beside
 }

@@ -32,6 +32,20 @@ pub(crate) struct Segment {
     pub(crate) group: usize,
 }
 
+/// What matrix tiles multiply at once: some columns of one group.
+#[derive(Clone, Debug)]
+pub(crate) struct Chunk {
+    /// Among those that are stored.
+    pub(crate) columns: Range<usize>,
+    /// Where they lie when segments are padded; fewer than a chunk's if no more is there.
+    pub(crate) padded: Range<usize>,
+    /// Their group.
+    pub(crate) group: usize,
+    /// Whether the group starts, and ends, with it.
+    pub(crate) starts: bool,
+    pub(crate) ends: bool,
+}
+
 /// The columns of a matrix.
 #[derive(Debug)]
 pub(crate) struct Columns {
@@ -91,6 +105,29 @@ impl Columns {
     /// All, in order.
     pub(crate) fn segments(&self) -> &[Segment] {
         &self.segments
+    }
+
+    /// All, in chunks of at most `size` columns, of which segments have as many as fill them.
+    pub(crate) fn chunks(&self, size: usize) -> Vec<Chunk> {
+        let mut chunks: Vec<Chunk> = Vec::new();
+        for segment in &self.segments {
+            for start in (0..segment.columns.len()).step_by(size) {
+                let [columns, padded] = [&segment.columns, &segment.padded]
+                    .map(|all| all.start + start..all.end.min(all.start + start + size));
+                let starts = chunks.last().is_none_or(|last| last.group != segment.group);
+                if let Some(last) = chunks.last_mut() {
+                    last.ends = starts;
+                }
+                chunks.push(Chunk {
+                    columns,
+                    padded,
+                    group: segment.group,
+                    starts,
+                    ends: true,
+                });
+            }
+        }
+        chunks
     }
 
     /// The segments of each block, by number.

@@ -8,7 +8,7 @@ mod columns;
 mod scales;
 
 pub(crate) use codes::{Codes, QUAD, rows_of};
-pub(crate) use columns::{Columns, Cut, Segment};
+pub(crate) use columns::{Chunk, Columns, Cut, Segment};
 pub(crate) use scales::{PanelScales, Scales};
 
 use super::element::F8;

@@ -88,6 +88,7 @@ struct RawModel {
     kv_cache_memory_bytes: Option<Spanned<Value>>,
     num_gpu_blocks_override: Option<Spanned<Value>>,
     max_num_seqs: Option<Spanned<Value>>,
+    max_mixed_prefill_tokens: Option<Spanned<Value>>,
     max_num_batched_tokens: Option<Spanned<Value>>,
     enforce_eager: Option<Spanned<Value>>,
 }
@@ -407,6 +408,7 @@ impl RawModel {
             ("kv_cache_memory_bytes", &self.kv_cache_memory_bytes),
             ("num_gpu_blocks_override", &self.num_gpu_blocks_override),
             ("max_num_seqs", &self.max_num_seqs),
+            ("max_mixed_prefill_tokens", &self.max_mixed_prefill_tokens),
             ("max_num_batched_tokens", &self.max_num_batched_tokens),
             ("enforce_eager", &self.enforce_eager),
         ];

@@ -1,6 +1,7 @@
 //! Products of tiles in steps, between which vectors have time for other things.
 //!
-//! Sums stay in tiles from one step to the next: no code but what is written here and beside it uses them.
+//! Sums stay in tiles from one step to the next. The compiler is not told: it puts nothing into tiles by itself, and keeps the
+//! order of these blocks; the system saves what a thread has in them; and a thread has one [`Tiles`] at a time, which is borrowed.
 //! Invariant: as that of one product, see [`Multiply::floats`](super::Multiply::floats).
 
 use super::{CHUNK_CELLS, Floats, Tiles};

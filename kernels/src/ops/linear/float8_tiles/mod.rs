@@ -13,10 +13,11 @@ mod turn;
 use super::equal_parts;
 use super::tiles::{CHUNK, round};
 use crate::cpu::packed::{PANEL_ROWS, Packed};
-use crate::cpu::quantized::Columns;
+use crate::cpu::quantized::{Chunk, Columns};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
 use crate::cpu::simd::amx::{CHUNK_CELLS, Floats, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::threads::Panels;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use std::ops::Range;
 use turn::{Turn, Work};
@@ -35,43 +36,6 @@ const CELLS: usize = BLOCK_CHUNKS * CHUNK_CELLS;
 
 /// Lines of a thread's memory for what two tiles of rows make of one group.
 const DOTS: usize = 4 * TILE_ROWS;
-
-/// What tiles multiply at once: up to 32 columns of one group.
-#[derive(Clone, Debug)]
-struct Chunk {
-    /// Among those that are stored.
-    columns: Range<usize>,
-    /// Cells of a panel; fewer than a chunk's if columns are padded to no more.
-    cells: Range<usize>,
-    group: usize,
-    /// Whether the group starts, and ends, with it.
-    starts: bool,
-    ends: bool,
-}
-
-/// All of a weight's, in order.
-fn chunks_of(columns: &Columns) -> Vec<Chunk> {
-    let segments = columns.segments();
-    let mut chunks: Vec<Chunk> = Vec::with_capacity(columns.padded() / CHUNK + segments.len());
-    for segment in segments {
-        for start in (0..segment.columns.len()).step_by(CHUNK) {
-            let [from, to] = [&segment.columns, &segment.padded]
-                .map(|range| range.start + start..range.end.min(range.start + start + CHUNK));
-            let starts = chunks.last().is_none_or(|last| last.group != segment.group);
-            if let Some(last) = chunks.last_mut() {
-                last.ends = starts;
-            }
-            chunks.push(Chunk {
-                columns: from,
-                cells: to,
-                group: segment.group,
-                starts,
-                ends: true,
-            });
-        }
-    }
-    chunks
-}
 
 /// How rows and columns are cut.
 #[derive(Clone, Copy, Debug)]
@@ -128,12 +92,20 @@ impl Shape {
         self.blocks * self.tiles * self.run()
     }
 
+    /// Weights are what few rows wait for; activations that do not stay in the cache are read once for each claim.
+    fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
+        if self.inputs() <= CACHED {
+            panels.for_rows(self.rows)
+        } else {
+            panels.in_large_claims()
+        }
+    }
+
     /// Panels that meet the rows of one block after each other.
     fn panels(&self) -> usize {
-        // Where activations of all blocks stay in the cache, panels are read from their beginning to their end. Two, so that
-        // sums of one may wait while the other's begin.
+        // Where activations of all blocks stay in the cache, panels are read from their beginning to their end.
         if self.inputs() <= CACHED {
-            2
+            1
         } else {
             (TILE_SPACE - CELLS - DOTS) / (2 * self.sums())
         }
@@ -149,12 +121,12 @@ pub(super) fn linear<U: TileUnit>(
     out: &mut CpuTensor,
 ) {
     let columns = weight.columns();
-    let chunks = chunks_of(columns);
+    let chunks = weight.chunks();
     let most = TILE_INPUTS / (chunks.len() + BLOCK_CHUNKS);
     let most = (most / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
     let mut memory = cpu.scratch.tile_inputs();
     for part in equal_parts(x.rows(), most, TILE_ROWS) {
-        let shape = Shape::of(part.len(), &chunks, columns.groups());
+        let shape = Shape::of(part.len(), chunks, columns.groups());
         let inputs: &mut [Floats] = &mut memory.as_mut_slice()[..shape.inputs()];
         let run = shape.run();
         cpu.threads.rows(inputs, run, run * CHUNK, |i, lines| {
@@ -176,7 +148,7 @@ pub(super) fn linear<U: TileUnit>(
             shape,
             first_row: part.start,
             inputs,
-            chunks: &chunks,
+            chunks,
             weight,
             bias,
         };
@@ -190,7 +162,7 @@ pub(super) fn linear<U: TileUnit>(
                 let memory = memory.as_mut_slice();
                 cpu.isa.run(Turn {
                     work,
-                    panels: panels.for_rows(shape.rows),
+                    panels: shape.claims(panels),
                     memory,
                 });
             });

@@ -57,7 +57,7 @@ impl<'a, U: TileUnit> Work<'a, U> {
     #[inline(always)]
     fn write_out(&self, panel: usize, chunk: &Chunk, to: &mut [Floats]) {
         let own = self.weight.panel_cells();
-        let cells = &self.weight.cells::<F8>()[panel * own..][chunk.cells.clone()];
+        let cells = &self.weight.cells::<F8>()[panel * own..][chunk.padded.clone()];
         let (to, padding) = to.split_at_mut(cells.len());
         self.unit.widen(cells, to);
         padding.fill(Floats::default());
@@ -165,7 +165,6 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
     fn few(&mut self, (panel, place): (usize, usize), (column, out): (usize, &mut Panel<'_>)) {
         let (work, shape) = (self.work, self.work.shape);
         let scales = work.weight.scales(panel);
-        self.clear(place, out);
         let [mut cells, mut next] = [0, CHUNK_CELLS];
         work.write_out(panel, &work.chunks[0], &mut self.space.cells[..CHUNK_CELLS]);
         for (i, chunk) in work.chunks.iter().enumerate() {
@@ -208,9 +207,6 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
         for (chunk, cells) in chunks.iter().zip(self.space.cells.chunks_mut(CHUNK_CELLS)) {
             work.write_out(panel, chunk, cells);
         }
-        if block == 0 {
-            self.clear(place, out);
-        }
         for tile in (0..shape.tiles).step_by(2) {
             let tiles = (shape.tiles - tile).min(2);
             let start = place * shape.sums() + tile * 2 * rows;
@@ -239,14 +235,6 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                     self.tiles.end(&mut self.space.open[of_tiles.clone()]);
                 }
             }
-        }
-    }
-
-    /// What waits for sums of this place goes there, before others take them.
-    #[inline(always)]
-    fn clear(&mut self, place: usize, out: &mut Panel<'_>) {
-        if self.waiting.is_some_and(|waiting| waiting.place == place) {
-            self.bring(4, out);
         }
     }
 
@@ -286,7 +274,9 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                 let first = tile * rows + start;
                 let count = (end - start).min(shape.rows.saturating_sub(first));
                 let first = self.work.first_row + first;
-                part.put(simd, scales, (first..first + count, waiting.column, out));
+                if count > 0 {
+                    part.put(simd, scales, (first..first + count, waiting.column, out));
+                }
             }
         }
         if waiting.done == parts {
