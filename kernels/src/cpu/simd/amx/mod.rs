@@ -12,6 +12,7 @@
     reason = "instructions need a CPU that has them, and memory of the tiles' sizes; the types are the proof"
 )]
 
+mod steps;
 mod widen;
 
 use super::ints::Vnni;
@@ -52,11 +53,12 @@ pub(crate) struct Product<'a, A, B, S> {
     pub(crate) kept: Kept,
 }
 
-/// Which operand is read again by the next products and belongs in the first-level cache; the other one passes by.
+/// Which operands are read again by the next products and belong in the first-level cache; the other one passes by.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kept {
     Rows,
     Cells,
+    Both,
 }
 
 /// How the sums of a product of floats begin, and where they go.
@@ -98,8 +100,16 @@ pub(crate) trait Multiply {
     /// Writes the sums: `[tiles][2][rows]`.
     fn end(&mut self, sums: &mut [[f32; LANES]]);
 
-    /// Of codes, both with a sign. The sums are written, whatever was there; they are exact.
-    fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>);
+    /// As [`Self::step`], of codes; those of the weight have a sign if `SIGN`. The sums are exact; they begin at zero.
+    fn step_codes<const SIGN: bool>(
+        &mut self,
+        rows: [&[Signed]; 2],
+        cells: &[[u8; 64]],
+        kept: Kept,
+    );
+
+    /// As [`Self::end`], of codes.
+    fn end_codes(&mut self, sums: &mut [[i32; LANES]]);
 }
 
 /// Proof that this process may use AMX with bfloat16 and bytes, permutations of bytes (AVX512-VBMI), and of all that [`Vnni`]
@@ -453,154 +463,45 @@ impl Multiply for Tiles {
             operands.second = self.rows * row;
         }
         match (is_first, kept) {
-            (false, Kept::Cells) => multiply!("tdpbf16ps", add, cells, operands, is_two),
+            (false, Kept::Cells | Kept::Both) => {
+                multiply!("tdpbf16ps", add, cells, operands, is_two)
+            }
             (false, Kept::Rows) => multiply!("tdpbf16ps", add, rows, operands, is_two),
-            (true, Kept::Cells) => multiply!("tdpbf16ps", zero, cells, operands, is_two),
+            (true, Kept::Cells | Kept::Both) => {
+                multiply!("tdpbf16ps", zero, cells, operands, is_two)
+            }
             (true, Kept::Rows) => multiply!("tdpbf16ps", zero, rows, operands, is_two),
         }
     }
 
-    fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
-        let (is_two, kept) = (product.rows.len() == 2, product.kept);
-        let operands = operands(self.rows, &mut product);
-        match kept {
-            Kept::Cells => multiply!("tdpbssd", zero, cells, operands, is_two),
-            Kept::Rows => multiply!("tdpbssd", zero, rows, operands, is_two),
-        }
-    }
-
-    // Nothing but what is written here uses tiles, so they keep what they hold from one step to the next.
-
     #[inline(always)]
     fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>) {
-        assert!(tiles == 1 || tiles == 2, "{tiles} tiles of activations");
-        self.begun = tiles;
-        let Some(sums) = sums else {
-            // SAFETY: tiles are configured.
-            unsafe {
-                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nomem, nostack));
-            }
-            return;
-        };
-        assert_eq!(sums.len(), tiles * 2 * self.rows, "sums of all tiles");
-        let tile = 64 * self.rows;
-        if tiles == 2 {
-            // SAFETY: there are four tiles of sums.
-            unsafe {
-                asm!(
-                    "tileloadd tmm0, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm1, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm2, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm3, [{at} + {line}]",
-                    at = inout(reg) sums.as_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
-        } else {
-            // SAFETY: there are two tiles of sums.
-            unsafe {
-                asm!(
-                    "tileloadd tmm0, [{at} + {line}]",
-                    "add {at}, {tile}",
-                    "tileloadd tmm1, [{at} + {line}]",
-                    at = inout(reg) sums.as_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
-        }
+        self.begin_sums(tiles, sums);
     }
 
     #[inline(always)]
-    fn step(&mut self, [first, second]: [&[Floats]; 2], cells: &[Floats]) {
-        assert!(
-            first.len() == self.rows && cells.len() == CHUNK_CELLS,
-            "a chunk"
-        );
-        if self.begun == 2 {
-            assert_eq!(second.len(), self.rows, "activations of both tiles");
-            // SAFETY: so many lines there are behind each address.
-            unsafe {
-                asm!(
-                    "tileloadd tmm6, [{cells} + {pair}]",
-                    "tileloaddt1 tmm4, [{first} + {line}]",
-                    "tileloadd tmm7, [{cells} + {pair} + 64]",
-                    "tileloaddt1 tmm5, [{second} + {line}]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    cells = in(reg) cells.as_ptr(),
-                    first = in(reg) first.as_ptr(),
-                    second = in(reg) second.as_ptr(),
-                    line = in(reg) 64_usize,
-                    pair = in(reg) 128_usize,
-                    options(nostack),
-                );
-            }
-        } else {
-            // SAFETY: so many lines there are behind each address.
-            unsafe {
-                asm!(
-                    "tileloadd tmm6, [{cells} + {pair}]",
-                    "tileloaddt1 tmm4, [{first} + {line}]",
-                    "tileloadd tmm7, [{cells} + {pair} + 64]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    cells = in(reg) cells.as_ptr(),
-                    first = in(reg) first.as_ptr(),
-                    line = in(reg) 64_usize,
-                    pair = in(reg) 128_usize,
-                    options(nostack),
-                );
-            }
-        }
+    fn step(&mut self, rows: [&[Floats]; 2], cells: &[Floats]) {
+        self.step_floats(rows, cells);
     }
 
     #[inline(always)]
     fn end(&mut self, sums: &mut [[f32; LANES]]) {
-        assert!(
-            self.begun > 0 && sums.len() == self.begun * 2 * self.rows,
-            "sums of all tiles"
-        );
-        let tile = 64 * self.rows;
-        if self.begun == 2 {
-            // SAFETY: there is room for four tiles of sums.
-            unsafe {
-                asm!(
-                    "tilestored [{at} + {line}], tmm0",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm1",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm2",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm3",
-                    at = inout(reg) sums.as_mut_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
-        } else {
-            // SAFETY: there is room for two tiles of sums.
-            unsafe {
-                asm!(
-                    "tilestored [{at} + {line}], tmm0",
-                    "add {at}, {tile}",
-                    "tilestored [{at} + {line}], tmm1",
-                    at = inout(reg) sums.as_mut_ptr() => _,
-                    tile = in(reg) tile,
-                    line = in(reg) 64_usize,
-                    options(nostack),
-                );
-            }
-        }
+        self.write_sums(sums);
+    }
+
+    #[inline(always)]
+    fn step_codes<const SIGN: bool>(
+        &mut self,
+        rows: [&[Signed]; 2],
+        cells: &[[u8; 64]],
+        kept: Kept,
+    ) {
+        self.step_bytes::<SIGN>(rows, cells, kept);
+    }
+
+    #[inline(always)]
+    fn end_codes(&mut self, sums: &mut [[i32; LANES]]) {
+        self.write_sums(sums);
     }
 }
 

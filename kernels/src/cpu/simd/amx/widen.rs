@@ -64,14 +64,8 @@ fn lines(tables: &Tables, cells: &[[[F8; CELL]; 2]], to: &mut [[Floats; 2]]) {
         let size = _mm512_permutex2var_epi8(high[0], codes, high[1]);
         // size | codes & sign
         let higher = _mm512_ternarylogic_epi64::<0xf8>(size, codes, sign);
-        store(
-            _mm512_permutex2var_epi8(lower, first, higher),
-            &mut to[0],
-        );
-        store(
-            _mm512_permutex2var_epi8(lower, second, higher),
-            &mut to[1],
-        );
+        store(_mm512_permutex2var_epi8(lower, first, higher), &mut to[0]);
+        store(_mm512_permutex2var_epi8(lower, second, higher), &mut to[1]);
     }
 }
 

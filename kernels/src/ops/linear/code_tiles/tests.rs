@@ -4,6 +4,7 @@ use super::*;
 use crate::backend::{Backend, Element, Precision};
 use crate::cpu::quantized::{Cut, Part};
 use crate::cpu::scratch::Scratch;
+use crate::cpu::simd::Isa;
 use crate::cpu::simd::amx::tests::Model;
 use crate::cpu::weight::Values;
 use crate::ops::linear::codes;
