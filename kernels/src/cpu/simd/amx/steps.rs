@@ -9,7 +9,8 @@ use std::arch::asm;
 /// One chunk of one tile of activations, or of two. The caller vouches for the memory: [`CHUNK_CELLS`] lines of cells, and
 /// as many of each tile of activations as tiles have.
 macro_rules! chunk {
-    (one, $instruction:literal, $rows:literal, $cells:literal, $first:expr, $second:expr, $at:expr) => {
+    (one, $instruction:literal, $rows:literal, $cells:literal, $first:expr, $second:expr, $at:expr) => {{
+        let _ = $second;
         asm!(
             concat!($cells, " tmm6, [{cells} + {pair}]"),
             concat!($rows, " tmm4, [{first} + {line}]"),
@@ -22,7 +23,7 @@ macro_rules! chunk {
             pair = in(reg) 128_usize,
             options(nostack),
         )
-    };
+    }};
     (two, $instruction:literal, $rows:literal, $cells:literal, $first:expr, $second:expr, $at:expr) => {
         asm!(
             concat!($cells, " tmm6, [{cells} + {pair}]"),

@@ -1,6 +1,7 @@
 //! Tiles in plain Rust, and the instructions compared with plain Rust. What whole products of bfloat16 come to is tested
 //! where they are made (`ops/linear/tiles`).
 
+use super::products::chunks;
 use super::*;
 use crate::cpu::element::Stored;
 use crate::cpu::simd::Isa;
