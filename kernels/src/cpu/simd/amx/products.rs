@@ -206,11 +206,11 @@ impl Tiles {
         }
         match (is_first, kept) {
             (false, Kept::Cells | Kept::Both) => {
-                multiply!("tdpbf16ps", add, cells, operands, is_two)
+                multiply!("tdpbf16ps", add, cells, operands, is_two);
             }
             (false, Kept::Rows) => multiply!("tdpbf16ps", add, rows, operands, is_two),
             (true, Kept::Cells | Kept::Both) => {
-                multiply!("tdpbf16ps", zero, cells, operands, is_two)
+                multiply!("tdpbf16ps", zero, cells, operands, is_two);
             }
             (true, Kept::Rows) => multiply!("tdpbf16ps", zero, rows, operands, is_two),
         }

@@ -116,7 +116,7 @@ struct Place {
     block: usize,
     panel: usize,
     /// Of the panel in its group.
-    place: usize,
+    in_group: usize,
     /// Of the panel in what is claimed.
     column: usize,
 }
@@ -202,7 +202,7 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
                 let place = Place {
                     block,
                     panel,
-                    place: panel - first,
+                    in_group: panel - first,
                     column: (panel - numbers.start) * PANEL_ROWS,
                 };
                 self.many(place, at(visit + 1), out);
@@ -279,7 +279,7 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
                 let at = Place {
                     block,
                     panel,
-                    place: 0,
+                    in_group: 0,
                     column: (panel - numbers.start) * PANEL_ROWS,
                 };
                 let mut chunk = 0;
@@ -409,7 +409,7 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
             strip = out.strip(first..first + rows, at.column);
         }
         let is_put = is_last && strip.is_none();
-        let panel = at.place * shape.sums() + 2 * start;
+        let panel = at.in_group * shape.sums() + 2 * start;
         let panel = &mut self.space.panels[panel..][..2 * rows];
         self.simd.call(Close {
             block: &mut self.space.block[2 * start..][..2 * rows],
