@@ -3,8 +3,8 @@
 //! `cargo run --release -p kernels --example quantized_speed [-- THREADS [ROUNDS [CPU_ISA]]]`. One run is all products of
 //! some layers shaped like a model of half a billion parameters, more than caches hold. Formats take turns, and what is
 //! printed are medians over the rounds, of wall time and, where the machine is busy with other things, too, of CPU time of
-//! one thread, and the ratios. `amx` and `avx512vnni` compared show what matrix tiles are worth: codes of more than 16 rows
-//! are multiplied on them.
+//! one thread, and the ratios. `amx` and `avx512vnni` compared show what matrix tiles are worth: all are
+//! multiplied on them but integers with one row.
 #![expect(
     clippy::print_stdout,
     clippy::disallowed_methods,

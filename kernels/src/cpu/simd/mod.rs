@@ -102,7 +102,7 @@ const NAMES: [&str; 5] = ["amx", "avx512vnni", "avx512", "avx2", "portable"];
 /// The instruction set in use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Isa {
-    /// Tiles for matrices of bfloat16, of floats of 8 bits, and for many rows of codes; 512-bit vectors for all else.
+    /// Tiles for matrices of bfloat16, of floats of 8 bits, and of integer codes; 512-bit vectors for all else.
     #[cfg(target_arch = "x86_64")]
     Amx(amx::Amx),
     /// 512-bit vectors, and instructions for products of bytes.

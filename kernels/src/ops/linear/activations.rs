@@ -149,7 +149,8 @@ pub(super) fn quantized(
     let mut codes = [0; SEGMENT];
     for (code, value) in codes.iter_mut().zip(values) {
         let rounded = rounded(value * inverse);
-        sum += rounded;
+        // Far from wrapping, but a check would keep the loop from being one of vectors.
+        sum = rounded.wrapping_add(sum);
         *code = rounded.to_le_bytes()[0].cast_signed();
     }
     let factor = Factor {
@@ -164,7 +165,8 @@ pub(super) fn quantized(
 #[inline(always)]
 fn rounded(value: f32) -> i32 {
     const SHIFT: f32 = 12_582_912.0;
-    (value + SHIFT).to_bits().cast_signed() - SHIFT.to_bits().cast_signed()
+    let bits = (value + SHIFT).to_bits().cast_signed();
+    bits.wrapping_sub(SHIFT.to_bits().cast_signed())
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Products of quantised activations with a weight of integer codes, on vectors. Many rows go to matrix tiles where there
-//! are any (`code_tiles`), which is faster and nothing else.
+//! Products of quantised activations with a weight of integer codes, on vectors. More than one row goes to matrix tiles where
+//! there are any (`code_tiles`), which is faster and nothing else.
 //!
 //! Invariant: `out[i][j]` is the sum over blocks of columns, from the first to the last, of a block's sum; that is the sum
 //! over its segments, from the first to the last, of `(dot * weight_scale) * x_scale`, fused where the CPU can; `dot`,

@@ -12,11 +12,9 @@
     reason = "instructions need a CPU that has them, and memory of the tiles' sizes; the types are the proof"
 )]
 
-mod detect;
+mod products;
 mod steps;
 mod widen;
-
-pub(crate) use steps::Steps;
 
 use super::ints::Vnni;
 use super::{CELL, Kernel, LANES};
@@ -24,9 +22,9 @@ use crate::cpu::element::F8;
 use crate::cpu::matrix::Strip;
 use half::bf16;
 use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _xgetbv};
 use std::cell::Cell;
 use std::marker::PhantomData;
-use std::mem::offset_of;
 use std::sync::OnceLock;
 
 /// Most rows of a tile.
@@ -55,11 +53,12 @@ pub(crate) struct Product<'a, A, B, S> {
     pub(crate) kept: Kept,
 }
 
-/// Which operand is read again by the next products and belongs in the first-level cache; the other one passes by.
+/// Which operands are read again by the next products and belong in the first-level cache; the other one passes by.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kept {
     Rows,
     Cells,
+    Both,
 }
 
 /// How the sums of a product of floats begin, and where they go.
@@ -74,7 +73,7 @@ pub(crate) struct Course<'a> {
 /// Tiles, or what computes as they do.
 pub(crate) trait TileUnit: Copy + Sync {
     /// One thread's.
-    type Tiles: Multiply + Steps;
+    type Tiles: Multiply;
 
     /// Tiles of sums and of activations get `rows` rows, 1 to 16.
     fn tiles(self, rows: usize) -> Self::Tiles;
@@ -91,8 +90,26 @@ pub(crate) trait Multiply {
     /// small for a normal f32 counts as zero.
     fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>, course: Course<'_>);
 
-    /// Of codes, both with a sign. The sums are written, whatever was there; they are exact.
-    fn codes(&mut self, product: Product<'_, Signed, Signed, [i32; LANES]>);
+    /// The same in steps: the sums of one or two tiles of activations begin at zero, or at what was written before:
+    /// `[tiles][2][rows]`.
+    fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>);
+
+    /// One chunk with each tile of activations: `[rows]` each, as many as have begun, and [`CHUNK_CELLS`].
+    fn step(&mut self, rows: [&[Floats]; 2], cells: &[Floats]);
+
+    /// Writes the sums: `[tiles][2][rows]`.
+    fn end(&mut self, sums: &mut [[f32; LANES]]);
+
+    /// As [`Self::step`], of codes; those of the weight have a sign if `SIGN`. The sums are exact; they begin at zero.
+    fn step_codes<const SIGN: bool>(
+        &mut self,
+        rows: [&[Signed]; 2],
+        cells: &[[u8; 64]],
+        kept: Kept,
+    );
+
+    /// As [`Self::end`], of codes.
+    fn end_codes(&mut self, sums: &mut [[i32; LANES]]);
 }
 
 /// Proof that this process may use AMX with bfloat16 and bytes, permutations of bytes (AVX512-VBMI), and of all that [`Vnni`]
@@ -106,9 +123,7 @@ impl Amx {
         static ALLOWED: OnceLock<bool> = OnceLock::new();
         let vectors = Vnni::detect()?;
         let allowed = *ALLOWED.get_or_init(|| {
-            is_x86_feature_detected!("avx512vbmi")
-                && detect::cpu_has_tiles()
-                && detect::system_saves_tiles()
+            is_x86_feature_detected!("avx512vbmi") && cpu_has_tiles() && system_saves_tiles()
         });
         allowed.then_some(Self(vectors))
     }
@@ -126,7 +141,7 @@ impl Amx {
         unsafe { compiled(kernel, self.0) }
     }
 
-    /// For integer products of few rows, which do not run on tiles.
+    /// For integer products of one row, and of widths that tiles have no room for.
     pub(super) fn ints(self) -> Vnni {
         self.0
     }
@@ -143,6 +158,46 @@ impl TileUnit for Amx {
     fn widen(self, cells: &[[F8; CELL]], to: &mut [Floats]) {
         widen::widen(self, cells, to);
     }
+}
+
+/// AMX-BF16, AMX-TILE and AMX-INT8, and that the system has turned tiles on.
+fn cpu_has_tiles() -> bool {
+    // Who has AVX-512 has these leaves, and a system that saves registers with `xsave`.
+    let tiles = 1 << 22 | 1 << 24 | 1 << 25;
+    if __cpuid_count(0, 0).eax < 7 || __cpuid_count(7, 0).edx & tiles != tiles {
+        return false;
+    }
+    let (config, data) = (1 << 17, 1 << 18);
+    // SAFETY: only called where AVX-512 was found, which includes asking the system by this instruction.
+    let saved = unsafe { _xgetbv(0) };
+    saved & (config | data) == config | data
+}
+
+/// Asks Linux to save the tiles' contents, which it does for those who asked only.
+#[cfg(target_os = "linux")]
+fn system_saves_tiles() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
+    const XFEATURE_XTILEDATA: i64 = 18;
+    let answer: i64;
+    // SAFETY: a system call that takes numbers alone; the registers that it changes are named.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") ARCH_PRCTL => answer,
+            in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") XFEATURE_XTILEDATA,
+            out("rcx") _,
+            out("r11") _,
+            options(nostack),
+        );
+    }
+    answer == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn system_saves_tiles() -> bool {
+    false
 }
 
 /// What `ldtilecfg` reads.
@@ -172,189 +227,6 @@ pub(crate) struct Tiles {
     begun: usize,
     /// It stays in its thread.
     here: PhantomData<*const ()>,
-}
-
-/// Addresses of a product's operands, and distances in bytes.
-#[repr(C)]
-struct Operands {
-    rows: [*const u8; 2],
-    cells: *const u8,
-    chunks: usize,
-    /// Of a tile of activations or of sums in lines.
-    tile: usize,
-    ahead: *const u8,
-    /// Lines that are asked for with each chunk.
-    lines: usize,
-    /// Where sums begin: `[tiles][2]` tiles.
-    sums: *const u8,
-    /// Where they go: rows, the second half of outputs, and the second tile of activations are so far apart.
-    to: *mut u8,
-    row: usize,
-    half: usize,
-    second: usize,
-}
-
-/// How a tile of sums begins: as it is in memory, or at zero.
-macro_rules! begin {
-    (add, $tile:literal) => {
-        concat!("tileloadd ", $tile, ", [{at} + {line}]")
-    };
-    (zero, $tile:literal) => {
-        concat!("tilezero ", $tile)
-    };
-}
-
-/// How operands that are read again, and those that are not, are loaded: the latter stay out of the first-level cache.
-macro_rules! load {
-    (rows, cells) => {
-        "tileloaddt1 "
-    };
-    (cells, rows) => {
-        "tileloaddt1 "
-    };
-    ($operand:ident, $kept:ident) => {
-        "tileloadd "
-    };
-}
-
-/// With two tiles of activations: four sums, for each of which half a tile is read, so that the cache keeps up.
-///
-/// The caller vouches that the memory behind each address is as large as tiles and chunks say. A prefetch may go beyond.
-macro_rules! run_two {
-    ($instruction:literal, $begin:ident, $kept:ident, $operands:ident) => {
-        asm!(
-            "mov {at}, [{operands} + {sums}]",
-            begin!($begin, "tmm0"),
-            "add {at}, {tile}",
-            begin!($begin, "tmm1"),
-            "add {at}, {tile}",
-            begin!($begin, "tmm2"),
-            "add {at}, {tile}",
-            begin!($begin, "tmm3"),
-            "2:",
-            concat!(load!(cells, $kept), "tmm6, [{cells} + {pair}]"),
-            concat!(load!(rows, $kept), "tmm4, [{rows} + {line}]"),
-            concat!(load!(cells, $kept), "tmm7, [{cells} + {pair} + 64]"),
-            concat!(load!(rows, $kept), "tmm5, [{others} + {line}]"),
-            concat!($instruction, " tmm0, tmm4, tmm6"),
-            concat!($instruction, " tmm1, tmm4, tmm7"),
-            concat!($instruction, " tmm2, tmm5, tmm6"),
-            concat!($instruction, " tmm3, tmm5, tmm7"),
-            "add {cells}, 2048",
-            "add {rows}, {tile}",
-            "add {others}, {tile}",
-            "mov {at}, {lines}",
-            "test {at}, {at}",
-            "jz 4f",
-            "3:",
-            "prefetcht1 [{ahead}]",
-            "add {ahead}, 64",
-            "dec {at}",
-            "jnz 3b",
-            "4:",
-            "dec {chunks}",
-            "jnz 2b",
-            "mov {at}, [{operands} + {to}]",
-            "mov {rows}, [{operands} + {row}]",
-            "mov {others}, [{operands} + {half}]",
-            "mov {cells}, [{operands} + {second}]",
-            "tilestored [{at} + {rows}], tmm0",
-            "add {cells}, {at}",
-            "add {at}, {others}",
-            "tilestored [{at} + {rows}], tmm1",
-            "tilestored [{cells} + {rows}], tmm2",
-            "add {cells}, {others}",
-            "tilestored [{cells} + {rows}], tmm3",
-            operands = in(reg) &raw const $operands,
-            rows = inout(reg) $operands.rows[0] => _,
-            others = inout(reg) $operands.rows[1] => _,
-            cells = inout(reg) $operands.cells => _,
-            ahead = inout(reg) $operands.ahead => _,
-            chunks = inout(reg) $operands.chunks => _,
-            lines = in(reg) $operands.lines,
-            tile = in(reg) $operands.tile,
-            line = in(reg) 64_usize,
-            pair = in(reg) 128_usize,
-            at = out(reg) _,
-            sums = const offset_of!(Operands, sums),
-            to = const offset_of!(Operands, to),
-            row = const offset_of!(Operands, row),
-            half = const offset_of!(Operands, half),
-            second = const offset_of!(Operands, second),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    };
-}
-
-/// With one tile of activations: what is left of them, or the few rows of a decode step, which wait for memory anyway.
-///
-/// The caller vouches for the same as with two.
-macro_rules! run_one {
-    ($instruction:literal, $begin:ident, $kept:ident, $operands:ident) => {
-        asm!(
-            "mov {at}, [{operands} + {sums}]",
-            begin!($begin, "tmm0"),
-            "add {at}, {tile}",
-            begin!($begin, "tmm1"),
-            "2:",
-            concat!(load!(cells, $kept), "tmm6, [{cells} + {pair}]"),
-            concat!(load!(rows, $kept), "tmm4, [{rows} + {line}]"),
-            concat!(load!(cells, $kept), "tmm7, [{cells} + {pair} + 64]"),
-            concat!($instruction, " tmm0, tmm4, tmm6"),
-            concat!($instruction, " tmm1, tmm4, tmm7"),
-            "add {cells}, 2048",
-            "add {rows}, {tile}",
-            "mov {at}, {lines}",
-            "test {at}, {at}",
-            "jz 4f",
-            "3:",
-            "prefetcht1 [{ahead}]",
-            "add {ahead}, 64",
-            "dec {at}",
-            "jnz 3b",
-            "4:",
-            "dec {chunks}",
-            "jnz 2b",
-            "mov {at}, [{operands} + {to}]",
-            "mov {rows}, [{operands} + {row}]",
-            "tilestored [{at} + {rows}], tmm0",
-            "add {at}, [{operands} + {half}]",
-            "tilestored [{at} + {rows}], tmm1",
-            operands = in(reg) &raw const $operands,
-            rows = inout(reg) $operands.rows[0] => _,
-            cells = inout(reg) $operands.cells => _,
-            ahead = inout(reg) $operands.ahead => _,
-            chunks = inout(reg) $operands.chunks => _,
-            lines = in(reg) $operands.lines,
-            tile = in(reg) $operands.tile,
-            line = in(reg) 64_usize,
-            pair = in(reg) 128_usize,
-            at = out(reg) _,
-            sums = const offset_of!(Operands, sums),
-            to = const offset_of!(Operands, to),
-            row = const offset_of!(Operands, row),
-            half = const offset_of!(Operands, half),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    };
-}
-
-/// One product: the sums begin, go through all chunks, and go to memory. One instruction adds the product of two tiles
-/// to a third.
-macro_rules! multiply {
-    ($instruction:literal, $begin:ident, $kept:ident, $operands:ident, $is_two:expr) => {
-        if $is_two {
-            // SAFETY: see `run_two!`; `operands()` has checked the sizes.
-            unsafe { run_two!($instruction, $begin, $kept, $operands) }
-        } else {
-            // SAFETY: see `run_one!`; `operands()` has checked the sizes.
-            unsafe { run_one!($instruction, $begin, $kept, $operands) }
-        }
-    };
 }
 
 impl Tiles {
@@ -392,36 +264,38 @@ impl Tiles {
 }
 
 impl Multiply for Tiles {
-    fn floats(
-        &mut self,
-        mut product: Product<'_, Floats, Floats, [f32; LANES]>,
-        Course { is_first, out }: Course<'_>,
-    ) {
-        let (is_two, kept) = (product.rows.len() == 2, product.kept);
-        let mut operands = operands(self.rows, &mut product);
-        if let Some(mut out) = out {
-            let tiles = 1 + usize::from(is_two);
-            assert_eq!(out.rows(), tiles * self.rows, "a row of `out` for each");
-            let row = out.width() * size_of::<f32>();
-            operands.to = out.as_mut_ptr().cast();
-            (operands.row, operands.half) = (row, size_of::<[f32; LANES]>());
-            operands.second = self.rows * row;
-        }
-        match (is_first, kept) {
-            (false, Kept::Cells) => multiply!("tdpbf16ps", add, cells, operands, is_two),
-            (false, Kept::Rows) => multiply!("tdpbf16ps", add, rows, operands, is_two),
-            (true, Kept::Cells) => multiply!("tdpbf16ps", zero, cells, operands, is_two),
-            (true, Kept::Rows) => multiply!("tdpbf16ps", zero, rows, operands, is_two),
-        }
+    fn floats(&mut self, product: Product<'_, Floats, Floats, [f32; LANES]>, course: Course<'_>) {
+        self.multiply_floats(product, course);
     }
 
-    fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
-        let (is_two, kept) = (product.rows.len() == 2, product.kept);
-        let operands = operands(self.rows, &mut product);
-        match kept {
-            Kept::Cells => multiply!("tdpbssd", zero, cells, operands, is_two),
-            Kept::Rows => multiply!("tdpbssd", zero, rows, operands, is_two),
-        }
+    #[inline(always)]
+    fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>) {
+        self.begin_sums(tiles, sums);
+    }
+
+    #[inline(always)]
+    fn step(&mut self, rows: [&[Floats]; 2], cells: &[Floats]) {
+        self.step_floats(rows, cells);
+    }
+
+    #[inline(always)]
+    fn end(&mut self, sums: &mut [[f32; LANES]]) {
+        self.write_sums(sums);
+    }
+
+    #[inline(always)]
+    fn step_codes<const SIGN: bool>(
+        &mut self,
+        rows: [&[Signed]; 2],
+        cells: &[[u8; 64]],
+        kept: Kept,
+    ) {
+        self.step_bytes::<SIGN>(rows, cells, kept);
+    }
+
+    #[inline(always)]
+    fn end_codes(&mut self, sums: &mut [[i32; LANES]]) {
+        self.write_sums(sums);
     }
 }
 
@@ -438,48 +312,6 @@ impl Drop for Tiles {
         }
         TAKEN.set(false);
     }
-}
-
-/// Checks the operands' sizes. Sums go where they come from.
-fn operands<A, B, S>(rows: usize, product: &mut Product<'_, A, B, S>) -> Operands {
-    let chunks = chunks(rows, product);
-    let (first, second) = (product.rows[0], product.rows.get(1));
-    let tile = 64 * rows;
-    let to = product.sums.as_mut_ptr().cast();
-    Operands {
-        rows: [
-            first.as_ptr().cast(),
-            second.unwrap_or(&first).as_ptr().cast(),
-        ],
-        cells: product.cells.as_ptr().cast(),
-        chunks,
-        tile,
-        ahead: product.ahead.as_ptr().cast(),
-        lines: product.ahead.len().div_ceil(chunks),
-        sums: to,
-        to,
-        row: 64,
-        half: tile,
-        second: 2 * tile,
-    }
-}
-
-/// Checks the operands' sizes and gives the number of chunks.
-fn chunks<A, B, S>(rows: usize, product: &Product<'_, A, B, S>) -> usize {
-    const { assert!(size_of::<A>() == 64 && size_of::<B>() == 64 && size_of::<S>() == 64) }
-    let tiles = product.rows.len();
-    assert!(tiles == 1 || tiles == 2, "{tiles} tiles of activations");
-    let chunks = product.cells.len() / CHUNK_CELLS;
-    // The loops above run once at least.
-    assert!(
-        chunks > 0 && product.cells.len() == chunks * CHUNK_CELLS,
-        "whole chunks of cells, and one at least"
-    );
-    for tile in product.rows {
-        assert_eq!(tile.len(), chunks * rows, "activations for each chunk");
-    }
-    assert_eq!(product.sums.len(), tiles * 2 * rows, "sums of all tiles");
-    chunks
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Tiles in plain Rust, and the instructions compared with plain Rust. What whole products of bfloat16 come to is tested
 //! where they are made (`ops/linear/tiles`).
 
+use super::products::chunks;
 use super::*;
 use crate::cpu::element::Stored;
 use crate::cpu::simd::Isa;
@@ -14,6 +15,8 @@ pub(crate) struct ModelTiles {
     rows: usize,
     /// Those that have begun. `[tiles][2][rows]`
     sums: Vec<[f32; LANES]>,
+    /// The same of codes.
+    dots: Vec<[i32; LANES]>,
 }
 
 impl TileUnit for Model {
@@ -23,6 +26,7 @@ impl TileUnit for Model {
         ModelTiles {
             rows,
             sums: Vec::new(),
+            dots: Vec::new(),
         }
     }
 
@@ -83,23 +87,9 @@ impl Multiply for ModelTiles {
         }
     }
 
-    fn codes(&mut self, mut product: Product<'_, Signed, Signed, [i32; LANES]>) {
-        let cells = product.cells;
-        product.sums.fill([0; LANES]);
-        each(self.rows, &mut product, |sums, x, first| {
-            for (i, x) in x.iter().enumerate() {
-                let cell = &cells[first + i / 4 * 2];
-                for (lane, sum) in sums.iter_mut().enumerate() {
-                    *sum += i32::from(*x) * i32::from(cell[4 * lane + i % 4]);
-                }
-            }
-        });
-    }
-}
-
-impl Steps for ModelTiles {
     fn begin(&mut self, tiles: usize, sums: Option<&[[f32; LANES]]>) {
         self.sums = vec![[0.0; LANES]; tiles * 2 * self.rows];
+        self.dots = vec![[0; LANES]; tiles * 2 * self.rows];
         if let Some(sums) = sums {
             self.sums.copy_from_slice(sums);
         }
@@ -125,6 +115,63 @@ impl Steps for ModelTiles {
     fn end(&mut self, sums: &mut [[f32; LANES]]) {
         sums.copy_from_slice(&self.sums);
     }
+
+    fn step_codes<const SIGN: bool>(
+        &mut self,
+        rows: [&[Signed]; 2],
+        cells: &[[u8; 64]],
+        kept: Kept,
+    ) {
+        let mut sums = std::mem::take(&mut self.dots);
+        let mut product = Product {
+            rows: &rows[..sums.len() / (2 * self.rows)],
+            cells,
+            sums: &mut sums,
+            ahead: &[],
+            kept,
+        };
+        each(
+            self.rows,
+            &mut product,
+            |sums: &mut [i32; LANES], x, first| {
+                for (i, x) in x.iter().enumerate() {
+                    let cell = &cells[first + i / 4 * 2];
+                    for (lane, sum) in sums.iter_mut().enumerate() {
+                        let code = cell[4 * lane + i % 4];
+                        let code = if SIGN {
+                            i32::from(code.cast_signed())
+                        } else {
+                            i32::from(code)
+                        };
+                        *sum += i32::from(*x) * code;
+                    }
+                }
+            },
+        );
+        self.dots = sums;
+    }
+
+    fn end_codes(&mut self, sums: &mut [[i32; LANES]]) {
+        sums.copy_from_slice(&self.dots);
+    }
+}
+
+/// Chunks of codes in steps, each with some tiles of rows.
+fn multiply<const SIGN: bool>(
+    mut tiles: impl Multiply,
+    (x, rows): (&[Vec<Signed>], usize),
+    cells: &[[u8; 64]],
+) -> Vec<[i32; LANES]> {
+    // Whatever was there is written over.
+    let mut sums = vec![[7; LANES]; x.len() * 2 * rows];
+    tiles.begin(x.len(), None);
+    for (i, cells) in cells.chunks(CHUNK_CELLS).enumerate() {
+        let lines = [0, x.len() - 1].map(|tile| &x[tile][i * rows..][..rows]);
+        let kept = [Kept::Rows, Kept::Cells, Kept::Both][i % 3];
+        tiles.step_codes::<SIGN>(lines, cells, kept);
+    }
+    tiles.end_codes(&mut sums);
+    sums
 }
 
 /// Products of codes that have no more bits than `mask` compared with tiles in plain Rust.
@@ -137,32 +184,24 @@ fn check_codes(mask: u8) {
     for case in 0..40 {
         let (rows, tiles, chunks) = (rng.within(1..17), rng.within(1..3), rng.within(1..5));
         println!("case {case}: {tiles} tiles of {rows} rows, {chunks} chunks");
-        let mut codes = |lines: usize| -> Vec<Signed> {
-            let mut line = |_| std::array::from_fn(|_| (rng.next() as u8 & mask).cast_signed());
+        let mut codes = |lines: usize| -> Vec<[u8; 64]> {
+            let mut line = |_| std::array::from_fn(|_| rng.next() as u8 & mask);
             (0..lines).map(&mut line).collect()
         };
-        let x: Vec<_> = (0..tiles).map(|_| codes(chunks * rows)).collect();
-        let x: Vec<&[Signed]> = x.iter().map(|tile| &tile[..]).collect();
         let cells = codes(chunks * CHUNK_CELLS);
-        // Whatever was there is written over.
-        let [mut sums, mut expected] = [7, -7].map(|any| vec![[any; LANES]; tiles * 2 * rows]);
-        amx.tiles(rows).codes(product(&x, &cells, &mut sums));
-        Model.tiles(rows).codes(product(&x, &cells, &mut expected));
-        assert!(sums == expected);
-    }
-}
-
-fn product<'a>(
-    rows: &'a [&'a [Signed]],
-    cells: &'a [Signed],
-    sums: &'a mut [[i32; LANES]],
-) -> Product<'a, Signed, Signed, [i32; LANES]> {
-    Product {
-        rows,
-        cells,
-        sums,
-        ahead: cells,
-        kept: Kept::Cells,
+        let x: Vec<Vec<Signed>> = (0..tiles)
+            .map(|_| {
+                codes(chunks * rows)
+                    .into_iter()
+                    .map(bytemuck::cast)
+                    .collect()
+            })
+            .collect();
+        let x = (&x[..], rows);
+        let signed = multiply::<true>(amx.tiles(rows), x, &cells);
+        assert!(signed == multiply::<true>(Model.tiles(rows), x, &cells));
+        let unsigned = multiply::<false>(amx.tiles(rows), x, &cells);
+        assert!(unsigned == multiply::<false>(Model.tiles(rows), x, &cells));
     }
 }
 

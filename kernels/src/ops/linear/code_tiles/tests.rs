@@ -4,6 +4,7 @@ use super::*;
 use crate::backend::{Backend, Element, Precision};
 use crate::cpu::quantized::{Cut, Part};
 use crate::cpu::scratch::Scratch;
+use crate::cpu::simd::Isa;
 use crate::cpu::simd::amx::tests::Model;
 use crate::cpu::weight::Values;
 use crate::ops::linear::codes;
@@ -82,7 +83,12 @@ fn check<U: TileUnit>(unit: U, seed: u64, signs: bool) {
         (300, 2100, 230),
         (530, 200, 40),
     ];
-    for (rows, cols, outputs) in shapes {
+    // No more than two tiles, through which codes pass by.
+    let few = [(); 10].map(|()| {
+        let outputs = rng.within(1..200);
+        (rng.within(1..33), rng.within(1..2300), outputs)
+    });
+    for (rows, cols, outputs) in shapes.into_iter().chain(few) {
         for (code, threads) in CODES.into_iter().zip([1, 3]) {
             let cpu = backend(threads);
             let cols = cols + rng.within(0..70);

@@ -3,7 +3,7 @@
 //!
 //! Invariant: a sum is rounded as in `codes.rs`, in the same order.
 
-use super::{CHUNK, STEP, Shape, chunks};
+use super::{CHUNK, Line, STEP, Shape, chunks};
 use crate::cpu::CpuTensor;
 use crate::cpu::matrix::Strip;
 use crate::cpu::quantized::{Columns, PanelScales, Segment};
@@ -52,157 +52,156 @@ impl Kernel for LayOut<'_> {
     }
 }
 
-/// Codes as bytes less their zero.
-pub(super) struct WriteOut<'a> {
-    pub(super) cells: &'a [[u8; CODES]],
-    pub(super) code: Code,
-    pub(super) zero: u8,
-    /// What lies behind them stays what it is.
-    pub(super) to: &'a mut [Signed],
-}
-
-impl Kernel for WriteOut<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let write = |to: &mut Signed, cell: &[u8; CODES], code: fn(u8) -> u8| {
-            // Apart from both, so that the compiler need not care whether they overlap.
-            let mut line = [0; CODES];
-            for (to, byte) in line.iter_mut().zip(cell) {
-                *to = code(*byte).wrapping_sub(self.zero).cast_signed();
+/// Writes codes out as bytes less `zero`; what lies behind them in `to` stays what it is.
+#[inline(always)]
+pub(super) fn write_out(code: Code, zero: u8, cells: &[Line], to: &mut [Line]) {
+    if code == Code::Int4 {
+        // A cell's low halves are one line, its high ones the next; two cells lie side by side.
+        let (cells, _) = cells.as_chunks::<2>();
+        let (lines, _) = to.as_chunks_mut::<4>();
+        for (lines, cells) in lines.iter_mut().zip(cells) {
+            for i in 0..2 {
+                lines[i] = less::<15, 0>(&cells[i], zero);
+                lines[2 + i] = less::<15, 4>(&cells[i], zero);
             }
-            *to = line;
-        };
-        if self.code == Code::Int4 {
-            // A cell's low halves are one line, its high ones the next; two cells lie side by side.
-            let (cells, _) = self.cells.as_chunks::<2>();
-            let (lines, _) = self.to.as_chunks_mut::<4>();
-            for (lines, cells) in lines.iter_mut().zip(cells) {
-                for (i, cell) in cells.iter().enumerate() {
-                    write(&mut lines[i], cell, |byte| byte & 15);
-                    write(&mut lines[2 + i], cell, |byte| byte >> 4);
-                }
-            }
-        } else {
-            for (line, cell) in self.to.iter_mut().zip(self.cells) {
-                write(line, cell, |byte| byte);
-            }
+        }
+    } else {
+        for (line, cell) in to.iter_mut().zip(cells) {
+            *line = less::<255, 0>(cell, zero);
         }
     }
 }
 
-/// Products of a step, for which scales and zeros count, and sums that they come to.
-pub(super) struct Take<'a> {
-    pub(super) segments: &'a [Segment],
-    pub(super) scales: PanelScales<'a>,
-    pub(super) offsets: Option<PanelScales<'a>>,
-    /// Those of each tile. `[segments][rows]`
-    pub(super) factors: &'a [&'a [Factor]],
-    pub(super) rows: usize,
-    /// `[segments][tiles][2][rows]`
-    pub(super) dots: &'a [[i32; LANES]],
-    /// Sums over the block so far, unless the step is the block's first. `[tiles][2][rows]`
-    pub(super) block: &'a mut [[f32; LANES]],
-    pub(super) is_first: bool,
-    /// If the step is the block's last: sums over all blocks so far, unless the block is the first. `[tiles][2][rows]`
-    pub(super) panel: Option<&'a mut [[f32; LANES]]>,
-    pub(super) is_first_block: bool,
-    /// Where they go instead if that block is the last, too, and `panel` stays as it is. `[tiles][rows]`
-    pub(super) out: Option<Strip<'a>>,
+/// Some bits of each byte, less the same number.
+#[inline(always)]
+fn less<const MASK: u8, const SHIFT: u32>(cell: &Line, zero: u8) -> Line {
+    let mut line = [0; CODES];
+    for i in 0..CODES {
+        line[i] = ((cell[i] >> SHIFT) & MASK).wrapping_sub(zero);
+    }
+    line
 }
 
-impl Kernel for Take<'_> {
+/// What is still to be added to codes.
+#[derive(Clone, Copy)]
+pub(super) enum Offsets<'a> {
+    Nothing,
+    Same(f32),
+    Each(PanelScales<'a>),
+}
+
+/// Adds the products of one tile of rows with one or two segments to its sums.
+pub(super) struct Fold<'a> {
+    pub(super) segments: &'a [Segment],
+    pub(super) scales: PanelScales<'a>,
+    pub(super) offsets: Offsets<'a>,
+    /// `[segments][rows]`
+    pub(super) factors: &'a [Factor],
+    /// `[2][rows]` of each segment; those of the second are `apart` lines behind.
+    pub(super) dots: &'a [[i32; LANES]],
+    pub(super) apart: usize,
+    /// `[2][rows]`
+    pub(super) sums: &'a mut [[f32; LANES]],
+}
+
+impl Kernel for Fold<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        if self.panel.is_some() {
-            self.step::<S, true>(simd);
-        } else {
-            self.step::<S, false>(simd);
+        let is_zero = matches!(self.offsets, Offsets::Nothing);
+        match (self.segments.len(), is_zero) {
+            (1, true) => self.add::<S, 1, false>(simd),
+            (1, false) => self.add::<S, 1, true>(simd),
+            (_, true) => self.add::<S, STEP, false>(simd),
+            (_, false) => self.add::<S, STEP, true>(simd),
         }
     }
 }
 
-impl Take<'_> {
-    /// The `LAST` of a block, or another one.
-    #[inline(always)]
-    fn step<S: Simd, const LAST: bool>(self, simd: S) {
-        match (self.segments.len(), self.offsets.is_some()) {
-            (1, false) => self.add::<S, LAST, 1, false>(simd),
-            (1, true) => self.add::<S, LAST, 1, true>(simd),
-            (_, false) => self.add::<S, LAST, STEP, false>(simd),
-            (_, true) => self.add::<S, LAST, STEP, true>(simd),
-        }
-    }
-
+impl Fold<'_> {
     /// With `N` segments.
     #[inline(always)]
-    fn add<S: Simd, const LAST: bool, const N: usize, const OFFSETS: bool>(self, simd: S) {
-        let (zero, one) = (simd.splat(0.0), simd.splat(1.0));
+    fn add<S: Simd, const N: usize, const OFFSETS: bool>(self, simd: S) {
+        let zero = simd.splat(0.0);
         let (mut scales, mut offsets) = ([[zero; 2]; N], [[zero; 2]; N]);
         for n in 0..N {
             let group = self.segments[n].group;
             scales[n] = self.scales.load(simd, group, 0);
-            if let Some(all) = self.offsets {
-                offsets[n] = all.load(simd, group, 0);
+            match self.offsets {
+                Offsets::Nothing => (),
+                Offsets::Same(offset) => offsets[n] = [simd.splat(offset); 2],
+                Offsets::Each(all) => offsets[n] = all.load(simd, group, 0),
             }
         }
-        let rows = self.rows;
-        let of_segment = self.factors.len() * 2 * rows;
-        let panel = self.panel.unwrap_or_default();
-        let mut out = self.out;
-        for (tile, factors) in self.factors.iter().enumerate() {
-            let lines = tile * 2 * rows;
-            let (mut of_rows, mut dots) = ([&factors[..0]; N], [[&self.dots[..0]; 2]; N]);
+        let rows = self.sums.len() / 2;
+        let (upper, lower) = self.sums.split_at_mut(rows);
+        // Of the first segment and of the last, which may be the same.
+        let factors = [
+            &self.factors[..rows],
+            &self.factors[(N - 1) * rows..][..rows],
+        ];
+        let (first, last) = (self.dots, &self.dots[(N - 1) * self.apart..]);
+        let first = first[..rows].iter().zip(&first[rows..2 * rows]);
+        let last = last[..rows].iter().zip(&last[rows..2 * rows]);
+        let products = factors[0]
+            .iter()
+            .zip(first)
+            .zip(factors[1].iter().zip(last));
+        for ((upper, lower), (first, last)) in upper.iter_mut().zip(lower).zip(products) {
+            let products = [first, last];
+            let mut sums = [simd.load(upper), simd.load(lower)];
             for n in 0..N {
-                of_rows[n] = &factors[n * rows..][..rows];
-                let first = n * of_segment + lines;
-                dots[n] = [first, first + rows].map(|first| &self.dots[first..][..rows]);
-            }
-            let block = halves(&mut self.block[lines..], rows);
-            let (from, count) = if LAST { (lines, rows) } else { (0, 0) };
-            let panel = halves(&mut panel[from..], count);
-            for row in 0..rows {
-                let mut sums = [zero; 2];
-                if !self.is_first {
-                    sums = [simd.load(&block[0][row]), simd.load(&block[1][row])];
-                }
-                for n in 0..N {
-                    let factor = &of_rows[n][row];
-                    let (scale, sum) = (simd.splat(factor.scale), simd.splat(factor.sum));
-                    for half in 0..2 {
-                        let mut dot = simd.load_i32(&dots[n][half][row]);
-                        if OFFSETS {
-                            dot = simd.mul_add(sum, offsets[n][half], dot);
-                        }
-                        let scaled = simd.mul_add(dot, scales[n][half], zero);
-                        sums[half] = simd.mul_add(scaled, scale, sums[half]);
-                    }
-                }
+                let (factor, dots) = products[n];
+                let dots = [simd.load_i32(dots.0), simd.load_i32(dots.1)];
+                let (scale, sum) = (simd.splat(factor.scale), simd.splat(factor.sum));
                 for half in 0..2 {
-                    if !LAST {
-                        block[half][row] = simd.to_array(sums[half]);
-                        continue;
+                    let mut dot = dots[half];
+                    if OFFSETS {
+                        // Exact: all are integers, and so small that what comes out is one of f32.
+                        dot = simd.mul_add(sum, offsets[n][half], dot);
                     }
-                    let mut sum = sums[half];
-                    if !self.is_first_block {
-                        sum = simd.mul_add(one, sum, simd.load(&panel[half][row]));
-                    }
-                    match &mut out {
-                        Some(out) => out.put(tile * rows + row, half, simd.to_array(sum)),
-                        None => panel[half][row] = simd.to_array(sum),
-                    }
+                    let scaled = simd.mul_add(dot, scales[n][half], zero);
+                    sums[half] = simd.mul_add(scaled, scale, sums[half]);
                 }
             }
+            *upper = simd.to_array(sums[0]);
+            *lower = simd.to_array(sums[1]);
         }
     }
 }
 
-/// The first `count`, and as many after them.
-#[inline(always)]
-fn halves<T>(all: &mut [T], count: usize) -> [&mut [T]; 2] {
-    let (first, second) = all.split_at_mut(count);
-    [first, &mut second[..count]]
+/// Ends one tile's sums over a block, which then begin at zero again.
+pub(super) struct Close<'a> {
+    /// `[2][rows]`
+    pub(super) block: &'a mut [[f32; LANES]],
+    /// Over all blocks before, unless the block is the first, and with it then. `[2][rows]`
+    pub(super) panel: &'a mut [[f32; LANES]],
+    pub(super) is_first: bool,
+    /// Where they go instead if the block is the last. `[rows]`
+    pub(super) out: Option<Strip<'a>>,
+}
+
+impl Kernel for Close<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let one = simd.splat(1.0);
+        let rows = self.block.len() / 2;
+        let mut out = self.out;
+        for (i, (block, panel)) in self.block.iter_mut().zip(self.panel).enumerate() {
+            let mut sum = simd.load(block);
+            if !self.is_first {
+                sum = simd.mul_add(one, sum, simd.load(panel));
+            }
+            let sum = simd.to_array(sum);
+            match &mut out {
+                Some(out) if i < rows => out.put(i, 0, sum),
+                Some(out) => out.put(i - rows, 1, sum),
+                None => *panel = sum,
+            }
+            *block = [0.0; LANES];
+        }
+    }
 }

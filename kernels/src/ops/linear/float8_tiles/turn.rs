@@ -12,7 +12,7 @@ use crate::cpu::element::F8;
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::quantized::PanelScales;
-use crate::cpu::simd::amx::{Floats, Steps, TILE_ROWS, TileUnit};
+use crate::cpu::simd::amx::{Floats, Multiply, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::cpu::threads::Panels;
 use crate::ops::linear::round::AddBias;
