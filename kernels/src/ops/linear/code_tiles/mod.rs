@@ -173,7 +173,7 @@ pub(super) fn linear<U: TileUnit>(
                 let mut memory = cpu.scratch.tile_space(panels.thread());
                 cpu.isa.run(Turn {
                     work,
-                    panels,
+                    panels: panels.for_rows(shape.rows),
                     memory: memory.as_bytes_mut(),
                 });
             });
