@@ -16,7 +16,7 @@
 # why the tests run as real-time threads, which are switched only where they wait, and there no tiles are in use.
 # And it takes bytes with a sign for bytes without one, in all four products of bytes (tdpbssd of -1 and 1 is 255). What
 # multiplies such codes is left out: two tests of tiles, and those of quantised weights, which come to tiles with more
-# than 16 rows. Codes of seven bits go through all of it here; that signs count is what tiles in plain Rust show, whose
+# than one row. Codes of seven bits go through all of it here; that signs count is what tiles in plain Rust show, whose
 # tests need no emulation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
