@@ -116,7 +116,8 @@ class Versus:
     def engines(self):
         """Name, weights and run of each engine, ours first."""
         for ranks in (1, 2):
-            for weights, quantization in (("bf16", None), ("int8", "int8"), ("int4", "int4")):
+            for weights in ("bf16", "int8", "int4", "fp8"):
+                quantization = weights if weights != "bf16" else None
                 if ranks == 1 or not quantization:
                     yield f"cluster, TP {ranks}", weights, self.ours(ranks, quantization)
         model, folder = self.arguments.model, self.arguments.folder

@@ -132,7 +132,7 @@ def engines(records, failures):
 
 def ratios(records):
     """Of our rows to every peer's with weights of about as many bits; time the other way round."""
-    bits = {"bf16": 16, "f16": 16, "int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4, "f32": 32}
+    bits = {"bf16": 16, "f16": 16, "int8": 8, "fp8": 8, "q8_0": 8, "int4": 4, "q4_0": 4, "f32": 32}
     columns = columns_of(records)
     ours = [row for row in rows_of(records) if row[0].startswith("cluster")]
     theirs = [row for row in rows_of(records) if not row[0].startswith("cluster")]
