@@ -92,6 +92,8 @@ mod tests {
     fn prompts_beside_streams_are_limited_on_cpus_or_where_the_operator_says_so() {
         let found = |arguments: &[&str]| {
             let command = Scheduling::augment_args(Command::new("up").no_binary_name(true));
+            // Whatever the environment of the tests says.
+            let command = command.mut_args(|argument| argument.env(None));
             let matches = command.try_get_matches_from(arguments).unwrap();
             let flags = Scheduling::from_arg_matches(&matches).unwrap();
             [false, true].map(|on_gpus| mixed_prefill_tokens(&flags, on_gpus))
