@@ -11,13 +11,12 @@
 mod turn;
 
 use super::equal_parts;
-use super::tiles::{CHUNK, round};
+use super::tiles::{CHUNK, MAX_ROWS, Shape, round};
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Chunk, Columns};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
 use crate::cpu::simd::amx::{CHUNK_CELLS, Floats, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{Kernel, Simd};
-use crate::cpu::threads::Panels;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use std::ops::Range;
 use turn::{Turn, Work};
@@ -25,91 +24,25 @@ use turn::{Turn, Work};
 /// Most chunks of a block that many rows meet: 512 columns, whose lines take 32 KiB.
 const BLOCK_CHUNKS: usize = 16;
 
-/// Most rows that are multiplied at once.
-const MAX_ROWS: usize = 512;
-
-/// Lines of activations that stay in a second-level cache of 2 MiB beside sums: 1 MiB.
-const CACHED: usize = 16 << 10;
-
 /// Lines of a thread's memory for what is written out of one block.
 const CELLS: usize = BLOCK_CHUNKS * CHUNK_CELLS;
 
 /// Lines of a thread's memory for what two tiles of rows make of one group.
 const DOTS: usize = 4 * TILE_ROWS;
 
-/// How rows and columns are cut.
-#[derive(Clone, Copy, Debug)]
-struct Shape {
-    rows: usize,
-    /// Tiles that the rows take, of `tile_rows` each; the last may have fewer.
-    tiles: usize,
-    tile_rows: usize,
-    /// Blocks of `block_chunks` chunks; the last may have fewer. Few rows, of no more than two tiles, meet all in one.
-    blocks: usize,
-    block_chunks: usize,
-    groups: usize,
+/// How rows and chunks are cut: at whole groups where they fit, supposing that all are like the first.
+fn shape(rows: usize, chunks: &[Chunk]) -> Shape {
+    let count = chunks.len();
+    let equal = count.div_ceil(count.div_ceil(BLOCK_CHUNKS));
+    let first = chunks.iter().position(|chunk| chunk.ends).unwrap_or(0) + 1;
+    let whole = equal.next_multiple_of(first);
+    let block_chunks = if whole <= BLOCK_CHUNKS { whole } else { equal };
+    Shape::cut(rows, count, block_chunks)
 }
 
-impl Shape {
-    fn of(rows: usize, chunks: &[Chunk], groups: usize) -> Self {
-        let tiles = rows.div_ceil(TILE_ROWS);
-        let count = chunks.len();
-        let equal = count.div_ceil(count.div_ceil(BLOCK_CHUNKS));
-        // Whole groups where they fit, supposing that all are like the first.
-        let first = chunks.iter().position(|chunk| chunk.ends).unwrap_or(0) + 1;
-        let block_chunks = match equal.next_multiple_of(first) {
-            _ if tiles <= 2 => count,
-            whole @ 0..=BLOCK_CHUNKS => whole,
-            _ => equal,
-        };
-        Self {
-            rows,
-            tiles,
-            tile_rows: rows.div_ceil(tiles),
-            blocks: count.div_ceil(block_chunks),
-            block_chunks,
-            groups,
-        }
-    }
-
-    /// Whether codes are what is read: they are written out chunk by chunk.
-    fn is_few(&self) -> bool {
-        self.tiles <= 2
-    }
-
-    /// Lines of one tile of activations through one block.
-    fn run(&self) -> usize {
-        self.block_chunks * self.tile_rows
-    }
-
-    /// Lines of the sums of a panel.
-    fn sums(&self) -> usize {
-        self.tiles * 2 * self.tile_rows
-    }
-
-    /// Lines of all activations.
-    fn inputs(&self) -> usize {
-        self.blocks * self.tiles * self.run()
-    }
-
-    /// Weights are what few rows wait for; activations that do not stay in the cache are read once for each claim.
-    fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
-        if self.inputs() <= CACHED {
-            panels.for_rows(self.rows)
-        } else {
-            panels.in_large_claims()
-        }
-    }
-
-    /// Panels that meet the rows of one block after each other.
-    fn panels(&self) -> usize {
-        // Where activations of all blocks stay in the cache, panels are read from their beginning to their end.
-        if self.inputs() <= CACHED {
-            1
-        } else {
-            (TILE_SPACE - CELLS - DOTS) / (2 * self.sums())
-        }
-    }
+/// Panels that meet the rows of one block after each other: each has sums, and a group that may be open.
+fn panels(shape: Shape) -> usize {
+    shape.group((TILE_SPACE - CELLS - DOTS) / 2)
 }
 
 /// The outputs of `weight`, which are the columns of `out` from `first` on, on the tiles of `unit`.
@@ -126,7 +59,7 @@ pub(super) fn linear<U: TileUnit>(
     let most = (most / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
     let mut memory = cpu.scratch.tile_inputs();
     for part in equal_parts(x.rows(), most, TILE_ROWS) {
-        let shape = Shape::of(part.len(), chunks, columns.groups());
+        let shape = shape(part.len(), chunks);
         let inputs: &mut [Floats] = &mut memory.as_mut_slice()[..shape.inputs()];
         let run = shape.run();
         cpu.threads.rows(inputs, run, run * CHUNK, |i, lines| {

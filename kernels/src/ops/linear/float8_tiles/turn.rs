@@ -6,7 +6,7 @@
 //! sums and what comes out of two groups, 12 KiB; activations pass by. Where activations of all blocks do not stay in the
 //! second-level cache, panels come in groups, whose sums wait while all of them meet the rows of one block.
 
-use super::{CELLS, CHUNK_CELLS, Chunk, DOTS, Shape};
+use super::{CELLS, CHUNK_CELLS, Chunk, DOTS, Shape, panels};
 use crate::cpu::CpuWeight;
 use crate::cpu::element::F8;
 use crate::cpu::matrix::Panel;
@@ -80,7 +80,7 @@ impl<'a> Space<'a> {
         let (cells, memory) = memory.split_at_mut(CELLS);
         let memory: &mut [[f32; LANES]] = bytemuck::cast_slice_mut(memory);
         let (before, memory) = memory.split_at_mut(DOTS);
-        let (open, sums) = memory.split_at_mut(shape.panels() * shape.sums());
+        let (open, sums) = memory.split_at_mut(panels(shape) * shape.sums());
         Self {
             cells,
             before,
@@ -128,8 +128,8 @@ impl<U: TileUnit> Kernel for Turn<'_, '_, '_, U> {
                 space: space.take().expect("it is taken once"),
                 waiting: None,
             });
-            for first in numbers.clone().step_by(shape.panels()) {
-                let group = first..(first + shape.panels()).min(numbers.end);
+            for first in numbers.clone().step_by(panels(shape)) {
+                let group = first..(first + panels(shape)).min(numbers.end);
                 for block in 0..shape.blocks {
                     for panel in group.clone() {
                         let column = (panel - numbers.start) * PANEL_ROWS;
@@ -268,7 +268,7 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                 sums: [&mut left[start..end], &mut right[start..end]],
                 are_first: waiting.group == 0,
             };
-            if waiting.group + 1 < shape.groups {
+            if waiting.group + 1 < self.work.weight.columns().groups() {
                 part.add(simd, scales);
             } else {
                 let first = tile * rows + start;

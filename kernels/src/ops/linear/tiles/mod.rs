@@ -34,7 +34,7 @@ pub(super) const CHUNK: usize = CELL;
 const BLOCK_CHUNKS: usize = 20;
 
 /// Most rows that are multiplied at once.
-const MAX_ROWS: usize = 512;
+pub(super) const MAX_ROWS: usize = 512;
 
 /// How far ahead weights are asked for where they are read only once: 32 KiB.
 const AHEAD: usize = 16 * CHUNK_CELLS;
@@ -44,51 +44,57 @@ const CACHED: usize = 16 << 10;
 
 /// How rows and columns are cut.
 #[derive(Clone, Copy, Debug)]
-struct Shape {
-    rows: usize,
+pub(super) struct Shape {
+    pub(super) rows: usize,
     /// Tiles that the rows take, of `tile_rows` each; the last may have fewer.
-    tiles: usize,
-    tile_rows: usize,
-    /// Blocks of `block_chunks` chunks; the last may have fewer.
-    blocks: usize,
-    block_chunks: usize,
+    pub(super) tiles: usize,
+    pub(super) tile_rows: usize,
+    /// Blocks of `block_chunks` chunks; the last may have fewer. Few rows meet all in one.
+    pub(super) blocks: usize,
+    pub(super) block_chunks: usize,
 }
 
 impl Shape {
     fn of(rows: usize, cols: usize) -> Self {
-        let tiles = rows.div_ceil(TILE_ROWS);
         let chunks = cols.div_ceil(CHUNK);
-        let blocks = if tiles <= 2 {
-            1
-        } else {
-            chunks.div_ceil(BLOCK_CHUNKS)
-        };
+        Self::cut(rows, chunks, chunks.div_ceil(chunks.div_ceil(BLOCK_CHUNKS)))
+    }
+
+    /// Many rows meet `block_chunks` of the chunks at a time.
+    pub(super) fn cut(rows: usize, chunks: usize, block_chunks: usize) -> Self {
+        let tiles = rows.div_ceil(TILE_ROWS);
+        let block_chunks = if tiles <= 2 { chunks } else { block_chunks };
         Self {
             rows,
             tiles,
             tile_rows: rows.div_ceil(tiles),
-            blocks,
-            block_chunks: chunks.div_ceil(blocks),
+            blocks: chunks.div_ceil(block_chunks),
+            block_chunks,
         }
     }
 
+    /// Whether weights are what is waited for.
+    pub(super) fn is_few(&self) -> bool {
+        self.tiles <= 2
+    }
+
     /// Lines of one tile of activations through one block.
-    fn run(&self) -> usize {
+    pub(super) fn run(&self) -> usize {
         self.block_chunks * self.tile_rows
     }
 
     /// Lines of the sums of a panel.
-    fn sums(&self) -> usize {
+    pub(super) fn sums(&self) -> usize {
         self.tiles * 2 * self.tile_rows
     }
 
     /// Lines of all activations.
-    fn inputs(&self) -> usize {
+    pub(super) fn inputs(&self) -> usize {
         self.blocks * self.tiles * self.run()
     }
 
     /// Weights are what few rows wait for; activations that do not stay in the cache are read once for each claim.
-    fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
+    pub(super) fn claims<'p>(&self, panels: Panels<'p>) -> Panels<'p> {
         if self.inputs() <= CACHED {
             panels.for_rows(self.rows)
         } else {
@@ -96,13 +102,13 @@ impl Shape {
         }
     }
 
-    /// Panels of a group.
-    fn group(&self) -> usize {
+    /// Panels of a group, for whose sums there are so many lines.
+    pub(super) fn group(&self, lines: usize) -> usize {
         // Where activations of all blocks stay in the cache, each panel is read from its beginning to its end.
         if self.inputs() <= CACHED {
             1
         } else {
-            TILE_SPACE / self.sums()
+            lines / self.sums()
         }
     }
 }
@@ -235,8 +241,8 @@ impl<T: Multiply> Turn<'_, T> {
     fn panels(&mut self, sums: &mut [[f32; LANES]], (row, out): (usize, &mut Panel<'_>)) {
         let columns = out.columns();
         let claimed = columns.start / PANEL_ROWS..columns.end.div_ceil(PANEL_ROWS);
-        for first in claimed.clone().step_by(self.shape.group()) {
-            let group = first..(first + self.shape.group()).min(claimed.end);
+        for first in claimed.clone().step_by(self.shape.group(TILE_SPACE)) {
+            let group = first..(first + self.shape.group(TILE_SPACE)).min(claimed.end);
             for block in 0..self.shape.blocks {
                 let sums = sums.chunks_exact_mut(self.shape.sums());
                 for (panel, sums) in group.clone().zip(sums) {
@@ -273,7 +279,7 @@ impl<T: Multiply> Turn<'_, T> {
     ) {
         let all = self.weight.cells::<bf16>();
         let own = self.cells(at);
-        let (next, kept) = if self.shape.tiles <= 2 {
+        let (next, kept) = if self.shape.is_few() {
             let ahead = (own.start + AHEAD).min(all.len())..(own.end + AHEAD).min(all.len());
             (ahead, Kept::Rows)
         } else {
