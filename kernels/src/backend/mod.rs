@@ -209,6 +209,18 @@ pub trait Backend: Send + 'static {
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self::Weight, DeviceError>;
 
+    /// Calls `work` on this thread and, at the same time, on as many others as the host has for this device; where one of them
+    /// comes late, the others have to do its part. For what has to be done to weights before they are loaded.
+    fn on_host(&self, work: &(dyn Fn() + Sync)) {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(work);
+            }
+            work();
+        });
+    }
+
     /// Whether [`Self::load_quantized`] takes matrices of such codes.
     fn takes(&self, code: Code) -> bool;
 
@@ -395,19 +407,20 @@ pub trait Backend: Send + 'static {
         (both, activated): (&mut Self::Tensor, &mut Self::Tensor),
         out: &mut Self::Tensor,
     ) {
-        if !self.fused_feed_forward(x, &layer, out) {
+        if !self.fused_feed_forward(x, &layer, activated, out) {
             self.linear(x, layer.gate_up.0, layer.gate_up.1, both);
             self.gated_activation(layer.activation, both, activated);
             self.linear(activated, layer.down.0, layer.down.1, out);
         }
     }
 
-    /// The same in one operation with the same bits, where the device has one that is faster. Otherwise it does nothing
-    /// and answers `false`.
+    /// The same with fewer operations and the same bits, where the device has one that is faster; `activated` is space.
+    /// Otherwise it does nothing and answers `false`.
     fn fused_feed_forward(
         &self,
         _x: &Self::Tensor,
         _layer: &FeedForward<'_, Self::Weight>,
+        _activated: &mut Self::Tensor,
         _out: &mut Self::Tensor,
     ) -> bool {
         false

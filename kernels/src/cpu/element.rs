@@ -5,7 +5,7 @@
 
 use super::simd::{CELL, LANES, Simd};
 use crate::backend::Element;
-use crate::quantized::e4m3;
+use crate::quantized::{e4m3, to_e4m3};
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 
@@ -70,9 +70,9 @@ impl Stored for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    #[inline]
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
+        to_bf16(value)
     }
 
     #[inline(always)]
@@ -89,6 +89,23 @@ impl Stored for bf16 {
     fn column<S: Simd, const SECOND: bool>(simd: S, cell: &[Self; CELL]) -> S::Vector {
         simd.column_bf16::<SECOND>(cell)
     }
+}
+
+/// The bits of a number rounded to bfloat16, to nearest even, in their upper half; anything in the lower. In a form that
+/// compilers turn into vector code.
+#[inline(always)]
+pub(crate) fn rounded_bits(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let even = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    // A bit that survives says that it is not a number.
+    if value.is_nan() { bits | 1 << 22 } else { even }
+}
+
+/// To nearest even.
+#[inline(always)]
+pub(crate) fn to_bf16(value: f32) -> bf16 {
+    let [_, _, low, high] = rounded_bits(value).to_le_bytes();
+    bf16::from_le_bytes([low, high])
 }
 
 impl Stored for f16 {
@@ -120,9 +137,6 @@ impl Stored for f16 {
 pub(crate) struct F8<const NAN: bool = true>(pub(crate) u8);
 
 impl<const NAN: bool> F8<NAN> {
-    /// The largest number there is: larger ones become it.
-    pub(crate) const MAX: f32 = 448.0;
-
     /// Widens in [`Stored::UNIT`]s.
     #[inline(always)]
     pub(crate) fn in_units(self) -> f32 {
@@ -148,25 +162,7 @@ impl<const NAN: bool> Stored for F8<NAN> {
     /// To the largest number at most. What is no number stays none.
     #[inline]
     fn narrow(value: f32) -> Self {
-        /// Bits of a mantissa of f32 that are too many.
-        const DROPPED: u32 = 20;
-        /// The smallest number that is not denormal.
-        const NORMAL: f32 = 1.0 / 64.0;
-        let sign = value.to_bits() >> 24 & 0x80;
-        let size = value.abs();
-        let code = if size.is_nan() {
-            0x7f
-        } else if size < NORMAL {
-            // To nearest even: the last bit of such a sum is a denormal's.
-            const SHIFT: f32 = 16384.0;
-            (size + SHIFT).to_bits() - SHIFT.to_bits()
-        } else {
-            let bits = size.min(Self::MAX).to_bits();
-            let even = bits >> DROPPED & 1;
-            // From one bias to the other.
-            ((bits + (1 << (DROPPED - 1)) - 1 + even) >> DROPPED) - ((127 - 7) << 3)
-        };
-        Self((code | sign).to_le_bytes()[0])
+        Self(to_e4m3(value))
     }
 
     #[inline(always)]
@@ -300,6 +296,27 @@ mod tests {
         for isa in Isa::available() {
             isa.run(All::<true>);
             isa.run(All::<false>);
+        }
+    }
+
+    #[test]
+    fn numbers_become_bfloat16_to_the_nearest_even() {
+        let mut rng = Rng::new(13);
+        let special = [
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            f32::MAX,
+            f32::MIN_POSITIVE,
+        ];
+        let any = (0..100_000).map(|_| f32::from_bits(rng.next() as u32));
+        // Halves between two neighbours, which go to the even one.
+        let halves = (0..1000_u32).map(|i| f32::from_bits(0x3f80_8000 + (i << 16)));
+        for value in special.into_iter().chain(any).chain(halves) {
+            let (ours, theirs) = (to_bf16(value), bf16::from_f32(value));
+            assert_eq!(ours.to_bits(), theirs.to_bits(), "{value}");
         }
     }
 }

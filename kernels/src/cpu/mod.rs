@@ -52,14 +52,15 @@ pub struct CpuBackend {
 impl CpuBackend {
     /// A backend that computes with `threads` threads.
     ///
-    /// Where `cores` are given, thread i is pinned to `cores[i % cores.len()]`, and the calling thread, which should be
-    /// the one that will use the backend, is confined to `cores`. With one thread the work runs on
-    /// whichever thread calls. An error where there are no threads, or no such core.
+    /// Where `cores` are given, thread i is pinned to `cores[i % cores.len()]`, or to all of them where there are more than
+    /// threads, and the calling thread, which should be the one that will use the backend, is confined to those that no
+    /// other is pinned to. With one thread the work runs on whichever thread calls. An error where there are no threads, or no such core.
     pub fn new(threads: usize, cores: Option<&[usize]>) -> Result<Self, DeviceError> {
         Self::of(threads, cores, Isa::detect())
     }
 
-    /// The same with a certain instruction set: `amx`, `avx512`, `avx2`, `portable`, or `auto` for the best there is.
+    /// The same with a certain instruction set: `amx`, `avx512vnni`, `avx512`, `avx2`, `portable`, or `auto` for the best
+    /// there is.
     ///
     /// An error also where this CPU lacks it, or nothing is called so.
     pub fn with_isa(
@@ -72,6 +73,11 @@ impl CpuBackend {
             reason,
         })?;
         Self::of(threads, cores, isa)
+    }
+
+    /// Cores of this host that the process may use: more than the thread that started the backend may, if that is pinned.
+    pub fn host_cores(&self) -> usize {
+        self.threads.host_cores
     }
 
     pub(crate) fn of(
@@ -166,6 +172,10 @@ impl Backend for CpuBackend {
         self.reserve("a weight", packed.sum())?;
         let weight = CpuWeight::load(&self.threads, parts, store, progress)?;
         Ok(weight)
+    }
+
+    fn on_host(&self, work: &(dyn Fn() + Sync)) {
+        self.threads.all(work);
     }
 
     fn takes(&self, _code: Code) -> bool {
@@ -313,9 +323,10 @@ impl Backend for CpuBackend {
         &self,
         x: &CpuTensor,
         layer: &FeedForward<'_, CpuWeight>,
+        activated: &mut CpuTensor,
         out: &mut CpuTensor,
     ) -> bool {
-        ops::linear::feed_forward(self, x, layer, out)
+        ops::linear::feed_forward(self, x, layer, activated, out)
     }
 
     fn soft_cap(&self, cap: f32, x: &mut CpuTensor) {

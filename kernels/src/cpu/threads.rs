@@ -19,6 +19,8 @@ const INLINE_COST: usize = 1 << 16;
 pub(crate) struct Threads {
     pool: Option<Pool>,
     count: usize,
+    /// Cores that the caller could use before it was pinned.
+    pub(super) host_cores: usize,
     /// Work below this is done by the caller. Tests set it to zero, to divide small matrices too.
     pub(crate) inline_cost: usize,
 }
@@ -35,6 +37,7 @@ impl Threads {
         if count == 0 {
             return Err(failed("it needs at least one thread".into()));
         }
+        let host_cores = std::thread::available_parallelism().map_or(1, usize::from);
         if let Some(cores) = cores {
             if cores.is_empty() {
                 return Err(failed("the list of cores is empty".into()));
@@ -46,12 +49,13 @@ impl Threads {
             pin(if free.is_empty() { cores } else { &free }).map_err(failed)?;
         }
         let pool = (count > 1)
-            .then(|| start_pool(count, cores))
+            .then(|| start_pool(count, cores, host_cores))
             .transpose()
             .map_err(failed)?;
         Ok(Self {
             pool,
             count,
+            host_cores,
             inline_cost: INLINE_COST,
         })
     }
@@ -59,6 +63,14 @@ impl Threads {
     /// How many threads work.
     pub(crate) fn count(&self) -> usize {
         self.count
+    }
+
+    /// Calls `f` on all threads at once, the caller among them; one that comes late does not take part.
+    pub(crate) fn all(&self, f: &(dyn Fn() + Sync)) {
+        match &self.pool {
+            None => f(),
+            Some(pool) => pool.run(&|_| f()),
+        }
     }
 
     /// Calls `f` on each thread that takes part, with what it uses to claim some of `items`; an item costs `cost`.
@@ -283,11 +295,10 @@ impl Panels<'_> {
 }
 
 /// Starts all threads but the caller, and pins them.
-fn start_pool(count: usize, cores: Option<&[usize]>) -> Result<Pool, String> {
+fn start_pool(count: usize, cores: Option<&[usize]>, host_cores: usize) -> Result<Pool, String> {
     let cores = cores.map(<[usize]>::to_vec);
     // Threads that share cores must not keep each other from working by looking out for work.
-    let there_are = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let eager = count <= cores.as_ref().map_or(there_are, Vec::len);
+    let eager = count <= cores.as_ref().map_or(host_cores, Vec::len);
     Pool::start(count - 1, eager, move |i| match &cores {
         Some(cores) if cores.len() > count => pin(cores),
         Some(cores) => pin(&[cores[i % cores.len()]]),

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use kernels::backend::{Backend, Element, HostMatrix};
 use kernels::quantized::{self, HostQuantized};
 use quantised::QuantisedPart;
-use std::thread;
+use std::sync::{Mutex, PoisonError};
 use topology::model_shape::Dtype;
 use topology::quantization::{Code, Grouping, device_bytes};
 
@@ -160,14 +160,14 @@ impl Codes {
         device_bytes(self.code(), shape, groups.into())
     }
 
-    fn read(&self) -> Result<HostQuantized> {
+    fn read(&self, workers: Workers<'_>) -> Result<HostQuantized> {
         match &self.0 {
-            Source::Stored(part) => part.read(),
+            Source::Stored(part) => part.read(workers),
             Source::Numbers {
                 matrix,
                 code,
                 first_input,
-            } => at_load::quantise(matrix, *code, *first_input),
+            } => at_load::quantise(workers, matrix, *code, *first_input),
             Source::Zeros { code, rows, cols } => Ok(HostQuantized {
                 code: self::code(*code),
                 data: Bytes::from(vec![0; rows * cols]),
@@ -183,18 +183,29 @@ impl Codes {
     }
 }
 
-/// Does `work` for each row of `cols` elements, on as many threads as the one that loads may use, if there is enough.
-fn over_threads<T: Send>(mut rows: Vec<T>, cols: usize, work: impl Fn(T) + Sync) {
-    const ELEMENTS_PER_THREAD: usize = 1 << 19;
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.min(1 + rows.len() * cols / ELEMENTS_PER_THREAD);
-    let share = rows.len().div_ceil(threads);
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            let rows = rows.split_off(rows.len().saturating_sub(share));
-            scope.spawn(|| rows.into_iter().for_each(&work));
+/// Calls what it is given on some threads at once ([`Backend::on_host`]).
+type Workers<'a> = &'a dyn Fn(&(dyn Fn() + Sync));
+
+/// Does `work` for each row of `cols` elements, on all `workers` if there is enough.
+fn over_threads<T: Send>(workers: Workers<'_>, rows: Vec<T>, cols: usize, work: impl Fn(T) + Sync) {
+    /// Elements that a thread takes at a time, and fewest that are worth waking others for.
+    const AT_ONCE: usize = 1 << 16;
+    const LEAST: usize = 1 << 19;
+    if rows.len() * cols < LEAST {
+        return rows.into_iter().for_each(work);
+    }
+    let count = AT_ONCE.div_ceil(cols);
+    let left = Mutex::new(rows.into_iter());
+    workers(&|| {
+        let next = || {
+            let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+            left.by_ref().take(count).collect::<Vec<T>>()
+        };
+        let mut rows = next();
+        while !rows.is_empty() {
+            rows.into_iter().for_each(&work);
+            rows = next();
         }
-        rows.into_iter().for_each(&work);
     });
 }
 
@@ -220,7 +231,9 @@ impl HostWeight {
         match self {
             Self::Dense { parts, store } => Ok(backend.load(&parts, store, progress)?),
             Self::Quantised(parts) => {
-                let parts = parts.iter().map(Codes::read).collect::<Result<Vec<_>>>()?;
+                let workers: Workers<'_> = &|work| backend.on_host(work);
+                let parts = parts.iter().map(|part| part.read(workers));
+                let parts = parts.collect::<Result<Vec<_>>>()?;
                 Ok(backend.load_quantized(&parts, progress)?)
             }
         }

@@ -6,7 +6,7 @@
 //!
 //! Invariant: what a file says (groups, zeros, shapes) is checked before it is an index.
 
-use super::{over_threads, to_u32};
+use super::{Workers, over_threads, to_u32};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -156,7 +156,7 @@ impl QuantisedPart {
     ///
     /// # Errors
     /// If the file's groups or zeros cannot be.
-    pub(super) fn read(&self) -> Result<HostQuantized> {
+    pub(super) fn read(&self, workers: Workers<'_>) -> Result<HostQuantized> {
         let [rows, cols] = self.shape();
         let columns = self.columns()?;
         let (data, row_stride) = match (self.scheme.layout, &columns.order) {
@@ -166,7 +166,7 @@ impl QuantisedPart {
                 let last = (self.rows.end - 1) * stride + self.cols.end;
                 (self.elements.data.slice(first..last), stride)
             }
-            (_, order) => (self.unpack(order.as_deref()), cols),
+            (_, order) => (self.unpack(workers, order.as_deref()), cols),
         };
         let places = || {
             self.rows
@@ -234,14 +234,14 @@ impl QuantisedPart {
     }
 
     /// Codes of all rows, one byte each. `[rows, cols]`
-    fn unpack(&self, order: Option<&[u32]>) -> Bytes {
+    fn unpack(&self, workers: Workers<'_>, order: Option<&[u32]>) -> Bytes {
         let [rows, cols] = self.shape();
         let mut data = vec![0; rows * cols];
         let rows = data
             .chunks_mut(cols.max(1))
             .zip(self.rows.clone())
             .collect();
-        over_threads(rows, cols, |(codes, row)| {
+        over_threads(workers, rows, cols, |(codes, row)| {
             self.unpack_row(row, order, codes);
         });
         data.into()

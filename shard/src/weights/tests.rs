@@ -13,6 +13,13 @@ use topology::model_shape::Dtype;
 use topology::partition::{Split, TensorPart, TensorSpec};
 use topology::quantization::{Layout, Order, Role, Scheme};
 
+/// No other thread.
+const ALONE: Workers<'static> = &|work| work();
+
+fn quantise(matrix: &HostMatrix, code: Code, first_input: u32) -> Result<HostQuantized> {
+    at_load::quantise(ALONE, matrix, code, first_input)
+}
+
 /// A random matrix in some layout: its tensors, and what each element stands for.
 struct Packed {
     spec: TensorSpec,
@@ -35,7 +42,7 @@ impl Packed {
             rows: rows[0]..rows[1],
             cols: cols[0]..cols[1],
         };
-        QuantisedPart::new(&self.spec, self.scheme, &part, tensors)?.read()
+        QuantisedPart::new(&self.spec, self.scheme, &part, tensors)?.read(ALONE)
     }
 
     fn put(&mut self, role: Role, data: Vec<u8>, dtype: StoredDtype) {
@@ -397,15 +404,15 @@ fn codes_at_load_are_near_the_numbers() {
         }
         for element in [Element::F32, Element::F16, Element::Bf16] {
             let matrix = numbers(&weights, cols, element);
-            let mut exact = Vec::new();
-            for row in 0..rows {
-                let mut values = vec![0.0; cols];
-                at_load::read_row(&matrix, row, &mut values);
-                exact.extend(values);
-            }
+            let exact = weights.iter().map(|weight| match element {
+                Element::F16 => f16::from_f32(*weight).to_f32(),
+                Element::Bf16 => half::bf16::from_f32(*weight).to_f32(),
+                _ => *weight,
+            });
+            let exact: Vec<f32> = exact.collect();
             for code in [Code::Int8, Code::Int4, Code::Fp8] {
                 let case = format!("seed {seed}: [{rows}, {cols}] in {code:?}");
-                let quantised = at_load::quantise(&matrix, code, first_input).unwrap();
+                let quantised = quantise(&matrix, code, first_input).unwrap();
                 let groups = quantised.group_ends.len() as u32;
                 let inputs = first_input..first_input + cols as u32;
                 assert_eq!(groups, Grouping::at_load(code).groups_in(&inputs), "{case}");
@@ -437,20 +444,17 @@ fn ranks_quantise_as_one() {
         .collect();
     let whole = numbers(&weights, cols, Element::F32);
     for code in [Code::Int8, Code::Int4, Code::Fp8] {
-        let all = values(&at_load::quantise(&whole, code, 0).unwrap());
+        let all = values(&quantise(&whole, code, 0).unwrap());
         let lower = numbers(&weights[4 * cols..], cols, Element::F32);
-        assert_eq!(
-            values(&at_load::quantise(&lower, code, 0).unwrap()),
-            all[4 * cols..]
-        );
+        assert_eq!(values(&quantise(&lower, code, 0).unwrap()), all[4 * cols..]);
     }
     let right = HostMatrix {
         data: whole.data.slice(4 * 256..),
         cols: 256,
         ..whole.clone()
     };
-    let all = values(&at_load::quantise(&whole, Code::Int4, 0).unwrap());
-    let part = values(&at_load::quantise(&right, Code::Int4, 256).unwrap());
+    let all = values(&quantise(&whole, Code::Int4, 0).unwrap());
+    let part = values(&quantise(&right, Code::Int4, 256).unwrap());
     for row in 0..rows {
         assert_eq!(part[row * 256..][..256], all[row * cols + 256..][..256]);
     }
@@ -461,8 +465,7 @@ fn ranks_quantise_as_one() {
 fn four_bits_are_chosen_for_the_least_squared_error() {
     let mut weights: Vec<f32> = (0..128).map(|place| (place % 13) as f32 / 13.0).collect();
     weights[0] = 1.3;
-    let quantised =
-        at_load::quantise(&numbers(&weights, 128, Element::F32), Code::Int4, 0).unwrap();
+    let quantised = quantise(&numbers(&weights, 128, Element::F32), Code::Int4, 0).unwrap();
     let error: f32 = values(&quantised)
         .iter()
         .zip(&weights)
@@ -487,7 +490,7 @@ fn a_weight_that_is_not_finite_is_refused() {
         for place in [0, 5, 20, 36] {
             let mut row = vec![1.0; 37];
             row[place] = bad;
-            let refused = at_load::quantise(&numbers(&row, 37, Element::F32), code, 0);
+            let refused = quantise(&numbers(&row, 37, Element::F32), code, 0);
             let said = refused.unwrap_err().to_string();
             assert!(said.contains("not finite"), "{bad} in {code:?}: {said}");
         }

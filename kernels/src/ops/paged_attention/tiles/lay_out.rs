@@ -3,22 +3,13 @@
 //! Invariant: what is laid out of a position follows from that position alone.
 
 use super::{CHUNK, PART_CHUNKS, Places, Shape};
-use crate::cpu::element::Stored;
+use crate::cpu::element::{Stored, rounded_bits, to_bf16};
 use crate::cpu::simd::amx::{CHUNK_CELLS, Floats};
 use crate::cpu::simd::{CELL, Kernel, LANES, Simd};
 use crate::ops::paged_attention::round::{GROUPS, ROUND, Round, Run, Sequence, intersection};
 use half::bf16;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
-
-/// The bits of `value` rounded to nearest even in their upper half; anything in the lower.
-#[inline(always)]
-fn nearest(value: f32) -> u32 {
-    let bits = value.to_bits();
-    let even = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    // A bit that survives says that it is not a number.
-    if value.is_nan() { bits | 1 << 22 } else { even }
-}
 
 /// A line of pairs, of the upper halves of both.
 #[inline(always)]
@@ -34,7 +25,7 @@ fn pairs(first: [u32; LANES], second: [u32; LANES]) -> Floats {
 fn round(values: [f32; LANES]) -> [u32; LANES] {
     let mut rounded = [0; LANES];
     for lane in 0..LANES {
-        rounded[lane] = nearest(values[lane]);
+        rounded[lane] = rounded_bits(values[lane]);
     }
     rounded
 }
@@ -72,8 +63,7 @@ impl<E: Stored> Kernel for Queries<'_, '_, E> {
                     values[..query.len()].copy_from_slice(query);
                 }
                 for (to, value) in line.iter_mut().zip(values) {
-                    let [_, _, low, high] = nearest(value * scale).to_le_bytes();
-                    *to = bf16::from_le_bytes([low, high]);
+                    *to = to_bf16(value * scale);
                 }
             }
         }
