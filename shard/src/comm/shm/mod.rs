@@ -43,6 +43,12 @@ impl ShmComm {
     /// [`CommError::Incomplete`] if some do not come within the seat's limit, [`CommError::Aborted`],
     /// [`CommError::Failed`] if the identity is not that of a group of this size on this host.
     pub fn join_group(seat: &Seat<'_>) -> Result<Self, CommError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::join_on(cores, seat)
+    }
+
+    /// The same where the ranks share so many cores, of which the calling thread may be confined to some.
+    fn join_on(cores: usize, seat: &Seat<'_>) -> Result<Self, CommError> {
         if seat.world_size == 1 {
             return Ok(Self(Member::new(None, seat.abort)));
         }
@@ -54,7 +60,7 @@ impl ShmComm {
                 seat.world_size
             )));
         }
-        let segment = Segment::join(identity, seat.rank, seat.limit, seat.abort)?;
+        let segment = Segment::join(identity, seat, cores)?;
         Ok(Self(Member::new(Some(segment), seat.abort)))
     }
 
@@ -105,8 +111,8 @@ impl Comm<CpuBackend> for ShmComm {
         Self::discard(id);
     }
 
-    fn join(_: &CpuBackend, seat: &Seat<'_>) -> Result<Self, CommError> {
-        Self::join_group(seat)
+    fn join(cpu: &CpuBackend, seat: &Seat<'_>) -> Result<Self, CommError> {
+        Self::join_on(cpu.host_cores(), seat)
     }
 
     fn world_size(&self) -> u32 {

@@ -207,14 +207,18 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Attaches as `rank` and waits until all ranks have. Unlinks the file in every case.
+    /// Attaches in a seat and waits until all ranks have, who share so many cores. Unlinks the file in every case.
     pub(super) fn join(
         identity: Identity,
-        rank: u32,
-        limit: Duration,
-        abort: &Abort,
+        seat: &super::Seat<'_>,
+        cores: usize,
     ) -> Result<Self, CommError> {
-        let joined = Self::attach(identity, rank, abort).and_then(|mut segment| {
+        let limit = seat.limit;
+        let joined = Self::attach(identity, seat.rank, seat.abort).and_then(|mut segment| {
+            // With more ranks than cores, spinning takes the core from the rank waited for.
+            if identity.world_size as usize > cores {
+                segment.spins = 0;
+            }
             segment.arrive();
             let deadline = clock::now() + limit;
             match segment.wait(Some(deadline)) {
@@ -256,18 +260,12 @@ impl Segment {
             return Err(failed("the segment is not the one announced".to_owned()));
         }
         let map = MmapRaw::map_raw(&file).map_err(|e| failed(e.to_string()))?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let segment = Self {
             map,
             identity,
             rank,
             round: 0,
-            // With more ranks than cores, spinning takes the core from the rank waited for.
-            spins: if identity.world_size as usize <= cores {
-                SPINS
-            } else {
-                0
-            },
+            spins: SPINS,
             abort: abort.clone(),
             waited: Duration::ZERO,
         };
