@@ -63,7 +63,13 @@ pub(crate) struct Panel<'a, T = f32> {
     lifetime: PhantomData<&'a mut [T]>,
 }
 
-impl<T> Panel<'_, T> {
+impl<'a, T> Panel<'a, T> {
+    /// All of a matrix that one thread has.
+    pub(crate) fn whole(values: &'a mut [T], width: usize) -> Self {
+        let matrix = Matrix::of(values, width);
+        matrix.panel(0..matrix.rows, 0..width)
+    }
+
     /// Its columns in the whole matrix.
     pub(crate) fn columns(&self) -> Range<usize> {
         self.columns.clone()
@@ -172,6 +178,25 @@ impl Strip<'_> {
     /// Elements from one row to the next.
     pub(crate) fn width(&self) -> usize {
         self.width
+    }
+
+    /// Writes one vector of each row: the first or the second.
+    #[inline(always)]
+    pub(crate) fn put_all(&mut self, half: usize, values: impl Iterator<Item = [f32; LANES]>) {
+        assert!(half < 2, "vector {half} of two");
+        let mut to = self.first.wrapping_add(half * LANES);
+        for (_, values) in (0..self.rows).zip(values) {
+            #[expect(
+                unsafe_code,
+                reason = "a panel is a strided view, which slices cannot express"
+            )]
+            // SAFETY: the panel has so many rows and these columns, so they are in the slice that `base` was taken from, and
+            // no other thread has them.
+            unsafe {
+                *to.cast() = values;
+            }
+            to = to.wrapping_add(self.width);
+        }
     }
 
     /// Writes one vector of a row.

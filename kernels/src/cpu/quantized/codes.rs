@@ -18,9 +18,14 @@ use crate::quantized::{Code, HostQuantized};
 /// Columns of a cell of 8-bit codes: one step of a product.
 pub(crate) const QUAD: usize = 4;
 
-/// A segment of activations has one scale. Products of so many codes are exact when converted to f32, too.
+/// Most columns of a segment, in which a row of activations has one scale. Products of so many bytes are below 2^24, and so
+/// exact when converted to f32, too; shorter segments would be finer, and have products stop more often.
+pub(crate) const SEGMENT: usize = 512;
+
+const _: () = assert!(SEGMENT * 255 * 127 < 1 << 24);
+
 const CUT: Cut = Cut {
-    segment: 128,
+    segment: SEGMENT,
     padding: 2 * QUAD,
     // 32 rows of 8-bit codes of so many columns take 32 KiB, which stays in a first-level cache.
     block: 1024,

@@ -7,7 +7,7 @@ mod codes;
 mod columns;
 mod scales;
 
-pub(crate) use codes::{Codes, QUAD, rows_of};
+pub(crate) use codes::{Codes, QUAD, SEGMENT, rows_of};
 pub(crate) use columns::{Chunk, Columns, Cut, Segment};
 pub(crate) use scales::{PanelScales, Scales};
 

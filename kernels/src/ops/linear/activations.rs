@@ -8,7 +8,7 @@
 //! Invariant: a row's codes follow from that row and from how the weight's columns are cut.
 
 use crate::cpu::CpuTensor;
-use crate::cpu::quantized::{Columns, QUAD, Segment};
+use crate::cpu::quantized::{Columns, QUAD, SEGMENT, Segment};
 use crate::cpu::simd::{IntKernel, IntSimd};
 use bytemuck::{Pod, Zeroable};
 use std::ops::Range;
@@ -31,8 +31,8 @@ const MOST: f32 = 127.0;
 /// Below it a segment counts as zero: `127 / max` must be a number.
 const LEAST: f32 = 1e-30;
 
-/// Most columns of a segment.
-pub(super) const SEGMENT: usize = 128;
+/// Columns of a segment that is shorter than most: what groups of 4-bit codes usually have.
+const SHORT: usize = 128;
 
 /// How shared memory is divided.
 #[derive(Clone, Copy, Debug)]
@@ -108,27 +108,46 @@ impl IntKernel for Quantize<'_> {
             {
                 let quads = &mut quads[segment.padded.start / QUAD * count + m..];
                 let mut quads = quads.iter_mut().step_by(count);
-                let (codes, factor) = quantized(self.columns, segment, row, self.zero);
-                factors[m] = factor;
-                for codes in &codes.as_chunks::<QUAD>().0[..segment.padded.len() / QUAD] {
-                    if let Some(quad) = quads.next() {
-                        *quad = simd.quad(*codes);
+                quantized(self.columns, segment, row, self.zero, |codes, factor| {
+                    factors[m] = factor;
+                    for codes in &codes.as_chunks::<QUAD>().0[..segment.padded.len() / QUAD] {
+                        if let Some(quad) = quads.next() {
+                            *quad = simd.quad(*codes);
+                        }
                     }
-                }
+                });
             }
         }
     }
 }
 
-/// The codes of one segment of a row, zeros after them, and what comes with them for weights whose zero is `zero`.
+/// Hands over the codes of one segment of a row, zeros after them, and what comes with them for weights whose zero is `zero`.
 #[inline(always)]
 pub(super) fn quantized(
     columns: &Columns,
     segment: &Segment,
     row: &[f32],
     zero: u8,
-) -> ([i8; SEGMENT], Factor) {
-    let mut values = [0.0_f32; SEGMENT];
+    to: impl FnOnce(&[i8], Factor),
+) {
+    if segment.columns.len() <= SHORT {
+        let (codes, factor) = quantized_of::<SHORT>(columns, segment, row, zero);
+        to(&codes, factor);
+    } else {
+        let (codes, factor) = quantized_of::<SEGMENT>(columns, segment, row, zero);
+        to(&codes, factor);
+    }
+}
+
+/// The same, of at most `N` columns.
+#[inline(always)]
+fn quantized_of<const N: usize>(
+    columns: &Columns,
+    segment: &Segment,
+    row: &[f32],
+    zero: u8,
+) -> ([i8; N], Factor) {
+    let mut values = [0.0_f32; N];
     let count = segment.columns.len();
     columns.gather(segment.columns.clone(), row, &mut values[..count]);
     // As integers, sizes are in the order of the numbers, and what is no number is above all.
@@ -143,10 +162,10 @@ pub(super) fn quantized(
             scale,
             ..Factor::zeroed()
         };
-        return ([0; SEGMENT], factor);
+        return ([0; N], factor);
     }
     let (inverse, mut sum) = (MOST / max, 0);
-    let mut codes = [0; SEGMENT];
+    let mut codes = [0; N];
     for (code, value) in codes.iter_mut().zip(values) {
         let rounded = rounded(value * inverse);
         // Far from wrapping, but a check would keep the loop from being one of vectors.

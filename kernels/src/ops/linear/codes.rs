@@ -7,13 +7,13 @@
 //! Nothing else about the shapes, and nothing about threads, changes a bit.
 
 use super::activations::{Divide, Factor, Quantize, Slots};
+use super::claims::{Claimed, Claims, Multiplier};
 use super::equal_parts;
-use super::round::{AddBias, prefetch, put};
+use super::round::{prefetch, put};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::quantized::{Codes, PanelScales, QUAD, Segment};
-use crate::cpu::simd::{CODES, IntKernel, IntSimd, Kernel, LANES, Simd, by_rows, tiles};
-use crate::cpu::threads::Panels;
+use crate::cpu::simd::{CODES, IntKernel, IntSimd, LANES, Simd, by_rows, tiles};
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use crate::quantized::Code;
 use std::ops::Range;
@@ -58,14 +58,17 @@ pub(super) fn linear(
         cpu.threads
             .panels(out, within, (PANEL_ROWS, cost), |panels| {
                 let (x, rows) = (&shared[..], rows.clone());
-                let panels = panels.for_rows(rows.len());
+                let claims = Claims {
+                    panels: panels.for_rows(rows.len()),
+                    rows: rows.clone(),
+                    bias,
+                };
                 cpu.isa.run_ints(Turn {
                     weight,
                     x,
                     slots,
                     rows,
-                    bias,
-                    panels,
+                    claims,
                 });
             });
     }
@@ -78,29 +81,33 @@ struct Turn<'a, 'p> {
     x: &'a [f32],
     slots: Slots,
     rows: Range<usize>,
-    bias: Option<&'a CpuWeight>,
-    panels: Panels<'p>,
+    claims: Claims<'a, 'p>,
 }
 
 impl IntKernel for Turn<'_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: IntSimd>(mut self, simd: S) {
-        while let Some((numbers, mut panel)) = self.panels.claim() {
-            for (i, number) in numbers.enumerate() {
-                let out = (&mut panel, i * PANEL_ROWS);
-                multiply(
-                    simd,
-                    (self.weight, number),
-                    (self.x, self.slots, &self.rows),
-                    out,
-                );
-            }
-            if let Some(bias) = self.bias {
-                let (rows, panel) = (self.rows.clone(), &mut panel);
-                AddBias { bias, rows, panel }.run(simd.floats());
-            }
+    fn run<S: IntSimd>(self, simd: S) {
+        let (weight, x) = (self.weight, (self.x, self.slots, &self.rows));
+        self.claims
+            .run(simd.floats(), || Thread { simd, weight, x });
+    }
+}
+
+/// A thread at work.
+struct Thread<'a, S> {
+    simd: S,
+    weight: &'a Codes,
+    x: (&'a [f32], Slots, &'a Range<usize>),
+}
+
+impl<S: IntSimd> Multiplier for Thread<'_, S> {
+    #[inline(always)]
+    fn multiply(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
+        for (i, number) in numbers.enumerate() {
+            let out = (&mut *out, i * PANEL_ROWS);
+            multiply(self.simd, (self.weight, number), self.x, out);
         }
     }
 }

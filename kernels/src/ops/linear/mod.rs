@@ -14,11 +14,15 @@
 //! too.
 
 mod activations;
+mod claims;
 #[cfg(target_arch = "x86_64")]
 mod code_tiles;
 mod codes;
 #[cfg(target_arch = "x86_64")]
 mod float8_tiles;
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
+mod gated_tests;
 #[cfg(test)]
 mod quantized_tests;
 mod round;
@@ -34,6 +38,7 @@ use crate::cpu::quantized::{Part, Quantized};
 use crate::cpu::simd::{Kernel, LANES, MAX_TILE, Simd, dot};
 use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
+use claims::Claims;
 use round::{AddBias, Round, Slots, Turn, WIDENED};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -79,12 +84,13 @@ pub(crate) fn linear(
     }
 }
 
-/// Two products with a gated activation between them, in one go; `false` where that would not be faster, and nothing is
-/// done.
+/// Two products with a gated activation between them, which is part of the first; `false` where that would not be faster, and
+/// nothing is done. What it gives goes to `activated`, or straight into the second product.
 pub(crate) fn feed_forward(
     cpu: &CpuBackend,
     x: &CpuTensor,
     layer: &FeedForward<'_, CpuWeight>,
+    activated: &mut CpuTensor,
     out: &mut CpuTensor,
 ) -> bool {
     let (gate_up, down) = (layer.gate_up.0, layer.down.0);
@@ -100,9 +106,26 @@ pub(crate) fn feed_forward(
     );
     #[cfg(target_arch = "x86_64")]
     if let Some(unit) = cpu.isa.tiles() {
-        return tiles::feed_forward((cpu, unit), x, layer, out);
+        if tiles::feed_forward((cpu, unit), x, layer, out) {
+            return true;
+        }
+        let Values::Quantized(quantized) = gate_up.values() else {
+            return false;
+        };
+        let epilogue = (layer.gate_up.1, layer.activation);
+        let is_done = match quantized.parts() {
+            [Part::Codes(codes)] => code_tiles::gated((cpu, unit), x, codes, epilogue, activated),
+            [Part::Floats(packed)] => {
+                float8_tiles::gated((cpu, unit), x, packed, epilogue, activated)
+            }
+            _ => false,
+        };
+        if is_done {
+            linear(cpu, activated, down, layer.down.1, out);
+        }
+        return is_done;
     }
-    let _ = (cpu, x, layer, out);
+    let _ = (cpu, x, layer, activated, out);
     false
 }
 
@@ -138,13 +161,13 @@ fn multiply<E: Stored>(
                         x: laid_out,
                         slots,
                         weight: packed,
-                        bias,
-                        rows,
+                        rows: rows.clone(),
                         segments: these,
                         widened: bytemuck::cast_slice_mut(&mut space[..WIDENED]),
                         stored,
                     };
-                    cpu.isa.run(Turn { round, panels });
+                    let claims = Claims { panels, rows, bias };
+                    cpu.isa.run(Turn { round, claims });
                 });
         }
     }

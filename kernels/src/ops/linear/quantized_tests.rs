@@ -142,7 +142,6 @@ fn is_the_reference_within_half_a_scale_of_the_activations() {
     }
 }
 
-/// Where a segment's largest activation is 127, activations are their codes.
 /// More rows than fit into memory are multiplied in parts; each has the bits of that row alone.
 #[test]
 fn every_part_of_many_rows_gets_its_bias_once() {
@@ -165,6 +164,7 @@ fn every_part_of_many_rows_gets_its_bias_once() {
     }
 }
 
+/// Where a segment's largest activation is 127, activations are their codes.
 #[test]
 fn products_of_small_integers_are_exact() {
     let mut rng = Rng::new(72);

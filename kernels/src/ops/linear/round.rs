@@ -4,12 +4,12 @@
 //! depend on how far apart rows are. Then each thread takes the panels of the weight that it claims. What a sum is, and
 //! in which order, is said in `mod.rs`.
 
+use super::claims::{Claimed, Claims, Multiplier};
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Columns, PanelScales, Segment};
 use crate::cpu::simd::{CELL, Kernel, LANES, Simd, by_rows, panel, tiles};
-use crate::cpu::threads::Panels;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use half::bf16;
 use std::marker::PhantomData;
@@ -128,8 +128,6 @@ pub(super) struct Round<'a, E> {
     pub(super) x: &'a [[f32; LANES]],
     pub(super) slots: Slots,
     pub(super) weight: &'a Packed,
-    /// To be added, when `segments` are the last.
-    pub(super) bias: Option<&'a CpuWeight>,
     pub(super) rows: Range<usize>,
     pub(super) segments: &'a [Segment],
     /// The thread's memory for a segment of a panel.
@@ -140,7 +138,7 @@ pub(super) struct Round<'a, E> {
 /// A thread's part of a round.
 pub(super) struct Turn<'a, 'p, E> {
     pub(super) round: Round<'a, E>,
-    pub(super) panels: Panels<'p>,
+    pub(super) claims: Claims<'a, 'p>,
 }
 
 impl<E: Stored> Kernel for Turn<'_, '_, E> {
@@ -148,18 +146,22 @@ impl<E: Stored> Kernel for Turn<'_, '_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self {
-            mut round,
-            mut panels,
-        } = self;
-        while let Some((groups, mut panel)) = panels.claim() {
-            for (i, group) in groups.enumerate() {
-                round.group(simd, (group, i * PANEL_ROWS), &mut panel);
-            }
-            if let Some(bias) = round.bias {
-                let (rows, panel) = (round.rows.clone(), &mut panel);
-                AddBias { bias, rows, panel }.run(simd);
-            }
+        let Self { round, claims } = self;
+        claims.run(simd, || Thread { simd, round });
+    }
+}
+
+/// A thread at work.
+struct Thread<'a, S, E> {
+    simd: S,
+    round: Round<'a, E>,
+}
+
+impl<S: Simd, E: Stored> Multiplier for Thread<'_, S, E> {
+    #[inline(always)]
+    fn multiply(&mut self, groups: Range<usize>, panel: &mut Panel<'_>) {
+        for (i, group) in groups.enumerate() {
+            self.round.group(self.simd, (group, i * PANEL_ROWS), panel);
         }
     }
 }

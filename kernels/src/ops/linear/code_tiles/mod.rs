@@ -1,7 +1,7 @@
 //! Products of quantised activations with a weight of integer codes, on matrix tiles.
 //!
 //! First all threads quantise the rows of `x` as tiles, once for all of them. Then each claims panels and goes through them
-//! block by block of columns, a block in steps of two segments (`turn.rs`). Tiles multiply, vectors bring what comes out
+//! block by block of columns, a block in steps of one segment or two (`turn.rs`). Tiles multiply, vectors bring what comes out
 //! into the sums: those of the products before, so that neither waits for the other.
 //!
 //! Up to two tiles of rows cost less than memory needs for the codes, so these pass by: 8-bit ones go to tiles as they
@@ -11,9 +11,10 @@
 //! Where segments are no whole chunks of 64 columns, activations are padded with zeros, and what they meet does not
 //! matter: groups of 32 columns take half a chunk's time for nothing, which is still less than vectors need.
 //!
-//! What stays where with many rows, for segments of 128 columns and 512 rows. First-level cache, 36 of 48 KiB: a step's codes, 8 KiB,
-//! which all rows meet; two tiles of activations through it, 8 KiB, and their sums, 4 KiB, which come from the
-//! second level (the sums go back there) while tiles multiply for 256 cycles; what comes out of two steps, 16 KiB.
+//! What stays where with 512 rows. First-level cache, 36 to 48 of 48 KiB: a step's codes, 8 KiB where segments have 128
+//! columns and 16 KiB where they have 512, which all rows meet; two tiles of activations through it, as much, and their
+//! sums, 4 KiB, which come from the second level (the sums go back there) while tiles multiply for 256 or 512 cycles; what
+//! comes out of two steps, 16 or 8 KiB.
 //! Second-level cache, 1.1 of 2 MiB: rows through one block, 576 KiB, which all panels of a group meet; sums, 512 KiB; and
 //! the next block of codes, which is asked for.
 //!
@@ -23,16 +24,19 @@
 mod turn;
 mod vectors;
 
-use super::activations::{Factor, SEGMENT};
+use super::activations::Factor;
+use super::claims::{Claims, Pairs};
 use super::equal_parts;
+use super::tiles::LEAST_ROWS;
+use crate::backend::Activation;
 use crate::cpu::packed::PANEL_ROWS;
-use crate::cpu::quantized::{Codes, Columns, Segment};
+use crate::cpu::quantized::{Codes, Columns, SEGMENT, Segment};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
 use crate::cpu::simd::CODES;
 use crate::cpu::simd::amx::{CHUNK_CELLS, Signed, TILE_ROWS, TileUnit};
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use std::ops::Range;
-use turn::{Turn, Work};
+use turn::Work;
 use vectors::LayOut;
 
 /// Rows that are too few for tiles: with one, vectors are as fast as memory.
@@ -53,11 +57,11 @@ type Line = [u8; CODES];
 /// Columns of a tile of activations.
 const CHUNK: usize = 64;
 
-/// Segments of a step.
+/// Most segments of a step; where one has more than half of the most columns, a step is one segment.
 const STEP: usize = 2;
 
 /// Lines of a thread's memory for the codes of a step.
-const WEIGHTS: usize = STEP * SEGMENT / CHUNK * CHUNK_CELLS;
+const WEIGHTS: usize = SEGMENT / CHUNK * CHUNK_CELLS;
 
 /// Lines of a thread's memory for what comes out of a step with two tiles of rows.
 const DOTS: usize = STEP * 4 * TILE_ROWS;
@@ -75,6 +79,8 @@ struct Shape {
     tiles: usize,
     tile_rows: usize,
     blocks: usize,
+    /// Segments of a step.
+    step: usize,
     /// Lines of a row through the block that takes most: its chunks, and room for factors.
     chunk_lines: usize,
     factor_lines: usize,
@@ -88,11 +94,14 @@ impl Shape {
             .blocks()
             .map(|block| segments(block).iter().map(chunks).sum());
         let factors = columns.blocks().map(|block| block.len());
+        let is_short = |segment: &Segment| segment.columns.len() <= SEGMENT / STEP;
+        let are_short = columns.segments().iter().all(is_short);
         Self {
             rows,
             tiles,
             tile_rows: rows.div_ceil(tiles),
             blocks: columns.blocks().count(),
+            step: if are_short { STEP } else { 1 },
             chunk_lines: chunks.max().unwrap_or(0),
             factor_lines: (factors.max().unwrap_or(0) * size_of::<Factor>())
                 .div_ceil(size_of::<Signed>()),
@@ -104,6 +113,13 @@ impl Shape {
         let line = self.chunk_lines + self.factor_lines;
         let fit = (TILE_INPUTS / (self.blocks * line)).min(BLOCK_LINES / line);
         (fit / TILE_ROWS * TILE_ROWS).min(MAX_ROWS)
+    }
+
+    /// The same of rows whose activations stay in the cache through all blocks.
+    fn most_cached_rows(&self) -> usize {
+        let line = self.blocks * (self.chunk_lines + self.factor_lines);
+        let fit = BLOCK_LINES / line / TILE_ROWS * TILE_ROWS;
+        fit.min(self.most_rows())
     }
 
     /// Lines of one tile of activations through one block: `[chunks][rows]`, then factors, `[segments][rows]`.
@@ -150,33 +166,83 @@ pub(super) fn linear<U: TileUnit>(
     bias: Option<&CpuWeight>,
     out: &mut CpuTensor,
 ) {
-    let (columns, width) = (weight.columns(), out.width());
-    let most = Shape::of(x.rows(), columns).most_rows();
+    let (within, width) = (first..first + weight.rows(), out.width());
+    let most = Shape::of(x.rows(), weight.columns()).most_rows();
+    in_parts((cpu, unit), x, weight, most, |work, part, cost| {
+        let work = Work {
+            first_row: part.start,
+            ..work
+        };
+        let out = (out.values_mut(), width);
+        cpu.threads
+            .panels(out, within.clone(), (PANEL_ROWS, cost), |panels| {
+                let claims = Claims {
+                    panels: panels.for_rows(part.len()),
+                    rows: part.clone(),
+                    bias,
+                };
+                work.claim(cpu, claims);
+            });
+    });
+}
+
+/// What comes of gates and what they gate, which `weight` has one after the other. `out: [rows, n]`. Does nothing and answers
+/// `false` where it would not pay.
+pub(super) fn gated<U: TileUnit>(
+    (cpu, unit): (&CpuBackend, U),
+    x: &CpuTensor,
+    weight: &Codes,
+    (bias, activation): (Option<&CpuWeight>, Activation),
+    out: &mut CpuTensor,
+) -> bool {
+    let most = Shape::of(x.rows(), weight.columns()).most_cached_rows();
+    let has_pairs = weight.rows().is_multiple_of(2 * PANEL_ROWS);
+    if x.rows() < LEAST_ROWS || most < LEAST_ROWS || !has_pairs {
+        return false;
+    }
+    let n = out.width();
+    in_parts((cpu, unit), x, weight, most, |work, part, cost| {
+        let (values, panel) = (out.values_mut(), (PANEL_ROWS, 2 * cost));
+        cpu.threads.panels((values, n), 0..n, panel, |panels| {
+            let mut space = cpu.scratch.of_thread(panels.thread());
+            let space = space.as_flattened_mut();
+            let claims = Pairs {
+                panels,
+                rows: part.clone(),
+                bias,
+                activation,
+                count: n / PANEL_ROWS,
+                space: &mut space[..2 * part.len() * PANEL_ROWS],
+            };
+            work.claim(cpu, claims);
+        });
+    });
+    true
+}
+
+/// Lays out at most `most` rows of `x` at a time, and hands over the work with them, which they are, and what a panel costs.
+fn in_parts<U: TileUnit>(
+    (cpu, unit): (&CpuBackend, U),
+    x: &CpuTensor,
+    weight: &Codes,
+    most: usize,
+    mut multiply: impl FnMut(Work<'_, U>, Range<usize>, usize),
+) {
+    let columns = weight.columns();
     let mut inputs = cpu.scratch.tile_inputs();
     for part in equal_parts(x.rows(), most, TILE_ROWS) {
         let shape = Shape::of(part.len(), columns);
         let inputs: &mut [Signed] = &mut inputs.as_mut_slice()[..shape.inputs()];
         lay_out(cpu, (x, columns), (part.start, shape), inputs);
         let cost = part.len() * columns.padded() * PANEL_ROWS;
-        let within = first..first + weight.rows();
-        let out = (out.values_mut(), width);
         let work = Work {
             unit,
             shape,
-            first_row: part.start,
+            first_row: 0,
             inputs,
             weight,
-            bias,
         };
-        cpu.threads
-            .panels(out, within, (PANEL_ROWS, cost), |panels| {
-                let mut memory = cpu.scratch.tile_space(panels.thread());
-                cpu.isa.run(Turn {
-                    work,
-                    panels: panels.for_rows(shape.rows),
-                    memory: memory.as_bytes_mut(),
-                });
-            });
+        multiply(work, part, cost);
     }
 }
 

@@ -73,14 +73,15 @@ fn backend(threads: usize) -> CpuBackend {
 fn check<U: TileUnit>(unit: U, seed: u64, signs: bool) {
     let mut rng = Rng::new(seed);
     println!("seed {seed}");
-    // One tile; two; three, of which the last has fewer; several blocks and groups; several parts of the rows.
+    // One tile; two; three, of which the last has fewer; several blocks and groups, of columns and of panels; several parts of
+    // the rows.
     let shapes = [
         (1, 70, 33),
         (17, 300, 64),
         (35, 1500, 70),
         (16, 2500, 31),
         (100, 1100, 97),
-        (300, 2100, 230),
+        (300, 2100, 500),
         (530, 200, 40),
     ];
     // No more than two tiles, through which codes pass by.
@@ -141,15 +142,21 @@ fn sums_of_the_largest_codes_with_a_sign_are_exact() {
         .into_iter()
         .flat_map(|code| [(code, false), (code, true)])
     {
-        let mut part = quantized(&mut rng, code, (40, 256));
+        let mut part = quantized(&mut rng, code, (40, 512));
         let ends = if code == Code::Int8 {
             [0x80, 0x7f]
         } else {
             [0, 15]
         };
         part.data = vec![ends[usize::from(!least)]; part.data.len()].into();
-        let x: Vec<f32> = (0..20 * 256).map(|_| rng.pick(&[1.0, -1.0, 1.0])).collect();
-        compare((&cpu, Model), &mut rng, &tensor(&cpu, &x, 256), &part);
+        // All in one segment.
+        part.group_ends = vec![512];
+        part.scales.truncate(40);
+        part.zeros.truncate(40);
+        let mut x: Vec<f32> = (0..20 * 512).map(|_| rng.pick(&[1.0, -1.0, 1.0])).collect();
+        x[..512].fill(1.0);
+        x[512..1024].fill(-1.0);
+        compare((&cpu, Model), &mut rng, &tensor(&cpu, &x, 512), &part);
     }
 }
 
@@ -184,7 +191,7 @@ fn what_is_no_number_stays_none() {
 #[test]
 fn few_rows_and_more_columns_than_memory_holds_are_for_vectors() {
     let cut = Cut {
-        segment: 128,
+        segment: SEGMENT,
         padding: 8,
         block: 1024,
     };

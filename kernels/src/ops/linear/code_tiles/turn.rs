@@ -1,20 +1,19 @@
 //! One thread's part: panels of codes, and all rows with each.
 //!
 //! Few rows wait for codes to be read, so tiles take 8-bit codes as they come, and 4-bit ones are written out chunk by
-//! chunk, each before tiles multiply the one that is. Many rows meet two segments that are written out, two tiles of them
+//! chunk, each before tiles multiply the one that is. Many rows meet a step that is written out, two tiles of them
 //! at a time. Either way vectors bring what came out before into the sums while tiles multiply.
 
 use super::vectors::{Close, Fold, Offsets, write_out};
-use super::{DOTS, Line, MAX_ROWS, STEP, Shape, WEIGHTS, block_of, chunks};
-use crate::cpu::CpuWeight;
+use super::{DOTS, Line, MAX_ROWS, Shape, WEIGHTS, block_of, chunks};
+use crate::cpu::CpuBackend;
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::quantized::{Codes, Segment};
 use crate::cpu::simd::amx::{CHUNK_CELLS, Kept, Multiply, Signed, TileUnit};
 use crate::cpu::simd::{CODES, Kernel, LANES, Simd};
-use crate::cpu::threads::Panels;
-use crate::ops::linear::AddBias;
 use crate::ops::linear::activations::Factor;
+use crate::ops::linear::claims::{Claimed, Multiplier, Visit, Visits};
 use crate::ops::linear::tiles::put;
 use crate::quantized::Code;
 use std::ops::Range;
@@ -32,7 +31,6 @@ pub(super) struct Work<'a, U> {
     /// `[blocks][tiles]` runs
     pub(super) inputs: &'a [Signed],
     pub(super) weight: &'a Codes,
-    pub(super) bias: Option<&'a CpuWeight>,
 }
 
 impl<'a, U> Work<'a, U> {
@@ -110,21 +108,10 @@ impl<'a> Space<'a> {
     }
 }
 
-/// A block of one panel.
-#[derive(Clone, Copy)]
-struct Place {
-    block: usize,
-    panel: usize,
-    /// Of the panel in its group.
-    in_group: usize,
-    /// Of the panel in what is claimed.
-    column: usize,
-}
-
 /// Products that lie in [`Space::before`]: of one or two segments with one or two tiles.
 #[derive(Clone, Copy)]
 struct Waiting<'a> {
-    at: Place,
+    at: Visit,
     segments: &'a [Segment],
     /// The first of them, in the block.
     first: usize,
@@ -136,43 +123,42 @@ struct Waiting<'a> {
     done: usize,
 }
 
-/// A thread and what it claims.
-pub(super) struct Turn<'a, 'p, 'm, U> {
-    pub(super) work: Work<'a, U>,
-    pub(super) panels: Panels<'p>,
-    pub(super) memory: &'m mut [u8],
+impl<U: TileUnit> Work<'_, U> {
+    /// One thread's part of it.
+    pub(super) fn claim(self, cpu: &CpuBackend, claims: impl Claimed) {
+        let mut memory = cpu.scratch.tile_space(claims.thread());
+        cpu.isa.run(Turn {
+            work: self,
+            claims,
+            memory: memory.as_bytes_mut(),
+        });
+    }
 }
 
-impl<U: TileUnit> Kernel for Turn<'_, '_, '_, U> {
+/// A thread and what it claims.
+struct Turn<'a, 'm, U, C> {
+    work: Work<'a, U>,
+    claims: C,
+    memory: &'m mut [u8],
+}
+
+impl<U: TileUnit, C: Claimed> Kernel for Turn<'_, '_, U, C> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        let (work, shape) = (self.work, self.work.shape);
-        let mut space = Some(Space::of(self.memory, shape));
-        let mut thread = None;
-        while let Some((numbers, mut out)) = self.panels.claim() {
-            let thread = thread.get_or_insert_with(|| Thread {
-                simd,
-                work,
-                tiles: work.unit.tiles(shape.tile_rows),
-                space: space.take().expect("it is taken once"),
-                waiting: None,
-            });
-            if !shape.is_few() {
-                thread.groups(numbers, &mut out);
-            } else if work.weight.code() == Code::Int4 {
-                thread.few::<true>(numbers, &mut out);
-            } else {
-                thread.few::<false>(numbers, &mut out);
-            }
-            thread.bring(&mut out);
-            thread.bring(&mut out);
-            if let Some(bias) = work.bias {
-                let (rows, panel) = (work.first_row..work.first_row + shape.rows, &mut out);
-                AddBias { bias, rows, panel }.run(simd);
-            }
-        }
+    fn run<S: Simd>(self, simd: S) {
+        let Self {
+            work,
+            claims,
+            memory,
+        } = self;
+        claims.run(simd, || Thread {
+            simd,
+            work,
+            tiles: work.unit.tiles(work.shape.tile_rows),
+            space: Space::of(memory, work.shape),
+            waiting: None,
+        });
     }
 }
 
@@ -185,34 +171,28 @@ struct Thread<'a, 'm, S, U: TileUnit> {
     waiting: Option<Waiting<'a>>,
 }
 
-impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
-    /// All rows with claimed panels, by number.
+impl<S: Simd, U: TileUnit> Multiplier for Thread<'_, '_, S, U> {
     #[inline(always)]
-    fn groups(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
+    fn multiply(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
         let shape = self.work.shape;
-        for first in numbers.clone().step_by(shape.group()) {
-            let group = first..(first + shape.group()).min(numbers.end);
-            let visits = shape.blocks * group.len();
-            let at = |visit| match visit {
-                _ if visit == visits => (0, group.end),
-                _ => (visit / group.len(), first + visit % group.len()),
-            };
-            for visit in 0..visits {
-                let (block, panel) = at(visit);
-                let place = Place {
-                    block,
-                    panel,
-                    in_group: panel - first,
-                    column: (panel - numbers.start) * PANEL_ROWS,
-                };
-                self.many(place, at(visit + 1), out);
+        if !shape.is_few() {
+            for (at, next) in Visits::of(numbers, (shape.group(), shape.blocks)) {
+                self.many(at, next, out);
             }
+        } else if self.work.weight.code() == Code::Int4 {
+            self.few::<true>(numbers, out);
+        } else {
+            self.few::<false>(numbers, out);
         }
+        self.bring(out);
+        self.bring(out);
     }
+}
 
+impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
     /// All rows with one block of a panel.
     #[inline(always)]
-    fn many(&mut self, at: Place, next: (usize, usize), out: &mut Panel<'_>) {
+    fn many(&mut self, at: Visit, next: (usize, usize), out: &mut Panel<'_>) {
         let (work, shape) = (self.work, self.work.shape);
         let (segments, mut cells) = block_of(work.weight, (at.block, at.panel));
         let mut ahead = block_of(work.weight, next).1;
@@ -221,7 +201,7 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
             .len()
             .div_ceil(segments.len() * shape.tiles.div_ceil(2));
         let mut chunk = 0;
-        for (i, these) in segments.chunks(STEP).enumerate() {
+        for (i, these) in segments.chunks(shape.step).enumerate() {
             cells = self.write_out(these, cells);
             for tile in (0..shape.tiles).step_by(2) {
                 let runs = work.runs(at.block, tile);
@@ -244,7 +224,7 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
                     self.end(n, tiles);
                 }
                 self.bring(out);
-                self.wait((at, tile), (segments, i * STEP));
+                self.wait((at, tile), (segments, i * shape.step));
             }
             chunk += these.iter().map(chunks).sum::<usize>();
         }
@@ -276,14 +256,14 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
             for (block, of_block) in columns.blocks().enumerate() {
                 let segments = &columns.segments()[of_block];
                 let runs = work.runs(block, 0);
-                let at = Place {
+                let at = Visit {
                     block,
                     panel,
                     in_group: 0,
                     column: (panel - numbers.start) * PANEL_ROWS,
                 };
                 let mut chunk = 0;
-                for (i, these) in segments.chunks(STEP).enumerate() {
+                for (i, these) in segments.chunks(shape.step).enumerate() {
                     for (n, segment) in these.iter().enumerate() {
                         self.tiles.begin(shape.tiles, None);
                         for _ in 0..chunks(segment) {
@@ -295,7 +275,7 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
                         self.end(n, shape.tiles);
                     }
                     self.bring(out);
-                    self.wait((at, 0), (segments, i * STEP));
+                    self.wait((at, 0), (segments, i * shape.step));
                 }
             }
         }
@@ -349,8 +329,8 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
 
     /// Leaves the products of a step, of a block's segments from `first` on, for the next one to bring into the sums.
     #[inline(always)]
-    fn wait(&mut self, (at, tile): (Place, usize), (segments, first): (&'a [Segment], usize)) {
-        let after = segments.len().min(first + STEP);
+    fn wait(&mut self, (at, tile): (Visit, usize), (segments, first): (&'a [Segment], usize)) {
+        let after = segments.len().min(first + self.work.shape.step);
         self.waiting = Some(Waiting {
             at,
             segments: &segments[first..after],
@@ -398,7 +378,7 @@ impl<'a, S: Simd, U: TileUnit> Thread<'a, '_, S, U> {
     }
 
     /// Ends a tile's sums over a block.
-    fn close(&mut self, at: Place, tile: usize, out: &mut Panel<'_>) {
+    fn close(&mut self, at: Visit, tile: usize, out: &mut Panel<'_>) {
         let (work, shape) = (self.work, self.work.shape);
         let rows = shape.tile_rows;
         let start = tile * rows;

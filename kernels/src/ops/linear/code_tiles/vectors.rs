@@ -9,7 +9,7 @@ use crate::cpu::matrix::Strip;
 use crate::cpu::quantized::{Columns, PanelScales, Segment};
 use crate::cpu::simd::amx::Signed;
 use crate::cpu::simd::{CODES, Kernel, LANES, Simd};
-use crate::ops::linear::activations::{Factor, SEGMENT, quantized};
+use crate::ops::linear::activations::{Factor, quantized};
 use crate::quantized::Code;
 use bytemuck::Zeroable;
 use std::ops::Range;
@@ -38,15 +38,19 @@ impl Kernel for LayOut<'_> {
             let row = self.rows.clone().nth(place).map(|row| self.x.row(row));
             let mut lines = lines.iter_mut().skip(place).step_by(count);
             for (segment, factors) in self.segments.iter().zip(factors.chunks_exact_mut(count)) {
-                let nothing = ([0; SEGMENT], Factor::zeroed());
+                let lines = lines.by_ref().take(chunks(segment));
+                let Some(row) = row else {
+                    factors[place] = Factor::zeroed();
+                    lines.for_each(|line| *line = [0; CHUNK]);
+                    continue;
+                };
                 // Weights come less their zeros.
-                let quantized = |row| quantized(self.columns, segment, row, 0);
-                let (codes, factor) = row.map_or(nothing, quantized);
-                factors[place] = factor;
-                let (codes, _) = codes.as_chunks::<CHUNK>();
-                for (codes, line) in codes[..chunks(segment)].iter().zip(&mut lines) {
-                    *line = *codes;
-                }
+                quantized(self.columns, segment, row, 0, |codes, factor| {
+                    factors[place] = factor;
+                    for (codes, line) in codes.as_chunks::<CHUNK>().0.iter().zip(lines) {
+                        *line = *codes;
+                    }
+                });
             }
         }
     }
@@ -187,21 +191,31 @@ impl Kernel for Close<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        let Self {
+            block,
+            panel,
+            is_first,
+            out,
+        } = self;
         let one = simd.splat(1.0);
-        let rows = self.block.len() / 2;
-        let mut out = self.out;
-        for (i, (block, panel)) in self.block.iter_mut().zip(self.panel).enumerate() {
-            let mut sum = simd.load(block);
-            if !self.is_first {
-                sum = simd.mul_add(one, sum, simd.load(panel));
+        let ends = |sums: &mut [f32; LANES], before: &[f32; LANES]| {
+            let mut sum = simd.load(sums);
+            if !is_first {
+                sum = simd.mul_add(one, sum, simd.load(before));
             }
-            let sum = simd.to_array(sum);
-            match &mut out {
-                Some(out) if i < rows => out.put(i, 0, sum),
-                Some(out) => out.put(i - rows, 1, sum),
-                None => *panel = sum,
+            *sums = [0.0; LANES];
+            simd.to_array(sum)
+        };
+        let Some(mut out) = out else {
+            for (sums, panel) in block.iter_mut().zip(panel) {
+                *panel = ends(sums, panel);
             }
-            *block = [0.0; LANES];
+            return;
+        };
+        let rows = block.len() / 2;
+        for (half, (sums, panel)) in block.chunks_mut(rows).zip(panel.chunks(rows)).enumerate() {
+            let sums = sums.iter_mut().zip(panel);
+            out.put_all(half, sums.map(|(sums, panel)| ends(sums, panel)));
         }
     }
 }

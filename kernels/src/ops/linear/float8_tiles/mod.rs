@@ -10,8 +10,11 @@
 
 mod turn;
 
+use super::claims::{Claims, Pairs};
 use super::equal_parts;
-use super::tiles::{CHUNK, MAX_ROWS, Shape, round};
+use super::tiles::{CACHED, CHUNK, LEAST_ROWS, MAX_ROWS, Shape};
+use crate::backend::Activation;
+use crate::cpu::element::to_bf16;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Chunk, Columns};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
@@ -19,7 +22,7 @@ use crate::cpu::simd::amx::{CHUNK_CELLS, Floats, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use std::ops::Range;
-use turn::{Turn, Work};
+use turn::Work;
 
 /// Most chunks of a block that many rows meet: 512 columns, whose lines take 32 KiB.
 const BLOCK_CHUNKS: usize = 16;
@@ -53,9 +56,71 @@ pub(super) fn linear<U: TileUnit>(
     bias: Option<&CpuWeight>,
     out: &mut CpuTensor,
 ) {
-    let columns = weight.columns();
-    let chunks = weight.chunks();
-    let most = TILE_INPUTS / (chunks.len() + BLOCK_CHUNKS);
+    let (within, width) = (first..first + weight.rows(), out.width());
+    let most = TILE_INPUTS / (weight.chunks().len() + BLOCK_CHUNKS);
+    in_parts((cpu, unit), x, weight, most, |work, part, cost| {
+        let shape = work.shape;
+        let work = Work {
+            first_row: part.start,
+            ..work
+        };
+        let out = (out.values_mut(), width);
+        cpu.threads
+            .panels(out, within.clone(), (PANEL_ROWS, cost), |panels| {
+                let claims = Claims {
+                    panels: shape.claims(panels),
+                    rows: part.clone(),
+                    bias,
+                };
+                work.claim(cpu, claims);
+            });
+    });
+}
+
+/// What comes of gates and what they gate, which `weight` has one after the other. `out: [rows, n]`. Does nothing and answers
+/// `false` where it would not pay.
+pub(super) fn gated<U: TileUnit>(
+    (cpu, unit): (&CpuBackend, U),
+    x: &CpuTensor,
+    weight: &Packed,
+    (bias, activation): (Option<&CpuWeight>, Activation),
+    out: &mut CpuTensor,
+) -> bool {
+    let of_row = shape(MAX_ROWS, weight.chunks());
+    let most = CACHED / (of_row.blocks * of_row.block_chunks);
+    let has_pairs = weight.rows().is_multiple_of(2 * PANEL_ROWS);
+    if x.rows() < LEAST_ROWS || most < LEAST_ROWS || !has_pairs {
+        return false;
+    }
+    let n = out.width();
+    in_parts((cpu, unit), x, weight, most, |work, part, cost| {
+        let (values, panel) = (out.values_mut(), (PANEL_ROWS, 2 * cost));
+        cpu.threads.panels((values, n), 0..n, panel, |panels| {
+            let mut space = cpu.scratch.of_thread(panels.thread());
+            let space = space.as_flattened_mut();
+            let claims = Pairs {
+                panels,
+                rows: part.clone(),
+                bias,
+                activation,
+                count: n / PANEL_ROWS,
+                space: &mut space[..2 * part.len() * PANEL_ROWS],
+            };
+            work.claim(cpu, claims);
+        });
+    });
+    true
+}
+
+/// Lays out about `most` rows of `x` at a time, and hands over the work with them, which they are, and what a panel costs.
+fn in_parts<U: TileUnit>(
+    (cpu, unit): (&CpuBackend, U),
+    x: &CpuTensor,
+    weight: &Packed,
+    most: usize,
+    mut multiply: impl FnMut(Work<'_, U>, Range<usize>, usize),
+) {
+    let (columns, chunks) = (weight.columns(), weight.chunks());
     let most = (most / TILE_ROWS * TILE_ROWS).clamp(1, MAX_ROWS);
     let mut memory = cpu.scratch.tile_inputs();
     for part in equal_parts(x.rows(), most, TILE_ROWS) {
@@ -76,29 +141,16 @@ pub(super) fn linear<U: TileUnit>(
                 tile_rows: shape.tile_rows,
             });
         });
+        let cost = part.len() * columns.padded() * PANEL_ROWS;
         let work = Work {
             unit,
             shape,
-            first_row: part.start,
+            first_row: 0,
             inputs,
             chunks,
             weight,
-            bias,
         };
-        let cost = part.len() * columns.padded() * PANEL_ROWS;
-        let within = first..first + weight.rows();
-        let width = out.width();
-        let out = (out.values_mut(), width);
-        cpu.threads
-            .panels(out, within, (PANEL_ROWS, cost), |panels| {
-                let mut memory = cpu.scratch.tile_space(panels.thread());
-                let memory = memory.as_mut_slice();
-                cpu.isa.run(Turn {
-                    work,
-                    panels: shape.claims(panels),
-                    memory,
-                });
-            });
+        multiply(work, part, cost);
     }
 }
 
@@ -130,7 +182,7 @@ impl Kernel for LayOut<'_> {
                 self.columns
                     .gather(chunk.columns.clone(), self.x.row(row), to);
                 for (to, from) in line.iter_mut().zip(values) {
-                    *to = round(from);
+                    *to = to_bf16(from);
                 }
             }
             padding.fill(Floats::default());

@@ -7,15 +7,14 @@
 //! second-level cache, panels come in groups, whose sums wait while all of them meet the rows of one block.
 
 use super::{CELLS, CHUNK_CELLS, Chunk, DOTS, Shape, panels};
-use crate::cpu::CpuWeight;
+use crate::cpu::CpuBackend;
 use crate::cpu::element::F8;
 use crate::cpu::matrix::Panel;
-use crate::cpu::packed::{PANEL_ROWS, Packed};
+use crate::cpu::packed::Packed;
 use crate::cpu::quantized::PanelScales;
 use crate::cpu::simd::amx::{Floats, Multiply, TILE_ROWS, TileUnit};
 use crate::cpu::simd::{Kernel, LANES, Simd};
-use crate::cpu::threads::Panels;
-use crate::ops::linear::round::AddBias;
+use crate::ops::linear::claims::{Claimed, Multiplier, Visit, Visits};
 use std::ops::Range;
 
 /// What threads share.
@@ -29,7 +28,6 @@ pub(super) struct Work<'a, U> {
     pub(super) inputs: &'a [Floats],
     pub(super) chunks: &'a [Chunk],
     pub(super) weight: &'a Packed,
-    pub(super) bias: Option<&'a CpuWeight>,
 }
 
 impl<'a, U: TileUnit> Work<'a, U> {
@@ -95,9 +93,7 @@ impl<'a> Space<'a> {
 struct Waiting<'a> {
     group: usize,
     scales: Option<PanelScales<'a>>,
-    /// The panel's place among those whose sums are kept, and its first column in what is claimed.
-    place: usize,
-    column: usize,
+    at: Visit,
     /// The first tile of rows, and how many there are.
     tile: usize,
     tiles: usize,
@@ -105,48 +101,42 @@ struct Waiting<'a> {
     done: usize,
 }
 
-/// A thread and what it claims.
-pub(super) struct Turn<'a, 'p, 'm, U> {
-    pub(super) work: Work<'a, U>,
-    pub(super) panels: Panels<'p>,
-    pub(super) memory: &'m mut [Floats],
+impl<U: TileUnit> Work<'_, U> {
+    /// One thread's part of it.
+    pub(super) fn claim(self, cpu: &CpuBackend, claims: impl Claimed) {
+        let mut memory = cpu.scratch.tile_space(claims.thread());
+        cpu.isa.run(Turn {
+            work: self,
+            claims,
+            memory: memory.as_mut_slice(),
+        });
+    }
 }
 
-impl<U: TileUnit> Kernel for Turn<'_, '_, '_, U> {
+/// A thread and what it claims.
+struct Turn<'a, 'm, U, C> {
+    work: Work<'a, U>,
+    claims: C,
+    memory: &'m mut [Floats],
+}
+
+impl<U: TileUnit, C: Claimed> Kernel for Turn<'_, '_, U, C> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        let (work, shape) = (self.work, self.work.shape);
-        let mut space = Some(Space::of(self.memory, shape));
-        let mut thread = None;
-        while let Some((numbers, mut out)) = self.panels.claim() {
-            let thread = thread.get_or_insert_with(|| Thread {
-                simd,
-                work,
-                tiles: work.unit.tiles(shape.tile_rows),
-                space: space.take().expect("it is taken once"),
-                waiting: None,
-            });
-            for first in numbers.clone().step_by(panels(shape)) {
-                let group = first..(first + panels(shape)).min(numbers.end);
-                for block in 0..shape.blocks {
-                    for panel in group.clone() {
-                        let column = (panel - numbers.start) * PANEL_ROWS;
-                        if shape.is_few() {
-                            thread.few((panel, panel - first), (column, &mut out));
-                        } else {
-                            thread.many((block, panel, panel - first), (column, &mut out));
-                        }
-                    }
-                }
-            }
-            thread.bring(4, &mut out);
-            if let Some(bias) = work.bias {
-                let (rows, panel) = (work.first_row..work.first_row + shape.rows, &mut out);
-                AddBias { bias, rows, panel }.run(simd);
-            }
-        }
+    fn run<S: Simd>(self, simd: S) {
+        let Self {
+            work,
+            claims,
+            memory,
+        } = self;
+        claims.run(simd, || Thread {
+            simd,
+            work,
+            tiles: work.unit.tiles(work.shape.tile_rows),
+            space: Space::of(memory, work.shape),
+            waiting: None,
+        });
     }
 }
 
@@ -159,21 +149,40 @@ struct Thread<'a, 'm, S, U: TileUnit> {
     waiting: Option<Waiting<'a>>,
 }
 
+impl<S: Simd, U: TileUnit> Multiplier for Thread<'_, '_, S, U> {
+    #[inline(always)]
+    fn multiply(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
+        let shape = self.work.shape;
+        for (at, _) in Visits::of(numbers, (panels(shape), shape.blocks)) {
+            if shape.is_few() {
+                self.few(at, out);
+            } else {
+                self.many(at, out);
+            }
+        }
+        self.bring(4, out);
+    }
+}
+
 impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
     /// All of a panel with no more than two tiles of rows.
     #[inline(always)]
-    fn few(&mut self, (panel, place): (usize, usize), (column, out): (usize, &mut Panel<'_>)) {
+    fn few(&mut self, at: Visit, out: &mut Panel<'_>) {
         let (work, shape) = (self.work, self.work.shape);
-        let scales = work.weight.scales(panel);
+        let scales = work.weight.scales(at.panel);
         let [mut cells, mut next] = [0, CHUNK_CELLS];
-        work.write_out(panel, &work.chunks[0], &mut self.space.cells[..CHUNK_CELLS]);
+        work.write_out(
+            at.panel,
+            &work.chunks[0],
+            &mut self.space.cells[..CHUNK_CELLS],
+        );
         for (i, chunk) in work.chunks.iter().enumerate() {
             if chunk.starts {
                 self.tiles.begin(shape.tiles, None);
             }
             if let Some(chunk) = work.chunks.get(i + 1) {
                 let next = &mut self.space.cells[next..][..CHUNK_CELLS];
-                work.write_out(panel, chunk, next);
+                work.write_out(at.panel, chunk, next);
             }
             let cell = &self.space.cells[cells..][..CHUNK_CELLS];
             self.tiles.step(work.lines((0, 0), i), cell);
@@ -184,8 +193,7 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                 self.waiting = Some(Waiting {
                     group: chunk.group,
                     scales,
-                    place,
-                    column,
+                    at,
                     tile: 0,
                     tiles: shape.tiles,
                     done: 0,
@@ -196,20 +204,16 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
 
     /// One block of a panel, which is at some place among those whose sums are kept, with all rows.
     #[inline(always)]
-    fn many(
-        &mut self,
-        (block, panel, place): (usize, usize, usize),
-        (column, out): (usize, &mut Panel<'_>),
-    ) {
+    fn many(&mut self, at: Visit, out: &mut Panel<'_>) {
         let (work, shape) = (self.work, self.work.shape);
-        let (rows, chunks) = (shape.tile_rows, work.chunks(block));
-        let scales = work.weight.scales(panel);
+        let (rows, chunks) = (shape.tile_rows, work.chunks(at.block));
+        let scales = work.weight.scales(at.panel);
         for (chunk, cells) in chunks.iter().zip(self.space.cells.chunks_mut(CHUNK_CELLS)) {
-            work.write_out(panel, chunk, cells);
+            work.write_out(at.panel, chunk, cells);
         }
         for tile in (0..shape.tiles).step_by(2) {
             let tiles = (shape.tiles - tile).min(2);
-            let start = place * shape.sums() + tile * 2 * rows;
+            let start = at.in_group * shape.sums() + tile * 2 * rows;
             let of_tiles = start..start + tiles * 2 * rows;
             for (i, chunk) in chunks.iter().enumerate() {
                 if chunk.starts || i == 0 {
@@ -217,7 +221,7 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                     self.tiles.begin(tiles, (!chunk.starts).then_some(open));
                 }
                 let cells = &self.space.cells[i * CHUNK_CELLS..][..CHUNK_CELLS];
-                self.tiles.step(work.lines((block, tile), i), cells);
+                self.tiles.step(work.lines((at.block, tile), i), cells);
                 self.bring(1, out);
                 if chunk.ends {
                     self.bring(4, out);
@@ -225,8 +229,7 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                     self.waiting = Some(Waiting {
                         group: chunk.group,
                         scales,
-                        place,
-                        column,
+                        at,
                         tile,
                         tiles,
                         done: 0,
@@ -261,7 +264,7 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                 (rows / 2, rows)
             };
             let dots = &self.space.before[part / 2 * 2 * rows..][..2 * rows];
-            let sums = waiting.place * shape.sums() + 2 * tile * rows;
+            let sums = waiting.at.in_group * shape.sums() + 2 * tile * rows;
             let (left, right) = self.space.sums[sums..][..2 * rows].split_at_mut(rows);
             let part = Part {
                 dots: [&dots[start..end], &dots[rows + start..rows + end]],
@@ -275,7 +278,7 @@ impl<S: Simd, U: TileUnit> Thread<'_, '_, S, U> {
                 let count = (end - start).min(shape.rows.saturating_sub(first));
                 let first = self.work.first_row + first;
                 if count > 0 {
-                    part.put(simd, scales, (first..first + count, waiting.column, out));
+                    part.put(simd, scales, (first..first + count, waiting.at.column, out));
                 }
             }
         }

@@ -6,9 +6,9 @@
 //!
 //! Invariant: the bits are those of the three operations one after the other.
 
-use super::{CACHED, CHUNK, MAX_ROWS, Shape, Turn, lay_out, multiply, round};
+use super::{CACHED, CHUNK, MAX_ROWS, Shape, Turn, lay_out, multiply};
 use crate::backend::{Activation, Element, FeedForward};
-use crate::cpu::element::{Stored, by_element};
+use crate::cpu::element::to_bf16;
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::scratch::TILE_INPUTS;
@@ -17,10 +17,11 @@ use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use crate::ops::gated_activation::{gelu_gated, silu_gated};
+use crate::ops::linear::claims::biases;
 use crate::ops::linear::equal_parts;
 
 /// Fewer rows at once would read the weights too often.
-const LEAST_ROWS: usize = 128;
+pub(in crate::ops::linear) const LEAST_ROWS: usize = 128;
 
 /// A weight, and what is added to its outputs.
 type Linear<'a> = (&'a Packed, Option<&'a CpuWeight>);
@@ -128,14 +129,6 @@ impl<T: Multiply> Turn<'_, T> {
     }
 }
 
-/// Those of one panel.
-fn biases(bias: &CpuWeight, panel: usize) -> [f32; PANEL_ROWS] {
-    by_element!(bias.element(), E => {
-        let bias = &bias.vector::<E>()[panel * PANEL_ROWS..][..PANEL_ROWS];
-        std::array::from_fn(|i| bias[i].widen())
-    })
-}
-
 /// Activates the sums of two panels, and rounds them to lines.
 struct Activate<'a, 'p> {
     activation: Activation,
@@ -178,7 +171,7 @@ impl Activate<'_, '_> {
                         }
                     }
                     for lane in 0..LANES {
-                        to[lane] = round(gated(gate[lane], up[lane]));
+                        to[lane] = to_bf16(gated(gate[lane], up[lane]));
                     }
                 }
             }

@@ -12,9 +12,11 @@
 
 mod feed_forward;
 
-pub(super) use feed_forward::feed_forward;
+pub(super) use feed_forward::{LEAST_ROWS, feed_forward};
 
+use super::claims::Visits;
 use super::{AddBias, equal_parts};
+use crate::cpu::element::to_bf16;
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::{PANEL_ROWS, Packed};
 use crate::cpu::scratch::{TILE_INPUTS, TILE_SPACE};
@@ -40,7 +42,7 @@ pub(super) const MAX_ROWS: usize = 512;
 const AHEAD: usize = 16 * CHUNK_CELLS;
 
 /// Lines of activations that stay in a second-level cache of 2 MiB beside a panel's sums and what comes next: 1 MiB.
-const CACHED: usize = 16 << 10;
+pub(super) const CACHED: usize = 16 << 10;
 
 /// How rows and columns are cut.
 #[derive(Clone, Copy, Debug)]
@@ -205,27 +207,12 @@ fn round_row<'a>(isa: Isa, values: &[f32], lines: impl Iterator<Item = &'a mut F
                     .or_else(|| last.next())
                     .unwrap_or(&[0.0; CHUNK]);
                 for (to, from) in line.iter_mut().zip(values) {
-                    *to = round(*from);
+                    *to = to_bf16(*from);
                 }
             }
         }
     }
     isa.run(Round(values, lines));
-}
-
-/// To nearest even, as every element is narrowed; in a form that compilers turn into vector code.
-#[inline(always)]
-pub(super) fn round(value: f32) -> bf16 {
-    let bits = value.to_bits();
-    let even = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    // A bit that survives says that it is not a number.
-    let nan = bits >> 16 | 0x40;
-    let high = if value.is_nan() { nan } else { even };
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "the upper half was shifted into the lower"
-    )]
-    bf16::from_bits(high as u16)
 }
 
 /// One thread with its tiles.
@@ -241,22 +228,11 @@ impl<T: Multiply> Turn<'_, T> {
     fn panels(&mut self, sums: &mut [[f32; LANES]], (row, out): (usize, &mut Panel<'_>)) {
         let columns = out.columns();
         let claimed = columns.start / PANEL_ROWS..columns.end.div_ceil(PANEL_ROWS);
-        for first in claimed.clone().step_by(self.shape.group(TILE_SPACE)) {
-            let group = first..(first + self.shape.group(TILE_SPACE)).min(claimed.end);
-            for block in 0..self.shape.blocks {
-                let sums = sums.chunks_exact_mut(self.shape.sums());
-                for (panel, sums) in group.clone().zip(sums) {
-                    let next = if panel + 1 < group.end {
-                        (block, panel + 1)
-                    } else if block + 1 < self.shape.blocks {
-                        (block + 1, group.start)
-                    } else {
-                        (0, group.end)
-                    };
-                    let column = panel * PANEL_ROWS - columns.start;
-                    self.block((block, panel), next, sums, Some(((row, column), out)));
-                }
-            }
+        let of_panel = self.shape.sums();
+        for (at, next) in Visits::of(claimed, (self.shape.group(TILE_SPACE), self.shape.blocks)) {
+            let sums = &mut sums[at.in_group * of_panel..][..of_panel];
+            let to = Some(((row, at.column), &mut *out));
+            self.block((at.block, at.panel), next, sums, to);
         }
     }
 
@@ -468,26 +444,5 @@ mod tests {
             return;
         };
         check(amx, 12);
-    }
-
-    #[test]
-    fn rounds_as_elements_are_narrowed() {
-        let mut rng = Rng::new(13);
-        let special = [
-            0.0,
-            -0.0,
-            f32::INFINITY,
-            f32::NEG_INFINITY,
-            f32::NAN,
-            f32::MAX,
-            f32::MIN_POSITIVE,
-        ];
-        let any = (0..100_000).map(|_| f32::from_bits(rng.next() as u32));
-        // Halves between two neighbours, which go to the even one.
-        let halves = (0..1000_u32).map(|i| f32::from_bits(0x3f80_8000 + (i << 16)));
-        for value in special.into_iter().chain(any).chain(halves) {
-            let (ours, theirs) = (round(value), bf16::from_f32(value));
-            assert_eq!(ours.to_bits(), theirs.to_bits(), "{value}");
-        }
     }
 }
