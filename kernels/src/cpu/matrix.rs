@@ -180,42 +180,20 @@ impl Strip<'_> {
         self.width
     }
 
-    /// Writes one vector of each row: the first or the second.
+    /// The two vectors of a row.
     #[inline(always)]
-    pub(crate) fn put_all(&mut self, half: usize, values: impl Iterator<Item = [f32; LANES]>) {
-        assert!(half < 2, "vector {half} of two");
-        let mut to = self.first.wrapping_add(half * LANES);
-        for (_, values) in (0..self.rows).zip(values) {
-            #[expect(
-                unsafe_code,
-                reason = "a panel is a strided view, which slices cannot express"
-            )]
-            // SAFETY: the panel has so many rows and these columns, so they are in the slice that `base` was taken from, and
-            // no other thread has them.
-            unsafe {
-                *to.cast() = values;
-            }
-            to = to.wrapping_add(self.width);
-        }
-    }
-
-    /// Writes one vector of a row.
-    #[inline(always)]
-    pub(crate) fn put(&mut self, row: usize, half: usize, values: [f32; LANES]) {
-        assert!(row < self.rows && half < 2, "vector {half} of row {row}");
+    pub(crate) fn row(&mut self, row: usize) -> &mut [[f32; LANES]; 2] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // The panel has this row, so that nothing wraps.
+        let first = self.first.wrapping_add(row.wrapping_mul(self.width));
         #[expect(
             unsafe_code,
             reason = "a panel is a strided view, which slices cannot express"
         )]
-        // SAFETY: the panel has this row and these columns, so they are in the slice that `base` was taken from.
-        let vector = unsafe { self.first.add(row * self.width + half * LANES) };
-        #[expect(
-            unsafe_code,
-            reason = "a panel is a strided view, which slices cannot express"
-        )]
-        // SAFETY: so they are, and no other thread has them.
+        // SAFETY: the panel has this row and these columns, so they are in the slice that `base` was taken from, and no other
+        // thread has them.
         unsafe {
-            *vector.cast() = values;
+            &mut *first.cast()
         }
     }
 }

@@ -81,7 +81,7 @@ impl Multiply for ModelTiles {
         if let Some(mut out) = out {
             for (i, (sums, before)) in product.sums.iter_mut().zip(before).enumerate() {
                 let (tile, half, row) = (i / (2 * self.rows), i / self.rows % 2, i % self.rows);
-                out.put(tile * self.rows + row, half, *sums);
+                out.row(tile * self.rows + row)[half] = *sums;
                 *sums = before;
             }
         }

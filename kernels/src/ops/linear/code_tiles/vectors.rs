@@ -195,27 +195,31 @@ impl Kernel for Close<'_> {
             block,
             panel,
             is_first,
-            out,
+            mut out,
         } = self;
-        let one = simd.splat(1.0);
-        let ends = |sums: &mut [f32; LANES], before: &[f32; LANES]| {
-            let mut sum = simd.load(sums);
-            if !is_first {
-                sum = simd.mul_add(one, sum, simd.load(before));
-            }
-            *sums = [0.0; LANES];
-            simd.to_array(sum)
-        };
-        let Some(mut out) = out else {
-            for (sums, panel) in block.iter_mut().zip(panel) {
-                *panel = ends(sums, panel);
-            }
-            return;
-        };
         let rows = block.len() / 2;
-        for (half, (sums, panel)) in block.chunks_mut(rows).zip(panel.chunks(rows)).enumerate() {
-            let sums = sums.iter_mut().zip(panel);
-            out.put_all(half, sums.map(|(sums, panel)| ends(sums, panel)));
+        let (upper, lower) = block.split_at_mut(rows);
+        let (panel_upper, panel_lower) = panel.split_at_mut(rows);
+        let sums = upper.iter_mut().zip(lower);
+        let before = panel_upper.iter_mut().zip(panel_lower);
+        for (row, (sums, before)) in sums.zip(before).enumerate() {
+            let mut both = [*sums.0, *sums.1];
+            if !is_first {
+                both[0] = plus(simd, &both[0], before.0);
+                both[1] = plus(simd, &both[1], before.1);
+            }
+            if let Some(out) = &mut out {
+                *out.row(row) = both;
+            } else {
+                [*before.0, *before.1] = both;
+            }
+            [*sums.0, *sums.1] = [[0.0; LANES]; 2];
         }
     }
+}
+
+#[inline(always)]
+fn plus<S: Simd>(simd: S, one: &[f32; LANES], other: &[f32; LANES]) -> [f32; LANES] {
+    let sum = simd.mul_add(simd.splat(1.0), simd.load(one), simd.load(other));
+    simd.to_array(sum)
 }

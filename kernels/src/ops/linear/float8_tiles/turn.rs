@@ -332,8 +332,7 @@ impl Part<'_> {
             let right = simd.mul_add(simd.load(dots.1), scales[1], before[1]);
             let both = [simd.to_array(left), simd.to_array(right)];
             if let Some(strip) = &mut strip {
-                strip.put(row, 0, both[0]);
-                strip.put(row, 1, both[1]);
+                *strip.row(row) = both;
             } else {
                 edge[row] = both;
             }
