@@ -63,7 +63,29 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, LayerError
             matches = self::matches(&argv).map_err(|error| in_file(sentence(&error)))?;
         }
     }
-    Ok(Cli::from_arg_matches(&matches)?)
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    split_keys(&mut cli.command, &matches);
+    Ok(cli)
+}
+
+/// A variable is one text, so that several keys stand in it with commas between; a key that is typed, or stands in the
+/// file, may have commas in it.
+fn split_keys(command: &mut Command, matches: &ArgMatches) {
+    let is_variable = || {
+        let given = matches.subcommand().map(|(_, given)| given);
+        given.and_then(|given| given.value_source("api_key")) == Some(ValueSource::EnvVariable)
+    };
+    match command {
+        Command::Up(up) | Command::Plan(up) if is_variable() => {
+            let keys = up.api_key.iter().flat_map(|keys| keys.split(','));
+            up.api_key = keys.map(str::to_owned).collect();
+        }
+        Command::RunBatch(batch) if is_variable() => {
+            let keys = batch.api_key.as_deref();
+            batch.api_key = keys.and_then(|keys| Some(keys.split(',').next()?.to_owned()));
+        }
+        _ => {}
+    }
 }
 
 /// Reads flags and environment, and settles which of two rivals counts.
@@ -426,6 +448,18 @@ mod tests {
             let (at, why) = with_settings(&all, &wrong).unwrap_err();
             assert!(at.line == 7 && why.contains(said), "{key}: {why}");
         }
+    }
+
+    #[test]
+    fn a_typed_key_may_have_commas_in_it() {
+        let got = up(&["--api-key", "a,b", "--api-key", "c"]).unwrap();
+        assert_eq!(got.api_key, ["a,b", "c"]);
+        let argv = ["run-batch", "-i", "i", "-o", "o", "--api-key", "a,b"];
+        let argv = ["cluster"].iter().chain(&argv).map(OsString::from);
+        let Command::RunBatch(batch) = parse(argv).unwrap().command else {
+            panic!("not run-batch");
+        };
+        assert_eq!(batch.api_key.as_deref(), Some("a,b"));
     }
 
     #[test]

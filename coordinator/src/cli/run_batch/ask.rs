@@ -104,10 +104,7 @@ impl Server {
             find::live(&flags.which)?;
             Place::Cluster(flags.which.clone())
         };
-        let key = flags.api_key.as_deref();
-        // As `up` reads the variable: several keys, of which one is enough.
-        let key = key.and_then(|keys| keys.split(',').next());
-        let key = key.map(|key| format!("Bearer {key}"));
+        let key = flags.api_key.as_ref().map(|key| format!("Bearer {key}"));
         Ok(Self { place, key })
     }
 

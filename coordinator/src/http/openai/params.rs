@@ -322,7 +322,7 @@ fn steady(temperature: f32) -> f32 {
     }
 }
 
-/// A number of alternatives; absent and negative ones ask for nothing.
+/// A number of alternatives; an absent one asks for nothing, a negative one (all of them, in `vllm`) is refused.
 pub(super) fn logprobs(
     served: &Served,
     param: &str,
