@@ -5,8 +5,8 @@
 //! [`generate::Delta`]s into JSON; [`sse`] sends them as events. Nothing here decides what is computed
 //! when: that is the engines', reached by their handles alone.
 //!
-//! Invariant: every answer carries `x-request-id`, every error has OpenAI's body, and no route but
-//! `/health` answers without a key where keys are set.
+//! Invariant: every answer carries `x-request-id`, every error has OpenAI's body, and no route but the probes'
+//! (`/health`, `/ready`, `/ping`) answers without a key where keys are set.
 
 pub mod auth;
 pub mod background;
