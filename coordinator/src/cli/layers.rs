@@ -285,6 +285,7 @@ pub fn print(command: &Command) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::scheduling::SchedulingPolicy;
     use std::io::Write;
 
     fn up(args: &[&str]) -> Result<Up, String> {
@@ -393,6 +394,8 @@ mod tests {
             "2",
             "--no-enable-prefix-caching",
             "--no-async-scheduling",
+            "--scheduling-policy",
+            "priority",
             "--max-model-len",
             "32k",
         ];
@@ -404,6 +407,10 @@ mod tests {
         assert_eq!(printed, again);
         assert!(printed.contains("tensor-parallel-size = 2"), "{printed}");
         assert!(printed.contains("max-model-len = 32000"), "{printed}");
+        assert!(
+            printed.contains("scheduling-policy = \"priority\""),
+            "{printed}"
+        );
         assert!(
             printed.contains("enable-prefix-caching = false"),
             "{printed}"
@@ -429,6 +436,7 @@ mod tests {
             setting("max_model_len", "32k"),
             setting("gpu_memory_utilization", "0.5"),
             setting("enforce_eager", "true"),
+            setting("scheduling_policy", "priority"),
         ];
         let got = with_settings(&all, &own).unwrap();
         let mut expected = all.clone();
@@ -438,6 +446,7 @@ mod tests {
             .unwrap();
         expected.gpu_memory_utilization = 0.5;
         expected.enforce_eager = true;
+        expected.scheduling.scheduling_policy = SchedulingPolicy::Priority;
         assert_eq!(format!("{got:?}"), format!("{expected:?}"));
         for (key, value, said) in [
             ("dtype", "int3", "possible values"),

@@ -22,6 +22,8 @@ pub struct ServedModel {
     pub max_model_len: u32,
     /// Token ids are below this.
     pub vocab_size: u32,
+    /// Whether requests may have a priority other than 0 (`--scheduling-policy priority`).
+    pub has_priorities: bool,
     /// What computes its requests.
     pub engine: EngineHandle,
 }

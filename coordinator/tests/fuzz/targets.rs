@@ -65,6 +65,7 @@ impl Server {
                 text: TextModel::load(&read, &[2, 6]).expect("the built-in model loads"),
                 max_model_len: MAX_MODEL_LEN,
                 vocab_size: VOCAB,
+                has_priorities: true,
             }],
             keys: ApiKeys::default(),
             limits: ServerLimits::default(),

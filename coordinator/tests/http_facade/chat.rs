@@ -336,6 +336,7 @@ async fn the_model_s_own_defaults_give_way_to_the_request() {
     let setup = Setup {
         generation_config: json!({"temperature": 0.25, "top_k": 7, "top_p": 0.5, "min_p": 0.125,
             "repetition_penalty": 1.5, "max_new_tokens": 9, "eos_token_id": [33]}),
+        has_priorities: true,
         ..Setup::says("ab!cd")
     };
     let server = setup.start().await;

@@ -53,6 +53,7 @@ frequency_penalty | {"frequency_penalty": -3} | frequency_penalty
 seed of a text | {"seed": "x"} | seed
 priority | {"priority": 1099511627776} | priority
 priority that wraps to -1 | {"priority": 18446744073709551615} | priority
+a priority that nobody allowed | {"priority": -1} | priority
 empty salt | {"cache_salt": ""} | cache_salt
 truncation to nothing | {"truncate_prompt_tokens": 0} | truncate_prompt_tokens
 vLLM #5907: prompt_logprobs | {"prompt_logprobs": 1000} | prompt_logprobs

@@ -203,12 +203,6 @@ impl Params {
         let stop_token_ids = list("stop_token_ids", self.stop_token_ids.as_ref(), served)?;
         let min_tokens = self.min_tokens.map_or(0, |it| it.0);
         let min_tokens = whole("min_tokens", min_tokens, 0..=i64::from(u32::MAX))?;
-        let priority = self.priority.map_or(0, |it| it.0);
-        let priority = whole(
-            "priority",
-            priority,
-            i64::from(i32::MIN)..=i64::from(i32::MAX),
-        )?;
         if self.cache_salt.as_deref() == Some("") {
             return Err(ApiError::parameter(
                 "cache_salt",
@@ -226,10 +220,26 @@ impl Params {
             stop: self.stops()?,
             include_stop: self.include_stop_str_in_output == Some(true),
             skip_special_tokens: self.skip_special_tokens(),
-            priority: i32::try_from(priority).unwrap_or(0),
+            priority: self.priority(served)?,
             cache_salt: tenant.cache_salt(self.cache_salt.as_deref()),
             prompt_logprobs,
         })
+    }
+
+    /// As in `vllm`, any but 0 is for servers that were started to heed it: who may jump the queue is the operator's to
+    /// say.
+    fn priority(&self, served: &Served) -> Result<i32, ApiError> {
+        let priority = self.priority.map_or(0, |it| it.0);
+        let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
+        let priority = whole("priority", priority, range)?;
+        if priority != 0 && !served.model.has_priorities {
+            return Err(ApiError::parameter(
+                "priority",
+                "This server takes requests in the order in which they come: priority must be 0, unless it \
+                 is started with --scheduling-policy priority.",
+            ));
+        }
+        Ok(i32::try_from(priority).unwrap_or(0))
     }
 
     fn choices(&self) -> Result<usize, ApiError> {
