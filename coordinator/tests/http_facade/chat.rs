@@ -308,7 +308,7 @@ async fn conversations_are_rendered_by_the_model_s_template() {
     );
     let begun = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "The "}]);
     let text = render(begun, json!({"continue_final_message": true})).await;
-    assert_eq!(text, "<user>a\n<assistant>The");
+    assert_eq!(text, "<user>a\n<assistant>The ");
     let raised = json!({"messages": [{"role": "tool", "content": "x"}]});
     let answer = server.post("/v1/chat/completions", &raised).await;
     assert_eq!(
