@@ -24,6 +24,8 @@ pub const MAX_STOP_BYTES: usize = 1024;
 pub const MAX_STOP_TOKEN_IDS: usize = 128;
 /// Messages of a conversation.
 pub const MAX_MESSAGES: usize = 4096;
+/// Bytes of `chat_template_kwargs`, names included; those that are in use are a handful of words.
+pub const MAX_TEMPLATE_KWARGS_BYTES: usize = 16 << 10;
 /// Parts of a message's content.
 pub const MAX_PARTS: usize = 1024;
 

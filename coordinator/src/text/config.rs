@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use serde_json::{Map, Value};
 
 /// Special tokens that templates know by name.
-const SPECIAL_TOKENS: [&str; 7] = [
+pub(super) const SPECIAL_TOKENS: [&str; 7] = [
     "bos_token",
     "eos_token",
     "unk_token",

@@ -265,7 +265,7 @@ pub fn template(data: &[u8]) {
             continue_final_message: ending.1,
         };
         // Either is right; it must come to an end, and an error must be a sentence.
-        if let Err(refused) = template.render(&messages, ending) {
+        if let Err(refused) = template.render(&messages, &serde_json::Map::new(), ending) {
             assert!(!refused.to_string().is_empty() || source.contains("raise_exception"));
         }
     }

@@ -43,10 +43,10 @@ pub(super) struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    fn read(state: &'a ServerState, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
+    fn read(state: &'a ServerState, api: Api, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
         let mut params: Params = body::parse(bytes)?;
         let served = state.models.choose(params.model.as_deref())?;
-        unsupported::refuse(bytes)?;
+        unsupported::refuse(api, bytes)?;
         params.fix_seed(call.seed);
         let streaming = params.streaming()?;
         Ok(Self {
@@ -66,7 +66,7 @@ pub(super) async fn handle<W: Writer>(
     request: Request,
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, request).await?;
-    let head = Head::read(&state, &bytes, Call::now(id.0, tenant))?;
+    let head = Head::read(&state, W::API, &bytes, Call::now(id.0, tenant))?;
     let (request, writer) = W::read(&head, &bytes).await?;
     if head.params.is_background() {
         let seed = request.sampling.seed;
@@ -87,7 +87,7 @@ pub(super) async fn answer<W: Writer>(
     bytes: &[u8],
     call: Call,
 ) -> Result<Response, ApiError> {
-    let head = Head::read(state, bytes, call)?;
+    let head = Head::read(state, W::API, bytes, call)?;
     let (request, writer) = W::read(&head, bytes).await?;
     let generation = Generation::start(head.served, request).await?;
     writer.whole(generation).await

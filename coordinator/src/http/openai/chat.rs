@@ -6,6 +6,7 @@ use super::asked::Head;
 use super::logprobs::{self, ChatToken};
 use super::params::Extra;
 use super::prompt::encode;
+use super::variables::Variables;
 use super::{Api, ChunkUsage, StreamUsage, UsageBody, finish_fields};
 use crate::http::body;
 use crate::http::error::ApiError;
@@ -35,6 +36,7 @@ struct Body {
     continue_final_message: Option<bool>,
     add_special_tokens: Option<bool>,
     echo: Option<bool>,
+    chat_template_kwargs: Option<Variables>,
 }
 
 impl Body {
@@ -87,7 +89,8 @@ impl super::asked::Writer for Writer {
         }
         let (ending, logprobs) = (body.ending()?, body.logprobs(served)?);
         let truncate = params.truncate_prompt_tokens(served)?;
-        let text = render(served, body.messages, ending).await?;
+        let variables = body.chat_template_kwargs.unwrap_or_default();
+        let text = render(served, body.messages, variables, ending).await?;
         let mut tokens = encode(served, text, body.add_special_tokens == Some(true)).await?;
         if let Some(most) = truncate {
             tokens.drain(..tokens.len().saturating_sub(most));
@@ -150,18 +153,20 @@ impl super::asked::Writer for Writer {
 /// The text of a conversation.
 ///
 /// # Errors
-/// 400 if the model has no template or its template objects.
+/// 400 if the model has no template, its template objects, or `variables` are not for it.
 pub(super) async fn render(
     served: &Arc<Served>,
     messages: Bounded<ChatMessage, MAX_MESSAGES>,
+    variables: Variables,
     ending: Ending,
 ) -> Result<String, ApiError> {
-    if served.model.text.template.is_none() {
+    let Some(template) = &served.model.text.template else {
         return Err(ApiError::bad_request(
             "This model has no chat template, so it cannot chat. Use /v1/completions, or add a \
              chat_template to the model's tokenizer_config.json.",
         ));
-    }
+    };
+    let variables = variables.checked(template)?;
     let messages: Vec<_> = messages.0.into_iter().map(|it| it.0).collect();
     if messages.is_empty() {
         return Err(ApiError::parameter(
@@ -175,7 +180,7 @@ pub(super) async fn render(
         .sum();
     let shared = Arc::clone(served);
     let render = move || match &shared.model.text.template {
-        Some(template) => template.render(&messages, ending),
+        Some(template) => template.render(&messages, &variables, ending),
         None => Err(TemplateError::Failed("there is none".to_owned())),
     };
     let rendered = if size <= INLINE_BYTES {

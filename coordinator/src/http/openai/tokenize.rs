@@ -2,6 +2,7 @@
 
 use super::chat::{self, ChatMessage};
 use super::prompt::encode;
+use super::variables::Variables;
 use crate::http::ServerState;
 use crate::http::body;
 use crate::http::error::ApiError;
@@ -22,6 +23,7 @@ struct TokenizeBody {
     add_special_tokens: Option<bool>,
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
+    chat_template_kwargs: Option<Variables>,
     return_token_strs: Option<bool>,
 }
 
@@ -39,7 +41,9 @@ pub async fn tokenize(
                 add_generation_prompt: body.add_generation_prompt != Some(false),
                 continue_final_message: body.continue_final_message == Some(true),
             };
-            (chat::render(served, messages, ending).await?, false)
+            let variables = body.chat_template_kwargs.unwrap_or_default();
+            let text = chat::render(served, messages, variables, ending).await?;
+            (text, false)
         }
         _ => return Err(ApiError::bad_request("Send either `prompt` or `messages`.")),
     };

@@ -1,13 +1,14 @@
 //! Fields that we know and cannot honour: they are refused, for an answer that silently is not what
 //! was asked for is worse than none.
 
+use super::Api;
 use crate::http::body;
 use crate::http::error::ApiError;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::fmt;
 
-/// Refused unless null, false, or empty.
+/// Refused unless null, false, or empty, but for those that an API has.
 const FIELDS: &[&str] = &[
     "audio",
     "bad_words",
@@ -41,10 +42,11 @@ const FIELDS: &[&str] = &[
 /// Refused unless null or the one value that asks for nothing.
 const NEUTRAL: &[(&str, &str)] = &[("reasoning_effort", "none"), ("function_call", "none")];
 
-/// Refuses what the body asks for and we lack.
-pub(super) fn refuse(body: &[u8]) -> Result<(), ApiError> {
+/// Refuses what the body asks for and the API lacks.
+pub(super) fn refuse(api: Api, body: &[u8]) -> Result<(), ApiError> {
     let asked: Asked = body::parse(body)?;
-    if let Some(name) = asked.fields.first() {
+    let is_lacking = |name: &&&str| api != Api::Chat || **name != "chat_template_kwargs";
+    if let Some(name) = asked.fields.iter().find(is_lacking) {
         return Err(ApiError::parameter(
             *name,
             format!("{name} is not supported by this server yet. Leave it out."),
@@ -308,7 +310,7 @@ mod tests {
             r#"{"modalities": ["text"], "reasoning_effort": "none", "function_call": "none"}"#,
             r#"{"something": {"new": [1, 2]}, "user": "x", "chat_template_kwargs": {}}"#,
         ] {
-            assert_eq!(refuse(body.as_bytes()), Ok(()), "{body}");
+            assert_eq!(refuse(Api::Completions, body.as_bytes()), Ok(()), "{body}");
         }
     }
 
@@ -340,10 +342,13 @@ mod tests {
             (r#"{"suffix": "end"}"#, "suffix"),
             (r#"{"reasoning_effort": "high"}"#, "reasoning_effort"),
         ] {
-            let error = refuse(body.as_bytes()).unwrap_err();
+            let error = refuse(Api::Completions, body.as_bytes()).unwrap_err();
             assert_eq!(error.param.as_deref(), Some(param), "{body}");
             assert_eq!(error.status.as_u16(), 400);
         }
-        assert!(refuse(b"[]").is_err());
+        assert!(refuse(Api::Completions, b"[]").is_err());
+        let variables = br#"{"chat_template_kwargs": {"enable_thinking": false}}"#;
+        assert!(refuse(Api::Completions, variables).is_err());
+        assert_eq!(refuse(Api::Chat, variables), Ok(()));
     }
 }
