@@ -5,7 +5,7 @@
 use super::asked::Head;
 use super::logprobs::{self, ChatToken};
 use super::params::Extra;
-use super::prompt::encode;
+use super::prompt::{encode, may_fit};
 use super::variables::Variables;
 use super::{Api, ChunkUsage, StreamUsage, UsageBody, finish_fields};
 use crate::http::body;
@@ -40,23 +40,6 @@ struct Body {
 }
 
 impl Body {
-    fn ending(&self) -> Result<Ending, ApiError> {
-        let continue_final_message = self.continue_final_message == Some(true);
-        if continue_final_message && self.add_generation_prompt == Some(true) {
-            return Err(ApiError::parameter(
-                "continue_final_message",
-                "continue_final_message and add_generation_prompt exclude each other.",
-            ));
-        }
-        let prompt = self
-            .add_generation_prompt
-            .unwrap_or(!continue_final_message);
-        Ok(Ending {
-            add_generation_prompt: prompt,
-            continue_final_message,
-        })
-    }
-
     fn logprobs(&self, served: &Served) -> Result<Option<u32>, ApiError> {
         let alternatives = super::params::logprobs(served, "top_logprobs", self.top_logprobs)?;
         if self.logprobs == Some(true) {
@@ -87,10 +70,12 @@ impl super::asked::Writer for Writer {
             let message = "echo is available for /v1/completions only.";
             return Err(ApiError::parameter("echo", message));
         }
-        let (ending, logprobs) = (body.ending()?, body.logprobs(served)?);
+        let ending = ending(body.add_generation_prompt, body.continue_final_message)?;
+        let logprobs = body.logprobs(served)?;
         let truncate = params.truncate_prompt_tokens(served)?;
         let variables = body.chat_template_kwargs.unwrap_or_default();
         let text = render(served, body.messages, variables, ending).await?;
+        may_fit(served, &text, truncate)?;
         let mut tokens = encode(served, text, body.add_special_tokens == Some(true)).await?;
         if let Some(most) = truncate {
             tokens.drain(..tokens.len().saturating_sub(most));
@@ -148,6 +133,27 @@ impl super::asked::Writer for Writer {
         }
         Ok(Json(body).into_response())
     }
+}
+
+/// What a conversation is to end with: the opening of an answer, unless a request says otherwise.
+///
+/// # Errors
+/// 400 if it asks for two endings.
+pub(super) fn ending(
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+) -> Result<Ending, ApiError> {
+    let continue_final_message = continue_final_message == Some(true);
+    if continue_final_message && add_generation_prompt == Some(true) {
+        return Err(ApiError::parameter(
+            "continue_final_message",
+            "continue_final_message and add_generation_prompt exclude each other.",
+        ));
+    }
+    Ok(Ending {
+        add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
+        continue_final_message,
+    })
 }
 
 /// The text of a conversation.
