@@ -325,7 +325,8 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_MAX_MODEL_LEN", default_value = "auto", value_name = "TOKENS",
           value_parser = AutoTokens::parse, help_heading = MODEL)]
     pub max_model_len: AutoTokens,
-    /// Where default sampling parameters come from: the model (`auto`), nowhere (`vllm`), or a directory.
+    /// Where default sampling parameters come from: the model (`auto`), nowhere (`vllm`), or a directory, whose
+    /// `max_new_tokens` is then a bound for all requests.
     #[arg(long, env = "CLUSTER_GENERATION_CONFIG", default_value = "auto",
           value_name = "auto|vllm|DIR", value_parser = NonEmpty::new(), help_heading = MODEL)]
     pub generation_config: String,

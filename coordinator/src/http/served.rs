@@ -4,7 +4,7 @@
 //! nothing about another. Invariant: no two models have a name in common.
 
 use super::error::ApiError;
-use super::limits::{MAX_CHOICES, ServerLimits};
+use super::limits::{MAX_CHOICES, ServerLimits, check_defaults};
 use super::pace::Pace;
 use crate::engine::handle::EngineHandle;
 use crate::text::TextModel;
@@ -55,7 +55,10 @@ impl Models {
     /// its own, so that it says what it would say alone.
     pub(super) fn new(models: Vec<ServedModel>, seed: Option<u64>, limits: &ServerLimits) -> Self {
         let in_flight = Arc::default();
-        let served = models.into_iter().map(|model| {
+        let served = models.into_iter().map(|mut model| {
+            for wrong in check_defaults(&mut model.text.defaults) {
+                tracing::warn!("model {}: {wrong}", model.name());
+            }
             Arc::new(Served {
                 model,
                 limits: limits.clone(),

@@ -208,3 +208,26 @@ async fn a_prompt_of_any_length_is_cut_to_what_is_asked_for() {
         assert_eq!(answer.json()["usage"]["prompt_tokens"], 100);
     }
 }
+
+#[tokio::test]
+async fn the_model_s_files_neither_lengthen_completions_nor_make_requests_wrong() {
+    let setup = Setup {
+        generation_config: json!({"max_new_tokens": 512, "temperature": 3, "top_p": 0}),
+        ..Setup::says("x")
+    };
+    let server = setup.start().await;
+    for (path, body) in [
+        ("/v1/completions", json!({"prompt": "x"})),
+        ("/v1/chat/completions", chat("x")),
+    ] {
+        let answer = server.post(path, &body).await;
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+    }
+    let seen = lock(&server.seen);
+    let most: Vec<u32> = seen.requests.iter().map(|it| it.max_tokens).collect();
+    assert_eq!(most, [16, 512], "as in vLLM");
+    for request in &seen.requests {
+        let sampling = &request.sampling;
+        assert_eq!((sampling.temperature, sampling.top_p), (1.0, 1.0));
+    }
+}
