@@ -191,6 +191,22 @@ async fn request_ids_are_taken_or_made() {
         one.header("x-request-id"),
         server.get("/health").await.header("x-request-id")
     );
+    // vLLM's field, before which the header goes.
+    let body = json!({"prompt": "a", "request_id": "mine-7"});
+    let answer = server.post("/v1/completions", &body).await;
+    assert_eq!(answer.json()["id"], "cmpl-mine-7");
+    assert_eq!(answer.header("x-request-id"), Some("mine-7"));
+    let body = body.to_string();
+    let headers = [("x-request-id", "abc-1")];
+    let answer = server
+        .send("POST", "/v1/completions", &headers, body.as_bytes())
+        .await;
+    assert_eq!(answer.json()["id"], "cmpl-abc-1");
+    assert_eq!(answer.header("x-request-id"), Some("abc-1"));
+    let chat = json!({"messages": [{"role": "user", "content": "a"}], "stream": true,
+                      "request_id": "mine-8"});
+    let answer = server.post("/v1/chat/completions", &chat).await;
+    assert_eq!(answer.chunks()[0]["id"], "chatcmpl-mine-8");
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use crate::http::limits::{
     number, token_ids, whole,
 };
 use crate::http::served::Served;
+use crate::http::{REQUEST_ID_BYTES, is_request_id};
 use crate::scheduler::request::SamplingParams;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -52,6 +53,7 @@ pub(super) struct Params {
     stream: Option<bool>,
     stream_options: Option<Object<StreamOptions>>,
     background: Option<bool>,
+    request_id: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -111,6 +113,24 @@ impl Params {
     /// Whether the answer is to be fetched later.
     pub(super) fn is_background(&self) -> bool {
         self.background == Some(true)
+    }
+
+    /// What the client calls the request.
+    ///
+    /// # Errors
+    /// 400 if it cannot be called so.
+    pub(super) fn request_id(&self) -> Result<Option<&str>, ApiError> {
+        let wrong = |sentence: String| Err(ApiError::parameter("request_id", sentence));
+        match self.request_id.as_deref() {
+            Some(id) if !is_request_id(id.as_bytes()) => wrong(format!(
+                "request_id must be 1 to {REQUEST_ID_BYTES} letters, digits and signs of ASCII, without spaces."
+            )),
+            Some(_) if self.is_background() => wrong(
+                "The server names a background request: leave out request_id, or background."
+                    .to_owned(),
+            ),
+            id => Ok(id),
+        }
     }
 
     /// Makes `seed` the request's own, if there is one.
