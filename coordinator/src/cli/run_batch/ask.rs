@@ -1,8 +1,9 @@
 //! One request at a time to a server that may be full, starting, or dead for a while.
 //!
 //! Keeps its connection from one request to the next. A refusal that will pass, and a connection that broke,
-//! are tried again; what the server says of the request itself is final. Invariant: every try ends by a
-//! deadline, and tries end when the server has done nothing for anyone for as long as the operator allows.
+//! are tried again; what the server says of the request itself is final, and what it says of all of them (a wrong
+//! key, a model that it has not) ends the batch. Invariant: every try ends by a deadline, and tries end when the
+//! server has been silent for as long as the operator allows.
 
 use super::Batch;
 use super::input::Checked;
@@ -51,6 +52,11 @@ enum Place {
     Cluster(Which),
 }
 
+/// Why no request of the batch can be answered before the command is another one.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Hopeless(String);
+
 /// A final answer.
 #[derive(Debug)]
 pub(super) struct Answer {
@@ -70,6 +76,29 @@ enum Miss {
     Lost(anyhow::Error),
     /// Nobody is there.
     Absent(anyhow::Error),
+    /// It is no use to ask for anything.
+    Never(Hopeless),
+}
+
+impl Answer {
+    /// What is wrong with the command rather than with the request, if that is what it says.
+    fn hopeless(&self) -> Option<Hopeless> {
+        let error = &self.body["error"];
+        let said = error["message"].as_str().unwrap_or("no reason given");
+        let said = format!("{} ({said})", self.status);
+        Some(Hopeless(match self.status {
+            401 => format!("the server does not take the key: {said}; give another --api-key"),
+            403 => {
+                format!("the server lets this key do nothing here: {said}; give another --api-key")
+            }
+            // vLLM's code is a number, but it names the parameter too.
+            404 if error["code"] == "model_not_found" || error["param"] == "model" => format!(
+                "the server has not the model that a request names: {said}; give another --model, or change \
+                 the requests"
+            ),
+            _ => return None,
+        }))
+    }
 }
 
 impl Place {
@@ -138,7 +167,7 @@ impl Asker {
     /// Asks until there is a final answer.
     ///
     /// # Errors
-    /// The server did nothing for anyone for too long; with what it was last.
+    /// [`Hopeless`], or the server was silent for too long; with what it was last.
     pub(super) async fn ask(
         &mut self,
         request: &Checked,
@@ -177,6 +206,7 @@ impl Asker {
                     wait = pause.min(MAX_ABSENCE);
                     error
                 }
+                Miss::Never(hopeless) => return Err(hopeless.into()),
             };
             if batch.is_hopeless() {
                 return Err(error.context(format!(
@@ -249,11 +279,17 @@ async fn exchange(
         body,
     };
     match head.status {
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+        // A server that read too slowly, as when it is short of time, has not taken it either.
+        StatusCode::TOO_MANY_REQUESTS
+        | StatusCode::SERVICE_UNAVAILABLE
+        | StatusCode::REQUEST_TIMEOUT => {
             let seconds = header(RETRY_AFTER.as_str()).and_then(|text| text.parse().ok());
             Err(Miss::NotNow(seconds.map(Duration::from_secs)))
         }
         status if status.is_server_error() => Err(Miss::Failed(answer)),
-        _ => Ok(answer),
+        _ => match answer.hopeless() {
+            Some(hopeless) => Err(Miss::Never(hopeless)),
+            None => Ok(answer),
+        },
     }
 }

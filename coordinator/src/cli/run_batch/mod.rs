@@ -9,12 +9,14 @@
 mod ask;
 mod input;
 mod journal;
+#[cfg(test)]
+mod tests;
 
 use super::args::RunBatch;
 use super::{EXIT_FAULT, EXIT_INPUT, complain};
 use crate::clock::{now, since};
 use anyhow::{Context, Result, bail};
-use ask::{Asker, Server};
+use ask::{Asker, Hopeless, Server};
 use input::{Input, Line};
 use journal::Journal;
 use serde_json::{Value, json};
@@ -65,10 +67,15 @@ pub(super) fn run(flags: &RunBatch) -> ExitCode {
         }
         Err(error) => {
             let done = total - left + usize::try_from(answered).unwrap_or(usize::MAX);
+            let (command, code) = if error.is::<Hopeless>() {
+                ("corrected", EXIT_INPUT)
+            } else {
+                ("same", EXIT_FAULT)
+            };
             let error = error.context(format!(
-                "{done} of {total} requests are answered; the same command goes on from there"
+                "{done} of {total} requests are answered; the {command} command goes on from there"
             ));
-            complain(&error, EXIT_FAULT)
+            complain(&error, code)
         }
     }
 }
@@ -234,27 +241,4 @@ fn refusal(why: &str) -> Value {
 /// For whoever watches; a closed standard error must not stop it.
 fn note(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn output_lines_have_the_form_of_others() {
-        let line = output("a", 200, Some("r".into()), json!({"x": 1}));
-        assert_eq!(line["custom_id"], "a");
-        assert_eq!(line["response"]["status_code"], 200);
-        assert_eq!(line["response"]["request_id"], "r");
-        assert_eq!(
-            (&line["response"]["body"], &line["error"]),
-            (&json!({"x": 1}), &Value::Null)
-        );
-        let line = output("a", 400, None, refusal("no"));
-        assert_eq!(line["error"]["error"]["message"], "no");
-        assert!(
-            line["response"]["body"].is_null()
-                && line["id"] != output("a", 400, None, Value::Null)["id"]
-        );
-    }
 }
