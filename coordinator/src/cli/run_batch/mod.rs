@@ -24,7 +24,7 @@ use std::collections::HashSet;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -90,8 +90,8 @@ struct Batch {
     server: Server,
     model: Option<String>,
     retry_limit: Duration,
-    /// When the server last did anything for any request.
-    last_answer: Mutex<Instant>,
+    /// Since when the server has said nothing to anyone; `None`: what came of a request last is something it said.
+    silent_since: Mutex<Option<Instant>>,
     answered: AtomicU64,
     refused: AtomicU64,
 }
@@ -117,7 +117,7 @@ fn prepare(flags: &RunBatch) -> Result<(Batch, Journal)> {
         next: AtomicUsize::new(0),
         model: flags.model.clone(),
         retry_limit: Duration::from_secs(flags.retry_timeout.into()),
-        last_answer: Mutex::new(now()),
+        silent_since: Mutex::new(None),
         answered: AtomicU64::new(0),
         refused: AtomicU64::new(0),
         input,
@@ -183,10 +183,6 @@ impl Batch {
             Err(why) => return Ok(output(&line.custom_id, 400, None, refusal(&why))),
         };
         let answer = asker.ask(&request, (&self.server, self)).await?;
-        *self
-            .last_answer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = now();
         Ok(output(
             &line.custom_id,
             answer.status,
@@ -195,13 +191,20 @@ impl Batch {
         ))
     }
 
-    /// Whether the server has been silent for longer than may be.
-    fn is_hopeless(&self) -> bool {
-        let last = self
-            .last_answer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        since(*last) > self.retry_limit
+    fn silent_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        let lock = self.silent_since.lock();
+        lock.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The server said something, if only that it is full.
+    fn heard(&self) {
+        *self.silent_since() = None;
+    }
+
+    /// The server said nothing; whether that has been so for longer than may be.
+    fn is_silent_too_long(&self) -> bool {
+        let begun = *self.silent_since().get_or_insert_with(now);
+        since(begun) > self.retry_limit
     }
 
     fn count(&self, lines: &[Value]) {

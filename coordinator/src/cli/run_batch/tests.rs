@@ -190,3 +190,46 @@ fn what_was_not_taken_in_time_is_asked_again() {
     assert!(ended.is_ok(), "{ended:?}");
     assert_eq!(statuses(&written), [200, 200]);
 }
+
+#[test]
+fn silence_counts_from_its_beginning() {
+    let longer = Duration::from_millis(1500);
+    // A long answer that a restart takes along.
+    let address = serve(move |before, _| match before {
+        0 => Reply::HangUp(longer),
+        1 => Reply::HangUp(Duration::ZERO),
+        _ => text(),
+    });
+    let (ended, written) = ask(address, 1);
+    assert!(ended.is_ok(), "{ended:?}");
+    assert_eq!(statuses(&written), [200, 200]);
+    // A server that is full says so, and is not silent.
+    let begun = now();
+    let address = serve(move |_, _| {
+        if since(begun) < longer {
+            error(503, "not_ready")
+        } else {
+            text()
+        }
+    });
+    let (ended, _) = ask(address, 1);
+    assert!(ended.is_ok(), "{ended:?}");
+    let (ended, _) = ask(serve(|_, _| Reply::HangUp(Duration::ZERO)), 1);
+    let sentence = ended.unwrap_err().to_string();
+    assert!(sentence.contains("--retry-timeout 1 s"), "{sentence}");
+}
+
+/// As a server does that closes idle connections just when they are used again.
+#[test]
+fn a_connection_that_was_kept_may_break_at_any_time() {
+    let (ended, written) = ask(
+        serve(|before, on_this| match (before, on_this) {
+            (40.., _) => text(),
+            (_, 0) => Reply::Say(429, "retry-after: 0\r\n", json!({})),
+            _ => Reply::HangUp(Duration::ZERO),
+        }),
+        60,
+    );
+    assert!(ended.is_ok(), "{ended:?}");
+    assert_eq!(statuses(&written), [200, 200]);
+}
