@@ -154,7 +154,7 @@ pub struct RunBatch {
     /// Seconds without any answer after which the server is given up.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     pub retry_timeout: u32,
-    /// Key to present.
+    /// Key to present; of several in the variable, the first.
     #[arg(
         long,
         env = "CLUSTER_API_KEY",
@@ -325,7 +325,8 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_MAX_MODEL_LEN", default_value = "auto", value_name = "TOKENS",
           value_parser = AutoTokens::parse, help_heading = MODEL)]
     pub max_model_len: AutoTokens,
-    /// Where default sampling parameters come from: the model (`auto`), nowhere (`vllm`), or a directory.
+    /// Where default sampling parameters come from: the model (`auto`), nowhere (`vllm`), or a directory, whose
+    /// `max_new_tokens` is then a bound for all requests.
     #[arg(long, env = "CLUSTER_GENERATION_CONFIG", default_value = "auto",
           value_name = "auto|vllm|DIR", value_parser = NonEmpty::new(), help_heading = MODEL)]
     pub generation_config: String,
@@ -394,9 +395,8 @@ pub struct Up {
     /// Port to serve on; 0 takes a free one, and the output says which.
     #[arg(long, env = "CLUSTER_PORT", default_value_t = 8000, help_heading = SERVER)]
     pub port: u16,
-    /// Key that clients must present; may be repeated.
-    #[arg(long, env = "CLUSTER_API_KEY", hide_env_values = true, value_name = "KEY",
-          value_delimiter = ',', help_heading = SERVER)]
+    /// Key that clients must present; may be repeated. The variable may hold several, with commas between.
+    #[arg(long, env = "CLUSTER_API_KEY", hide_env_values = true, value_name = "KEY", help_heading = SERVER)]
     #[serde(skip)] // a printed configuration must not spread secrets
     pub api_key: Vec<String>,
     /// File with one key per line; `#` begins a comment.

@@ -63,7 +63,29 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Cli, LayerError
             matches = self::matches(&argv).map_err(|error| in_file(sentence(&error)))?;
         }
     }
-    Ok(Cli::from_arg_matches(&matches)?)
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    split_keys(&mut cli.command, &matches);
+    Ok(cli)
+}
+
+/// A variable is one text, so that several keys stand in it with commas between; a key that is typed, or stands in the
+/// file, may have commas in it.
+fn split_keys(command: &mut Command, matches: &ArgMatches) {
+    let is_variable = || {
+        let given = matches.subcommand().map(|(_, given)| given);
+        given.and_then(|given| given.value_source("api_key")) == Some(ValueSource::EnvVariable)
+    };
+    match command {
+        Command::Up(up) | Command::Plan(up) if is_variable() => {
+            let keys = up.api_key.iter().flat_map(|keys| keys.split(','));
+            up.api_key = keys.map(str::to_owned).collect();
+        }
+        Command::RunBatch(batch) if is_variable() => {
+            let keys = batch.api_key.as_deref();
+            batch.api_key = keys.and_then(|keys| Some(keys.split(',').next()?.to_owned()));
+        }
+        _ => {}
+    }
 }
 
 /// Reads flags and environment, and settles which of two rivals counts.
@@ -263,6 +285,7 @@ pub fn print(command: &Command) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::scheduling::SchedulingPolicy;
     use std::io::Write;
 
     fn up(args: &[&str]) -> Result<Up, String> {
@@ -371,6 +394,8 @@ mod tests {
             "2",
             "--no-enable-prefix-caching",
             "--no-async-scheduling",
+            "--scheduling-policy",
+            "priority",
             "--max-model-len",
             "32k",
         ];
@@ -382,6 +407,10 @@ mod tests {
         assert_eq!(printed, again);
         assert!(printed.contains("tensor-parallel-size = 2"), "{printed}");
         assert!(printed.contains("max-model-len = 32000"), "{printed}");
+        assert!(
+            printed.contains("scheduling-policy = \"priority\""),
+            "{printed}"
+        );
         assert!(
             printed.contains("enable-prefix-caching = false"),
             "{printed}"
@@ -407,6 +436,7 @@ mod tests {
             setting("max_model_len", "32k"),
             setting("gpu_memory_utilization", "0.5"),
             setting("enforce_eager", "true"),
+            setting("scheduling_policy", "priority"),
         ];
         let got = with_settings(&all, &own).unwrap();
         let mut expected = all.clone();
@@ -416,6 +446,7 @@ mod tests {
             .unwrap();
         expected.gpu_memory_utilization = 0.5;
         expected.enforce_eager = true;
+        expected.scheduling.scheduling_policy = SchedulingPolicy::Priority;
         assert_eq!(format!("{got:?}"), format!("{expected:?}"));
         for (key, value, said) in [
             ("dtype", "int3", "possible values"),
@@ -426,6 +457,18 @@ mod tests {
             let (at, why) = with_settings(&all, &wrong).unwrap_err();
             assert!(at.line == 7 && why.contains(said), "{key}: {why}");
         }
+    }
+
+    #[test]
+    fn a_typed_key_may_have_commas_in_it() {
+        let got = up(&["--api-key", "a,b", "--api-key", "c"]).unwrap();
+        assert_eq!(got.api_key, ["a,b", "c"]);
+        let argv = ["run-batch", "-i", "i", "-o", "o", "--api-key", "a,b"];
+        let argv = ["cluster"].iter().chain(&argv).map(OsString::from);
+        let Command::RunBatch(batch) = parse(argv).unwrap().command else {
+            panic!("not run-batch");
+        };
+        assert_eq!(batch.api_key.as_deref(), Some("a,b"));
     }
 
     #[test]

@@ -4,14 +4,29 @@
 //! meaning.
 
 use super::values::{positive_tokens, tokens};
-use clap::Args;
 use clap::builder::BoolishValueParser;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
+
+/// In which order waiting requests are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum SchedulingPolicy {
+    /// As they come; a request that asks for another place is refused.
+    Fcfs,
+    /// By the `priority` in the request, the lowest first, then as they come.
+    Priority,
+}
 
 /// Flags under "Scheduling".
 #[derive(Args, Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Scheduling {
+    /// Which waiting request comes first: the one that came first, or the one with the lowest `priority`, which any
+    /// client may then set.
+    #[arg(long, env = "CLUSTER_SCHEDULING_POLICY", default_value = "fcfs", value_name = "POLICY",
+          help_heading = SCHEDULING)]
+    pub scheduling_policy: SchedulingPolicy,
     /// Most sequences in one step [default: 256, or --max-num-batched-tokens if that is less].
     #[arg(long, env = "CLUSTER_MAX_NUM_SEQS", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = SCHEDULING)]

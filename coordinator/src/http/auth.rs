@@ -2,6 +2,8 @@
 //!
 //! Both sides are hashed before they are compared, and compared in constant time, so neither
 //! a key's length nor its beginning shows in the time an answer takes. Keys are kept as hashes.
+//!
+//! Probes have no key, so their routes are open; who has none is told by them whether the server is ready, not why.
 
 use super::ServerState;
 use super::error::ApiError;
@@ -14,8 +16,8 @@ use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use subtle::{Choice, ConstantTimeEq};
 
-/// The only route that answers without a key: liveness probes have none.
-const OPEN_ROUTE: &str = "/health";
+/// The only routes that answer without a key: probes of Kubernetes and load balancers have none.
+const OPEN_ROUTES: [&str; 3] = ["/health", "/ready", "/ping"];
 
 /// Keys that are accepted. Without any, every request is.
 #[derive(Clone, Default)]
@@ -74,6 +76,10 @@ impl Tenant {
     }
 }
 
+/// Whether who asks has a key, or needs none. Others learn from the open routes no more than a status.
+#[derive(Clone, Copy, Debug)]
+pub struct Trusted(pub bool);
+
 /// The layer.
 pub async fn require_key(
     State(state): State<Arc<ServerState>>,
@@ -81,22 +87,26 @@ pub async fn require_key(
     next: Next,
 ) -> Response {
     let matched = request.extensions().get::<MatchedPath>();
-    let open = matched.is_some_and(|path| path.as_str() == OPEN_ROUTE);
-    let mut tenant = Tenant::default();
-    if state.keys.required() && !open {
-        let Some(token) = bearer(request.headers()) else {
-            return ApiError::unauthorized(
-                "You didn't provide an API key. Send it as `Authorization: Bearer KEY`.",
-            )
-            .into_response();
-        };
-        let Some(key) = state.keys.accept(token) else {
-            return ApiError::unauthorized("The API key is not valid for this server.")
-                .into_response();
-        };
-        tenant = Tenant(Some(key));
+    let open = matched.is_some_and(|path| OPEN_ROUTES.contains(&path.as_str()));
+    let (mut tenant, mut trusted) = (Tenant::default(), Trusted(true));
+    if state.keys.required() {
+        let token = bearer(request.headers());
+        match token.and_then(|token| state.keys.accept(token)) {
+            Some(key) => tenant = Tenant(Some(key)),
+            None if open => trusted = Trusted(false),
+            None => {
+                let sentence = match token {
+                    None => {
+                        "You didn't provide an API key. Send it as `Authorization: Bearer KEY`."
+                    }
+                    Some(_) => "The API key is not valid for this server.",
+                };
+                return ApiError::unauthorized(sentence).into_response();
+            }
+        }
     }
     request.extensions_mut().insert(tenant);
+    request.extensions_mut().insert(trusted);
     next.run(request).await
 }
 

@@ -3,35 +3,53 @@
 //! `/health` says whether the groups of shards are as they should be: 200 while they load, serve or
 //! drain, 503 from a fault until the group computes again, and for good where it cannot.
 //! `/ready` says whether to send requests here. Where several models are served, one that is not well is
-//! enough for a 503, which names it.
+//! enough for a 503, which names it. Why it is one is said to those who have a key, where keys are set.
 
 use super::ServerState;
+use super::auth::Trusted;
 use super::error::ApiError;
 use crate::engine::handle::Readiness;
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// `/health` and `/ping`.
-pub(super) async fn health(State(state): State<Arc<ServerState>>) -> Response {
+pub(super) async fn health(
+    State(state): State<Arc<ServerState>>,
+    Extension(trusted): Extension<Trusted>,
+) -> Response {
     match worst(&state) {
-        Readiness::Failed(why) => ApiError::unavailable("failed", why).into_response(),
-        Readiness::Recovering(why) => ApiError::unavailable("recovering", why).into_response(),
+        Readiness::Failed(why) => unavailable("failed", why, trusted),
+        Readiness::Recovering(why) => unavailable("recovering", why, trusted),
         Readiness::Loading | Readiness::Ready | Readiness::Draining => ().into_response(),
     }
 }
 
 /// `/ready`.
-pub(super) async fn ready(State(state): State<Arc<ServerState>>) -> Response {
+pub(super) async fn ready(
+    State(state): State<Arc<ServerState>>,
+    Extension(trusted): Extension<Trusted>,
+) -> Response {
     let (code, why) = match worst(&state) {
         Readiness::Ready => return Json(json!({"status": "ready"})).into_response(),
         Readiness::Loading => ("not_ready", "shards are loading".to_owned()),
         Readiness::Recovering(why) => ("recovering", why),
         Readiness::Draining => ("draining", "the server is draining".to_owned()),
         Readiness::Failed(why) => ("failed", why),
+    };
+    unavailable(code, why, trusted)
+}
+
+/// 503, with the reason for those who may know it.
+fn unavailable(code: &'static str, why: String, Trusted(is_trusted): Trusted) -> Response {
+    let (code, why) = if is_trusted {
+        (code, why)
+    } else {
+        let sentence = "The server is not ready; with an API key it says why.";
+        ("not_ready", sentence.to_owned())
     };
     ApiError::unavailable(code, why).into_response()
 }

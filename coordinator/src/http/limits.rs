@@ -4,6 +4,7 @@
 //! size of a list is checked while it is read, so that a longer one is never held in memory.
 
 use super::error::ApiError;
+use crate::text::config::GenerationDefaults;
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 use std::fmt;
 use std::marker::PhantomData;
@@ -24,8 +25,19 @@ pub const MAX_STOP_BYTES: usize = 1024;
 pub const MAX_STOP_TOKEN_IDS: usize = 128;
 /// Messages of a conversation.
 pub const MAX_MESSAGES: usize = 4096;
+/// Bytes of `chat_template_kwargs`, names included; those that are in use are a handful of words.
+pub const MAX_TEMPLATE_KWARGS_BYTES: usize = 16 << 10;
 /// Parts of a message's content.
 pub const MAX_PARTS: usize = 1024;
+
+/// `temperature`: OpenAI's.
+pub const TEMPERATURES: RangeInclusive<f64> = 0.0..=2.0;
+/// `top_p`: at 0 no token would be left.
+pub const TOP_PS: RangeInclusive<f64> = 1e-6..=1.0;
+/// `min_p`.
+pub const MIN_PS: RangeInclusive<f64> = 0.0..=1.0;
+/// `repetition_penalty`: logits are divided by it.
+pub const REPETITION_PENALTIES: RangeInclusive<f64> = 0.01..=100.0;
 
 /// Bounds of the process, settable from the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,6 +146,30 @@ pub fn number(param: &str, value: f64, range: RangeInclusive<f64>) -> Result<f32
     ))
 }
 
+/// Leaves out what a model's files propose and no request could ask for, and says so. Otherwise every request that is
+/// silent there would be refused for it.
+pub fn check_defaults(defaults: &mut GenerationDefaults) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (name, value, range) in [
+        ("temperature", &mut defaults.temperature, TEMPERATURES),
+        ("top_p", &mut defaults.top_p, TOP_PS),
+        ("min_p", &mut defaults.min_p, MIN_PS),
+        (
+            "repetition_penalty",
+            &mut defaults.repetition_penalty,
+            REPETITION_PENALTIES,
+        ),
+    ] {
+        if let Some(given) = value.take_if(|given| !range.contains(given)) {
+            let (low, high) = range.into_inner();
+            wrong.push(format!(
+                "generation_config.json: {name} must be from {low} to {high}, and is {given}: left out"
+            ));
+        }
+    }
+    wrong
+}
+
 /// Checks that token ids name tokens of the model.
 pub fn token_ids(param: &str, ids: &[u32], vocab_size: u32) -> Result<(), ApiError> {
     match ids.iter().find(|&&id| id >= vocab_size) {
@@ -234,6 +270,27 @@ mod tests {
         assert!(number("top_p", f64::INFINITY, 0.0..=1.0).is_err());
         assert!(token_ids("prompt", &[1, 9, 10], 10).is_err());
         assert!(token_ids("prompt", &[1, 9], 10).is_ok());
+    }
+
+    #[test]
+    fn proposals_that_no_request_could_make_are_left_out_and_named() {
+        let read = |text: &str| GenerationDefaults::parse(text.as_bytes()).unwrap();
+        let mut good = read(r#"{"temperature": 2, "top_p": 1, "min_p": 0, "top_k": 5}"#);
+        let before = good.clone();
+        assert!(check_defaults(&mut good).is_empty());
+        assert_eq!(good, before);
+        let mut bad = read(
+            r#"{"temperature": 3, "top_p": 0, "min_p": -1, "repetition_penalty": 0, "top_k": 5}"#,
+        );
+        let wrong = check_defaults(&mut bad);
+        for (sentence, name) in
+            wrong
+                .iter()
+                .zip(["temperature", "top_p", "min_p", "repetition_penalty"])
+        {
+            assert!(sentence.contains(name), "{sentence}");
+        }
+        assert_eq!((wrong.len(), bad), (4, read(r#"{"top_k": 5}"#)));
     }
 
     #[test]

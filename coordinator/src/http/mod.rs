@@ -5,8 +5,8 @@
 //! [`generate::Delta`]s into JSON; [`sse`] sends them as events. Nothing here decides what is computed
 //! when: that is the engines', reached by their handles alone.
 //!
-//! Invariant: every answer carries `x-request-id`, every error has OpenAI's body, and no route but
-//! `/health` answers without a key where keys are set.
+//! Invariant: every answer carries `x-request-id`, every error has OpenAI's body, and no route but the probes'
+//! (`/health`, `/ready`, `/ping`) answers without a key where keys are set.
 
 pub mod auth;
 pub mod background;
@@ -104,7 +104,12 @@ impl fmt::Debug for ServerConfig {
 
 /// The name of a request, as in its answer's `x-request-id`.
 #[derive(Clone, Debug)]
-pub struct RequestId(pub String);
+pub struct RequestId {
+    /// The name.
+    pub text: String,
+    /// Whether it stood in the request's head; one in its body goes before one of ours.
+    pub is_given: bool,
+}
 
 /// Every route with its methods. The router is made of this list, and tests go through it.
 pub const ROUTES: &[(&str, &[Method])] = &[
@@ -201,15 +206,15 @@ async fn wrong_method(request: Request) -> ApiError {
 
 /// Gives every request a name and every answer that name.
 async fn name_request(mut request: Request, next: Next) -> Response {
-    let given = request.headers().get(REQUEST_ID).filter(|id| {
-        let id = id.as_bytes();
-        (1..=REQUEST_ID_BYTES).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic)
-    });
-    let id = match given.and_then(|id| id.to_str().ok()) {
-        Some(id) => id.to_owned(),
-        None => new_request_id(),
-    };
-    request.extensions_mut().insert(RequestId(id.clone()));
+    let given = request.headers().get(REQUEST_ID);
+    let given = given.filter(|id| is_request_id(id.as_bytes()));
+    let given = given.and_then(|id| Some(id.to_str().ok()?.to_owned()));
+    let is_given = given.is_some();
+    let id = given.unwrap_or_else(new_request_id);
+    let text = id.clone();
+    request
+        .extensions_mut()
+        .insert(RequestId { text, is_given });
     let mut response = if names_one_host(&request) {
         next.run(request).await
     } else {
@@ -217,9 +222,14 @@ async fn name_request(mut request: Request, next: Next) -> Response {
         ApiError::bad_request(sentence).into_response()
     };
     if let Ok(id) = HeaderValue::from_str(&id) {
-        response.headers_mut().insert(REQUEST_ID, id);
+        response.headers_mut().entry(REQUEST_ID).or_insert(id);
     }
     response
+}
+
+/// Whether a client may call its request so.
+fn is_request_id(id: &[u8]) -> bool {
+    (1..=REQUEST_ID_BYTES).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic)
 }
 
 /// What RFC 9112, section 3.2, asks of a server: proxies that disagree about the host would disagree

@@ -4,7 +4,7 @@
 //! nothing about another. Invariant: no two models have a name in common.
 
 use super::error::ApiError;
-use super::limits::{MAX_CHOICES, ServerLimits};
+use super::limits::{MAX_CHOICES, ServerLimits, check_defaults};
 use super::pace::Pace;
 use crate::engine::handle::EngineHandle;
 use crate::text::TextModel;
@@ -22,6 +22,8 @@ pub struct ServedModel {
     pub max_model_len: u32,
     /// Token ids are below this.
     pub vocab_size: u32,
+    /// Whether requests may have a priority other than 0 (`--scheduling-policy priority`).
+    pub has_priorities: bool,
     /// What computes its requests.
     pub engine: EngineHandle,
 }
@@ -53,7 +55,10 @@ impl Models {
     /// its own, so that it says what it would say alone.
     pub(super) fn new(models: Vec<ServedModel>, seed: Option<u64>, limits: &ServerLimits) -> Self {
         let in_flight = Arc::default();
-        let served = models.into_iter().map(|model| {
+        let served = models.into_iter().map(|mut model| {
+            for wrong in check_defaults(&mut model.text.defaults) {
+                tracing::warn!("model {}: {wrong}", model.name());
+            }
             Arc::new(Served {
                 model,
                 limits: limits.clone(),

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use serde_json::{Map, Value};
 
 /// Special tokens that templates know by name.
-const SPECIAL_TOKENS: [&str; 7] = [
+pub(super) const SPECIAL_TOKENS: [&str; 7] = [
     "bos_token",
     "eos_token",
     "unk_token",
@@ -127,6 +127,9 @@ pub struct GenerationDefaults {
     pub repetition_penalty: Option<f64>,
     /// Tokens to generate where a request does not say.
     pub max_new_tokens: Option<u32>,
+    /// Most tokens to generate, whatever a request says. Not in the file: the operator's directory makes
+    /// `max_new_tokens` one.
+    pub bound: Option<u32>,
     /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,
 }
@@ -155,7 +158,7 @@ impl GenerationDefaults {
                 .map(Some)
                 .with_context(|| format!("{name} is not a whole number from 0 to 2^32 - 1")),
         };
-        // `do_sample: false` means greedy, whatever temperature stands beside it.
+        // `do_sample: false` means greedy, unless a temperature stands beside it, which is all that `vllm` looks at.
         let greedy = map.get("do_sample").and_then(Value::as_bool) == Some(false)
             && !map.contains_key("temperature");
         Ok(Self {
@@ -169,6 +172,7 @@ impl GenerationDefaults {
             min_p: float("min_p")?,
             repetition_penalty: float("repetition_penalty")?,
             max_new_tokens: integer("max_new_tokens")?.filter(|&count| count > 0),
+            bound: None,
             eos_token_ids: ids(map.get("eos_token_id")).context("eos_token_id")?,
         })
     }
@@ -232,5 +236,13 @@ mod tests {
         let error = GenerationDefaults::parse(br#"{"top_p": "x"}"#).unwrap_err();
         assert!(error.to_string().contains("top_p"), "{error}");
         assert!(GenerationDefaults::parse(br#"{"eos_token_id": -3}"#).is_err());
+        for (text, temperature) in [
+            (&br#"{"do_sample": false}"#[..], Some(0.0)),
+            (br#"{"do_sample": false, "temperature": 0.7}"#, Some(0.7)),
+            (br#"{"do_sample": true}"#, None),
+        ] {
+            let read = GenerationDefaults::parse(text).unwrap();
+            assert_eq!(read.temperature, temperature);
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! Differences between minijinja and the Jinja2 of the model's authors are evened out by
 //! `super::python`; a differential test against `transformers` says how well.
 
+use super::config::SPECIAL_TOKENS;
 use super::python::{self, strftime, tojson};
 use crate::clock::unix_seconds;
 use minijinja::syntax::SyntaxConfig;
@@ -12,6 +13,7 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::Map;
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,6 +29,18 @@ const RECURSION: usize = 200;
 const OUTPUT_BYTES: usize = 32 << 20;
 
 const NAME: &str = "chat";
+
+/// Names that requests may not give templates, besides those of special tokens and of functions: what templates are
+/// always given, and arguments of `transformers`' renderer that are none of a template's.
+const TAKEN: [&str; 7] = [
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "documents",
+    "messages",
+    "tokenize",
+    "tools",
+];
 
 /// A compiled chat template.
 #[derive(Debug)]
@@ -70,7 +84,10 @@ pub enum TemplateError {
     #[error("{0}")]
     Raised(String),
     /// The template does not show the last message's text, so it cannot be continued.
-    #[error("the model's chat template changes the last message, so it cannot be continued")]
+    #[error(
+        "the model's chat template does not show the last message's content as it is, so it cannot be \
+         continued; leave out continue_final_message"
+    )]
     NotContinuable,
     /// The template failed or ran past its bounds.
     #[error("the model's chat template cannot render this conversation: {0}")]
@@ -120,18 +137,39 @@ impl ChatTemplate {
         })
     }
 
-    /// The text of a conversation.
+    /// Whether `name` means something to templates already, so that no request may give it another meaning.
+    pub fn is_taken(&self, name: &str) -> bool {
+        let mut special = self.special_tokens.iter().map(|(name, _)| name.as_str());
+        let mut functions = self.environment.globals();
+        TAKEN.contains(&name)
+            || SPECIAL_TOKENS.contains(&name)
+            || special.any(|known| known == name)
+            || functions.any(|(known, _)| known == name)
+    }
+
+    /// The text of a conversation, with further variables of the template's own.
     ///
     /// # Errors
     /// [`TemplateError`], a sentence for whoever sent the conversation.
-    pub fn render(&self, messages: &[Message], ending: Ending) -> Result<String, TemplateError> {
-        let mut text = self.render_with(messages, &Map::new(), ending.add_generation_prompt)?;
-        if ending.continue_final_message {
-            let last = messages.last().and_then(|it| it.content.as_deref());
-            let last = last.unwrap_or_default().trim();
-            let start = text.rfind(last).ok_or(TemplateError::NotContinuable)?;
-            text.truncate(start + last.len());
-        }
+    pub fn render(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, serde_json::Value>,
+        ending: Ending,
+    ) -> Result<String, TemplateError> {
+        let (Some((last, others)), true) = (messages.split_last(), ending.continue_final_message)
+        else {
+            return self.render_with(messages, variables, ending.add_generation_prompt);
+        };
+        // What is to be continued may stand anywhere else in the text too, and the template may trim it: a word that
+        // stands nowhere else marks its end.
+        let mark = mark(messages, variables);
+        let mut marked = last.clone();
+        marked.content.get_or_insert_default().push_str(&mark);
+        let messages: Vec<&Message> = others.iter().chain([&marked]).collect();
+        let mut text = self.render_with(&messages, variables, ending.add_generation_prompt)?;
+        let end = text.find(&mark).ok_or(TemplateError::NotContinuable)?;
+        text.truncate(end);
         Ok(text)
     }
 
@@ -183,6 +221,18 @@ impl ChatTemplate {
     }
 }
 
+/// A word that is in nothing of what a request said, as nobody can write a text that contains its own hash. It has letters of both cases, so
+/// that a template that changes case changes it.
+fn mark(messages: &[Message], variables: &Map<String, serde_json::Value>) -> String {
+    let written = serde_json::to_vec(&(messages, variables)).expect("they came as JSON");
+    let digest: [u8; 32] = Sha256::digest(written).into();
+    let (half, _) = digest.split_at(16);
+    let half = half
+        .iter()
+        .fold(0, |all, byte| all << 8 | u128::from(*byte));
+    format!("Z{half:032x}")
+}
+
 /// Marks an error as the template's own word.
 #[derive(Debug, thiserror::Error)]
 #[error("raised by the template")]
@@ -232,11 +282,20 @@ mod tests {
         }
     }
 
+    fn assistant(content: &str) -> Message {
+        Message {
+            role: "assistant".into(),
+            ..user(content)
+        }
+    }
+
     fn render(source: &str) -> Result<String, TemplateError> {
         let special = [("bos_token".to_owned(), "<s>".to_owned())];
-        ChatTemplate::new(source, &special)
-            .unwrap()
-            .render(&[user("hi <b> & 'you'")], Ending::default())
+        ChatTemplate::new(source, &special).unwrap().render(
+            &[user("hi <b> & 'you'")],
+            &Map::new(),
+            Ending::default(),
+        )
     }
 
     #[test]
@@ -295,22 +354,59 @@ mod tests {
             continue_final_message: false,
         };
         assert_eq!(
-            template.render(&messages, ending).unwrap(),
+            template.render(&messages, &Map::new(), ending).unwrap(),
             "[user]hi[end][assistant]"
         );
-        messages.push(Message {
-            role: "assistant".into(),
-            content: Some(" The answer ".into()),
-            ..Message::default()
-        });
+        messages.push(assistant(" The answer"));
         let ending = Ending {
             add_generation_prompt: false,
             continue_final_message: true,
         };
         assert_eq!(
-            template.render(&messages, ending).unwrap(),
+            template.render(&messages, &Map::new(), ending).unwrap(),
             "[user]hi[end][assistant]The answer"
         );
+    }
+
+    #[test]
+    fn a_final_message_is_continued_where_it_ends() {
+        let ending = Ending {
+            add_generation_prompt: false,
+            continue_final_message: true,
+        };
+        let chat_ml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}";
+        let trims = chat_ml.replace("m.content", "m.content | trim");
+        let before = "<|im_start|>user\nAnswer: 1<|im_end|>\n<|im_start|>assistant\n";
+        for begun in ["Answer: ", "```json\n", "<", "im_end", "\n", ""] {
+            let template = ChatTemplate::new(chat_ml, &[]).unwrap();
+            let messages = [user("Answer: 1"), assistant(begun)];
+            let text = template.render(&messages, &Map::new(), ending).unwrap();
+            assert_eq!(text, format!("{before}{begun}"));
+            // What white space there is at its end is what the client wants to go on from.
+            let template = ChatTemplate::new(&trims, &[]).unwrap();
+            let text = template.render(&messages, &Map::new(), ending).unwrap();
+            assert_eq!(text, format!("{before}{}", begun.trim_start()));
+        }
+        let calls = Message {
+            content: None,
+            ..assistant("")
+        };
+        let template = ChatTemplate::new(chat_ml, &[]).unwrap();
+        let text = template
+            .render(&[user("Answer: 1"), calls], &Map::new(), ending)
+            .unwrap();
+        assert_eq!(text, before);
+        for source in [
+            "{{ messages[0].content }}",
+            "{{ messages[1].content | upper }}",
+            "{{ messages[1].content | lower }}",
+        ] {
+            let template = ChatTemplate::new(source, &[]).unwrap();
+            let refused = template.render(&[user("a"), assistant("a")], &Map::new(), ending);
+            let refused = refused.unwrap_err();
+            assert!(matches!(refused, TemplateError::NotContinuable), "{source}");
+            assert!(refused.to_string().contains("continue_final_message"));
+        }
     }
 
     /// Renders what `scripts/template_fixtures.py` rendered with `transformers`.

@@ -1,7 +1,7 @@
 //! `cluster run-batch` against a cluster, either of which dies on the way.
 
 use crate::client::{get, post, request};
-use crate::process::{Cluster, RUN_DIR, command, run, until};
+use crate::process::{Cluster, RUN_DIR, command, finish, run, until};
 use crate::turn;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -218,6 +218,34 @@ fn what_is_refused_stands_in_the_output() {
         let message = line["error"]["error"]["message"].as_str().expect("a text");
         assert!(message.contains(said), "{message}");
     }
+    cluster.stop();
+}
+
+#[test]
+fn what_is_wrong_with_the_command_is_no_answer_to_anything() {
+    let _turn = turn();
+    let cluster = Cluster::start(&["-tp", "1", "--api-key", "sesame"]);
+    let (dir, _) = batch(4, 1);
+    for (wrong, said) in [
+        (["--api-key", "open", "--model", "demo"], "--api-key"),
+        (["--api-key", "sesame", "--model", "dmeo"], "`dmeo`"),
+    ] {
+        let (code, _, stderr) = run_batch(&dir, &wrong);
+        assert_eq!(code, 2, "{stderr}");
+        let is_said = stderr.contains("0 of 4 requests are answered") && stderr.contains(said);
+        assert!(is_said, "{stderr}");
+        assert_eq!(answered(&dir), 0);
+    }
+    // Of the keys in the variable one is enough.
+    let arguments = arguments(&dir, &["--model", "demo"]);
+    let mut corrected = command(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    corrected.env("CLUSTER_API_KEY", "sesame,of-others");
+    let (code, _, stderr) = finish(corrected);
+    assert!(
+        code == 0 && stderr.contains("4 requests answered"),
+        "{stderr}"
+    );
+    assert_eq!(answered(&dir), 4);
     cluster.stop();
 }
 

@@ -3,6 +3,7 @@
 use crate::client::{Stream, chat, content, endless, get, metric, post, request};
 use crate::process::{Cluster, until};
 use crate::turn;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::thread;
 
@@ -193,6 +194,25 @@ fn what_was_served_is_counted() {
     });
     assert!(metric(address, "vllm:request_success_total", "abort") < 0.5);
     cluster.stop();
+}
+
+#[test]
+fn a_generation_config_of_the_operator_s_bounds_all_and_is_checked_at_the_start() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().expect("a directory");
+    let text = json!({"max_new_tokens": 5, "top_p": 0}).to_string();
+    std::fs::write(dir.path().join("generation_config.json"), text).expect("written");
+    let path = dir.path().to_str().expect("UTF-8");
+    let cluster = Cluster::start(&["-tp", "1", "--generation-config", path]);
+    for max_tokens in [Value::Null, json!(3), json!(50)] {
+        let body = json!({"prompt": "Once", "ignore_eos": true, "max_tokens": max_tokens});
+        let answer = post(cluster.address, COMPLETIONS, &body);
+        let most = max_tokens.as_u64().unwrap_or(5).min(5);
+        assert_eq!(answer["usage"]["completion_tokens"], most, "{max_tokens}");
+    }
+    cluster.signal(Signal::TERM);
+    let (_, stderr) = cluster.wait();
+    assert_eq!(stderr.matches("top_p must be").count(), 1, "{stderr}");
 }
 
 #[test]

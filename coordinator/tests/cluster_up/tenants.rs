@@ -2,7 +2,7 @@
 //! were cached, would tell one tenant what another has asked.
 
 use crate::client::post_as;
-use crate::process::Cluster;
+use crate::process::{Cluster, command};
 use crate::turn;
 use serde_json::{Value, json};
 
@@ -11,7 +11,9 @@ fn a_prompt_is_cached_for_its_own_key_and_salt_alone() {
     const CHAT: &str = "/v1/chat/completions";
     const COMPLETIONS: &str = "/v1/completions";
     let _turn = turn();
-    let cluster = Cluster::start(&["--api-key", "alice", "--api-key", "bob"]);
+    let mut up = command(&["up", "--port", "0"]);
+    up.env("CLUSTER_API_KEY", "alice,bob");
+    let cluster = Cluster::launch(up);
     let story = "Once upon a time there was a dog who liked to run and play in the sun. ".repeat(6);
     let bodies = [
         (

@@ -65,6 +65,7 @@ impl Server {
                 text: TextModel::load(&read, &[2, 6]).expect("the built-in model loads"),
                 max_model_len: MAX_MODEL_LEN,
                 vocab_size: VOCAB,
+                has_priorities: true,
             }],
             keys: ApiKeys::default(),
             limits: ServerLimits::default(),
@@ -264,7 +265,7 @@ pub fn template(data: &[u8]) {
             continue_final_message: ending.1,
         };
         // Either is right; it must come to an end, and an error must be a sentence.
-        if let Err(refused) = template.render(&messages, ending) {
+        if let Err(refused) = template.render(&messages, &serde_json::Map::new(), ending) {
             assert!(!refused.to_string().is_empty() || source.contains("raise_exception"));
         }
     }

@@ -308,7 +308,7 @@ async fn conversations_are_rendered_by_the_model_s_template() {
     );
     let begun = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "The "}]);
     let text = render(begun, json!({"continue_final_message": true})).await;
-    assert_eq!(text, "<user>a\n<assistant>The");
+    assert_eq!(text, "<user>a\n<assistant>The ");
     let raised = json!({"messages": [{"role": "tool", "content": "x"}]});
     let answer = server.post("/v1/chat/completions", &raised).await;
     assert_eq!(
@@ -332,10 +332,54 @@ async fn conversations_are_rendered_by_the_model_s_template() {
 }
 
 #[tokio::test]
+async fn a_template_is_given_the_request_s_variables() {
+    let template = "{{ messages[0].content }}{% if enable_thinking is defined and enable_thinking is false %}\
+                    <think></think>{% endif %}{{ style.words if style else '' }}";
+    let setup = Setup {
+        template: Some(template),
+        ..Setup::says("ok")
+    };
+    let server = setup.start().await;
+    for (variables, text) in [
+        (Value::Null, "hi"),
+        (json!({}), "hi"),
+        (json!({"enable_thinking": true}), "hi"),
+        (json!({"enable_thinking": false}), "hi<think></think>"),
+        (json!({"style": {"words": 7}, "unused": [1]}), "hi7"),
+    ] {
+        let body = with(chat("hi"), &json!({"chat_template_kwargs": variables}));
+        let answer = server.post("/v1/chat/completions", &body).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let prompt = lock(&server.seen).requests.last().unwrap().prompt.clone();
+        let bytes = prompt.iter().map(|&id| u8::try_from(id).unwrap());
+        assert_eq!(bytes.collect::<Vec<_>>(), text.as_bytes());
+        let counted = server.post("/tokenize", &body).await.json();
+        assert_eq!(counted["count"], text.len());
+    }
+    for wrong in [
+        json!({"messages": []}),
+        json!({"bos_token": "x"}),
+        json!({"text": "x".repeat(20_000)}),
+        json!([]),
+        json!("enable_thinking"),
+    ] {
+        let body = with(chat("hi"), &json!({"chat_template_kwargs": wrong}));
+        for path in ["/v1/chat/completions", "/tokenize"] {
+            let answer = server.post(path, &body).await;
+            assert_eq!(answer.status, 400, "{wrong}: {}", answer.text());
+            let error = &answer.json()["error"];
+            let param = error["param"].as_str().expect("it is named");
+            assert!(param.starts_with("chat_template_kwargs"), "{error}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn the_model_s_own_defaults_give_way_to_the_request() {
     let setup = Setup {
         generation_config: json!({"temperature": 0.25, "top_k": 7, "top_p": 0.5, "min_p": 0.125,
             "repetition_penalty": 1.5, "max_new_tokens": 9, "eos_token_id": [33]}),
+        has_priorities: true,
         ..Setup::says("ab!cd")
     };
     let server = setup.start().await;

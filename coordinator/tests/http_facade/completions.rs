@@ -159,6 +159,9 @@ async fn tokenize_and_detokenize_are_inverse() {
         .await
         .json();
     assert_eq!(back["prompt"], "hä</s>");
+    let long = "a".repeat(100_000);
+    let answer = server.post("/tokenize", &json!({"prompt": long})).await;
+    assert_eq!(answer.json()["count"], 100_000, "more than the model takes");
     let messages = json!({"messages": [{"role": "user", "content": "x"}]});
     let answer = server.post("/tokenize", &messages).await.json();
     let text = server
@@ -166,4 +169,65 @@ async fn tokenize_and_detokenize_are_inverse() {
         .await
         .json();
     assert_eq!(text["prompt"], "<user>x\n<assistant>");
+}
+
+#[tokio::test]
+async fn what_a_chat_would_refuse_is_not_counted() {
+    let server = Setup::says("").start().await;
+    for (fields, param) in [
+        (json!({"tools": [{"type": "function"}]}), "tools"),
+        (json!({"chat_template": "{{ 1 }}"}), "chat_template"),
+        (json!({"documents": [{"text": "x"}]}), "documents"),
+        (
+            json!({"add_generation_prompt": true, "continue_final_message": true}),
+            "continue_final_message",
+        ),
+    ] {
+        let answer = server.post("/tokenize", &with(chat("x"), &fields)).await;
+        assert_eq!(answer.status, 400, "{fields}: {}", answer.text());
+        assert_eq!(answer.json()["error"]["param"], param);
+    }
+    let begun = json!({"continue_final_message": true});
+    let answer = server.post("/tokenize", &with(chat("x"), &begun)).await;
+    assert_eq!(answer.json()["count"], "<user>x".len());
+}
+
+#[tokio::test]
+async fn a_prompt_of_any_length_is_cut_to_what_is_asked_for() {
+    let server = Setup::says("x").start().await;
+    let long = "a".repeat(100_000);
+    let cut = json!({"truncate_prompt_tokens": 100, "max_tokens": 1});
+    for (path, body) in [
+        ("/v1/completions", json!({"prompt": long})),
+        ("/v1/chat/completions", chat(&long)),
+    ] {
+        let answer = server.post(path, &body).await;
+        assert_eq!(answer.status, 400, "{path}");
+        let answer = server.post(path, &with(body, &cut)).await;
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+        assert_eq!(answer.json()["usage"]["prompt_tokens"], 100);
+    }
+}
+
+#[tokio::test]
+async fn the_model_s_files_neither_lengthen_completions_nor_make_requests_wrong() {
+    let setup = Setup {
+        generation_config: json!({"max_new_tokens": 512, "temperature": 3, "top_p": 0}),
+        ..Setup::says("x")
+    };
+    let server = setup.start().await;
+    for (path, body) in [
+        ("/v1/completions", json!({"prompt": "x"})),
+        ("/v1/chat/completions", chat("x")),
+    ] {
+        let answer = server.post(path, &body).await;
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+    }
+    let seen = lock(&server.seen);
+    let most: Vec<u32> = seen.requests.iter().map(|it| it.max_tokens).collect();
+    assert_eq!(most, [16, 512], "as in vLLM");
+    for request in &seen.requests {
+        let sampling = &request.sampling;
+        assert_eq!((sampling.temperature, sampling.top_p), (1.0, 1.0));
+    }
 }

@@ -8,7 +8,7 @@ use super::support::{MODEL, Script, Server, Setup, lock};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
-/// Fields on top of a sound request, for both routes.
+/// Fields on top of a sound request, for both routes. `NAME` is a text of 129 letters.
 const PARAMETERS: &str = r#"
 vLLM CVE-2026-34756: n | {"n": 5000000} | n
 SGLang #36856: n | {"n": 1000000} | n
@@ -53,6 +53,7 @@ frequency_penalty | {"frequency_penalty": -3} | frequency_penalty
 seed of a text | {"seed": "x"} | seed
 priority | {"priority": 1099511627776} | priority
 priority that wraps to -1 | {"priority": 18446744073709551615} | priority
+a priority that nobody allowed | {"priority": -1} | priority
 empty salt | {"cache_salt": ""} | cache_salt
 truncation to nothing | {"truncate_prompt_tokens": 0} | truncate_prompt_tokens
 vLLM #5907: prompt_logprobs | {"prompt_logprobs": 1000} | prompt_logprobs
@@ -69,6 +70,18 @@ vLLM CVE-2025-48944: tools | {"tools": [{"type": "function", "function": {"name"
 vLLM CVE-2025-62426: kwargs | {"chat_template_kwargs": {"tokenize": true}} | chat_template_kwargs
 SGLang CVE-2026-5760: template | {"chat_template": "{{ x }}"} | chat_template
 suffix | {"suffix": "x"} | suffix
+storing | {"store": true} | store
+a prediction | {"prediction": {"type": "content", "content": "x"}} | prediction
+a penalty of beams | {"length_penalty": 2} | length_penalty
+no spaces | {"spaces_between_special_tokens": false} | spaces_between_special_tokens
+no reasoning | {"include_reasoning": false} | include_reasoning
+verbosity | {"verbosity": "high"} | verbosity
+an empty name | {"request_id": ""} | request_id
+a long name | {"request_id": "NAME"} | request_id
+a name of two lines | {"request_id": "a\nb"} | request_id
+a name that is not ASCII | {"request_id": "ä"} | request_id
+a name that is a number | {"request_id": 7} | request_id
+a name for a background request | {"request_id": "a", "background": true} | request_id
 "#;
 
 /// Bodies for `/v1/completions`.
@@ -166,7 +179,8 @@ async fn absurd_parameters_get_400_and_never_reach_the_engine() {
     let biases: Map<String, Value> = (0..1025).map(|id| (id.to_string(), json!(1))).collect();
     let mut all: Vec<(&str, Value, &str)> = cases(PARAMETERS)
         .map(|(case, fields, param)| {
-            let fields = serde_json::from_str(fields).unwrap_or_else(|it| panic!("{case}: {it}"));
+            let fields = fields.replace("NAME", &"x".repeat(129));
+            let fields = serde_json::from_str(&fields).unwrap_or_else(|it| panic!("{case}: {it}"));
             (case, fields, param)
         })
         .collect();
@@ -336,7 +350,7 @@ async fn absurd_output_does_not_break_json() {
 async fn what_is_neutral_or_unknown_is_accepted() {
     let server = Setup::says("x").start().await;
     let body = json!({"model": MODEL, "messages": [{"role": "user", "content": "hi", "weight": 1}],
-        "user": "u", "metadata": {"a": [1]}, "store": true, "service_tier": "auto", "stop": null,
+        "user": "u", "metadata": {"a": [1]}, "store": false, "service_tier": "auto", "stop": null,
         "parallel_tool_calls": false, "tools": [], "tool_choice": "none", "logprobs": false,
         "response_format": {"type": "text"}, "n": 1.0, "best_of": 1, "max_tokens": null, "top_k": 0,
         "temperature": 0, "spaces_between_special_tokens": true, "unheard_of": {"x": null},

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::time::Duration;
 
 #[tokio::test]
-async fn no_route_but_health_answers_without_a_key() {
+async fn no_route_but_the_probes_answers_without_a_key() {
     let setup = Setup {
         keys: vec!["secret-1", "secret-2"],
         ..Setup::says("x")
@@ -24,6 +24,7 @@ async fn no_route_but_health_answers_without_a_key() {
         // CVE-2026-48746: the path as text must not decide.
         ("/health/../metrics", &[axum::http::Method::GET]),
         ("//health", &[axum::http::Method::GET]),
+        ("/ready/", &[axum::http::Method::GET]),
         ("/health%2f..%2fmetrics", &[axum::http::Method::GET]),
         ("/v1/models?path=/health", &[axum::http::Method::GET]),
     ];
@@ -38,7 +39,7 @@ async fn no_route_but_health_answers_without_a_key() {
             ] {
                 let headers: Vec<_> = key.map(|key| ("authorization", key)).into_iter().collect();
                 let answer = server.send(method.as_str(), &path, &headers, b"").await;
-                if path == "/health" {
+                if ["/health", "/ready", "/ping"].contains(&&*path) {
                     assert_ne!(answer.status, 401, "{method}");
                     continue;
                 }
@@ -56,6 +57,50 @@ async fn no_route_but_health_answers_without_a_key() {
             .await;
         assert_eq!(answer.status, 200, "{key}");
     }
+}
+
+#[tokio::test]
+async fn probes_without_a_key_are_told_whether_and_not_why() {
+    let setup = Setup {
+        keys: vec!["k"],
+        ..Setup::says("x")
+    };
+    let server = setup.start().await;
+    let probes = ["/health", "/ping", "/ready"];
+    for path in probes {
+        assert_eq!(server.get(path).await.status, 200, "{path}");
+    }
+    let states = [
+        Readiness::Loading,
+        Readiness::Draining,
+        Readiness::Recovering("rank 1 of node-7 is lost".into()),
+        Readiness::Failed("rank 1 of node-7 is lost".into()),
+    ];
+    let (mut told, mut whys) = (Vec::new(), 0);
+    for state in states {
+        server.readiness.send_replace(state);
+        for path in probes {
+            for key in [None, Some("Bearer wrong")] {
+                let headers: Vec<_> = key.map(|key| ("authorization", key)).into_iter().collect();
+                let answer = server.send("GET", path, &headers, b"").await;
+                assert!([200, 503].contains(&answer.status), "{path}");
+                if answer.status == 503 {
+                    told.push(answer.text().to_owned());
+                }
+            }
+            let headers = [("authorization", "Bearer k")];
+            let answer = server.send("GET", path, &headers, b"").await;
+            whys += usize::from(answer.text().contains("rank 1 of node-7"));
+        }
+    }
+    told.dedup();
+    assert_eq!(
+        told.len(),
+        1,
+        "one and the same whatever is wrong: {told:?}"
+    );
+    assert!(!told[0].contains("rank"), "{told:?}");
+    assert_eq!(whys, 6, "who has a key is told by each");
 }
 
 #[tokio::test]
@@ -146,6 +191,22 @@ async fn request_ids_are_taken_or_made() {
         one.header("x-request-id"),
         server.get("/health").await.header("x-request-id")
     );
+    // vLLM's field, before which the header goes.
+    let body = json!({"prompt": "a", "request_id": "mine-7"});
+    let answer = server.post("/v1/completions", &body).await;
+    assert_eq!(answer.json()["id"], "cmpl-mine-7");
+    assert_eq!(answer.header("x-request-id"), Some("mine-7"));
+    let body = body.to_string();
+    let headers = [("x-request-id", "abc-1")];
+    let answer = server
+        .send("POST", "/v1/completions", &headers, body.as_bytes())
+        .await;
+    assert_eq!(answer.json()["id"], "cmpl-abc-1");
+    assert_eq!(answer.header("x-request-id"), Some("abc-1"));
+    let chat = json!({"messages": [{"role": "user", "content": "a"}], "stream": true,
+                      "request_id": "mine-8"});
+    let answer = server.post("/v1/chat/completions", &chat).await;
+    assert_eq!(answer.chunks()[0]["id"], "chatcmpl-mine-8");
 }
 
 #[tokio::test]

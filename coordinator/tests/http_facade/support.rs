@@ -74,6 +74,8 @@ pub(crate) struct Setup {
     pub(crate) limits: ServerLimits,
     pub(crate) template: Option<&'static str>,
     pub(crate) generation_config: Value,
+    /// `--scheduling-policy priority`.
+    pub(crate) has_priorities: bool,
     pub(crate) origins: Vec<String>,
     /// Where background requests are kept, if they are taken.
     pub(crate) background: Option<PathBuf>,
@@ -91,6 +93,7 @@ impl Setup {
             limits: ServerLimits::default(),
             template: Some(TEMPLATE),
             generation_config: json!({}),
+            has_priorities: false,
             origins: Vec::new(),
             background: None,
         }
@@ -141,6 +144,7 @@ impl Setup {
                 text: text_model(self.template, &self.generation_config),
                 max_model_len: MAX_MODEL_LEN,
                 vocab_size: VOCAB,
+                has_priorities: self.has_priorities,
             }],
             keys: ApiKeys::new(self.keys),
             limits: self.limits.clone(),

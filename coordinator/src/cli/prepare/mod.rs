@@ -320,6 +320,11 @@ impl PreparedModel {
         (up.num_gpu_blocks_override, up.kv_cache_memory_bytes)
     }
 
+    /// Whether its requests may have priorities.
+    pub fn has_priorities(&self) -> bool {
+        scheduling::has_priorities(&self.up)
+    }
+
     /// `--cpu-isa`.
     pub fn cpu_isa(&self) -> &'static str {
         self.up.cpu_isa.name()

@@ -128,6 +128,10 @@ impl Model {
             // The model's proposals are not wanted; its ends of text still are.
             text.defaults = GenerationDefaults::default();
         }
+        if generation_config_dir(up).is_some() {
+            // As in `vllm serve`: in a file of the operator's own it is a bound.
+            text.defaults.bound = text.defaults.max_new_tokens;
+        }
         Ok(text)
     }
 

@@ -3,7 +3,7 @@
 //! Whether they make sense together is for the scheduler to say.
 
 use crate::cli::args::Up;
-use crate::cli::scheduling::Scheduling;
+use crate::cli::scheduling::{Scheduling, SchedulingPolicy};
 use crate::scheduler::SchedulerConfig;
 use topology::fit::{FitReport, GpuMemory, Sizes};
 
@@ -75,6 +75,11 @@ pub(super) fn config(
         enable_prefix_caching: flags.enable_prefix_caching,
         async_scheduling: flags.async_scheduling,
     }
+}
+
+/// Whether requests may have priorities. The scheduler goes by them in any case: without the flag all are 0.
+pub(super) fn has_priorities(up: &Up) -> bool {
+    up.scheduling.scheduling_policy == SchedulingPolicy::Priority
 }
 
 /// Not limited on GPUs, unless the operator says so: what is best there was not measured.

@@ -1,13 +1,15 @@
 //! One request at a time to a server that may be full, starting, or dead for a while.
 //!
 //! Keeps its connection from one request to the next. A refusal that will pass, and a connection that broke,
-//! are tried again; what the server says of the request itself is final. Invariant: every try ends by a
-//! deadline, and tries end when the server has done nothing for anyone for as long as the operator allows.
+//! are tried again; what the server says of the request itself is final, and what it says of all of them (a wrong
+//! key, a model that it has not) ends the batch. Invariant: every try ends by a deadline, and tries end when the
+//! server has been silent for as long as the operator allows.
 
 use super::Batch;
 use super::input::Checked;
 use crate::cli::args::{RunBatch, Which};
 use crate::cli::find;
+use crate::clock::{now, since};
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -16,7 +18,7 @@ use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, RETRY_AFTER};
 use hyper::{Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
@@ -32,6 +34,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// Longest pause where nobody is there: whoever comes next has nothing else to do.
 const MAX_ABSENCE: Duration = Duration::from_secs(1);
+/// Longest time that a connection is kept without use: servers close idle ones, ours after 5 s, which is also as long as a
+/// pause may be.
+const MAX_IDLE: Duration = Duration::from_secs(2);
 /// How often a request may fail on the server, or take its connection along, before that is its answer: it may
 /// be the request's own fault.
 const MAX_FAILURES: u32 = 10;
@@ -51,6 +56,11 @@ enum Place {
     Cluster(Which),
 }
 
+/// Why no request of the batch can be answered before the command is another one.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Hopeless(String);
+
 /// A final answer.
 #[derive(Debug)]
 pub(super) struct Answer {
@@ -68,8 +78,33 @@ enum Miss {
     Failed(Answer),
     /// It may have been taken; nobody knows.
     Lost(anyhow::Error),
+    /// The same on a connection that was kept: it need not be the request's fault.
+    Stale(anyhow::Error),
     /// Nobody is there.
     Absent(anyhow::Error),
+    /// It is no use to ask for anything.
+    Never(Hopeless),
+}
+
+impl Answer {
+    /// What is wrong with the command rather than with the request, if that is what it says.
+    fn hopeless(&self) -> Option<Hopeless> {
+        let error = &self.body["error"];
+        let said = error["message"].as_str().unwrap_or("no reason given");
+        let said = format!("{} ({said})", self.status);
+        Some(Hopeless(match self.status {
+            401 => format!("the server does not take the key: {said}; give another --api-key"),
+            403 => {
+                format!("the server lets this key do nothing here: {said}; give another --api-key")
+            }
+            // vLLM's code is a number, but it names the parameter too.
+            404 if error["code"] == "model_not_found" || error["param"] == "model" => format!(
+                "the server has not the model that a request names: {said}; give another --model, or change \
+                 the requests"
+            ),
+            _ => return None,
+        }))
+    }
 }
 
 impl Place {
@@ -104,10 +139,7 @@ impl Server {
             find::live(&flags.which)?;
             Place::Cluster(flags.which.clone())
         };
-        let key = flags.api_key.as_deref();
-        // As `up` reads the variable: several keys, of which one is enough.
-        let key = key.and_then(|keys| keys.split(',').next());
-        let key = key.map(|key| format!("Bearer {key}"));
+        let key = flags.api_key.as_ref().map(|key| format!("Bearer {key}"));
         Ok(Self { place, key })
     }
 
@@ -134,14 +166,23 @@ impl Server {
 /// Asks, on a connection of its own.
 #[derive(Debug, Default)]
 pub(super) struct Asker {
-    open: Option<(String, SendRequest<Full<Bytes>>)>,
+    open: Option<Open>,
+}
+
+/// An open connection.
+#[derive(Debug)]
+struct Open {
+    host: String,
+    sender: SendRequest<Full<Bytes>>,
+    /// When an answer came on it; `None`: it is new.
+    last_used: Option<Instant>,
 }
 
 impl Asker {
     /// Asks until there is a final answer.
     ///
     /// # Errors
-    /// The server did nothing for anyone for too long; with what it was last.
+    /// [`Hopeless`], or the server was silent for too long; with what it was last.
     pub(super) async fn ask(
         &mut self,
         request: &Checked,
@@ -149,43 +190,44 @@ impl Asker {
     ) -> Result<Answer> {
         let (mut pause, mut failures) = (FIRST_PAUSE, 0);
         loop {
-            let miss = match self.attempt(request, server).await {
-                Ok(answer) => return Ok(answer),
-                Err(miss) => miss,
-            };
-            let mut wait = pause;
-            let error = match miss {
-                Miss::NotNow(asked) => {
-                    wait = asked.unwrap_or(pause).min(MAX_PAUSE);
-                    anyhow!("the server takes nothing")
+            // How long to wait, and what came instead of an answer.
+            let (wait, silence) = match self.attempt(request, server).await {
+                Ok(answer) => {
+                    batch.heard();
+                    return Ok(answer);
                 }
-                Miss::Failed(answer) => {
+                Err(Miss::NotNow(asked)) => (asked.unwrap_or(pause).min(MAX_PAUSE), None),
+                Err(Miss::Failed(answer)) => {
                     failures += 1;
                     if failures >= MAX_FAILURES {
+                        batch.heard();
                         return Ok(answer);
                     }
-                    anyhow!("the server answers {}", answer.status)
+                    (pause, None)
                 }
-                Miss::Lost(error) => {
-                    self.open = None;
+                Err(Miss::Lost(error)) => {
                     failures += 1;
                     ensure!(
                         failures < MAX_FAILURES,
                         "a request lost its connection {failures} times: {error:#}"
                     );
-                    error
+                    (pause, Some(error))
                 }
-                Miss::Absent(error) => {
-                    self.open = None;
-                    wait = pause.min(MAX_ABSENCE);
-                    error
-                }
+                Err(Miss::Stale(error)) => (Duration::ZERO, Some(error)),
+                Err(Miss::Absent(error)) => (pause.min(MAX_ABSENCE), Some(error)),
+                Err(Miss::Never(hopeless)) => return Err(hopeless.into()),
             };
-            if batch.is_hopeless() {
-                return Err(error.context(format!(
-                    "the server has answered nothing for --retry-timeout {} s",
-                    batch.retry_limit.as_secs()
-                )));
+            match silence {
+                None => batch.heard(),
+                Some(error) => {
+                    self.open = None;
+                    if batch.is_silent_too_long() {
+                        return Err(error.context(format!(
+                            "the server has answered nothing for --retry-timeout {} s",
+                            batch.retry_limit.as_secs()
+                        )));
+                    }
+                }
             }
             sleep(wait).await;
             pause = (pause * 2).min(MAX_PAUSE);
@@ -193,43 +235,50 @@ impl Asker {
     }
 
     async fn attempt(&mut self, request: &Checked, server: &Server) -> Result<Answer, Miss> {
-        let is_usable = self.open.as_ref().is_some_and(|(_, open)| open.is_ready());
-        if !is_usable {
-            self.open = None;
-        }
         let (host, prefix) = server.address().map_err(Miss::Absent)?;
-        let (host, sender) = match &mut self.open {
-            Some((host, open)) => (host, open),
-            closed => {
-                let connected = timeout(CONNECT_LIMIT, connect(&host)).await;
-                let connected =
-                    connected.unwrap_or_else(|_| Err(anyhow!("no connection to {host}")));
-                let open = connected.map_err(Miss::Absent)?;
-                let (host, open) = closed.insert((host, open));
-                (host, open)
-            }
+        let kept = self.open.take().filter(Open::is_usable);
+        let mut open = match kept {
+            Some(open) => open,
+            None => connect(&host).await.map_err(Miss::Absent)?,
         };
-        let request = server
-            .request(host, prefix, request)
-            .map_err(Miss::Absent)?;
-        let answered = timeout(ANSWER_LIMIT, exchange(sender, request)).await;
-        let lost = |_| {
-            Err(Miss::Lost(anyhow!(
+        let request = server.request(&open.host, prefix, request);
+        let request = request.map_err(Miss::Absent)?;
+        let answered = timeout(ANSWER_LIMIT, exchange(&mut open.sender, request)).await;
+        let is_kept = open.last_used.is_some();
+        match answered {
+            Ok(Err(Miss::Lost(error))) if is_kept => Err(Miss::Stale(error)),
+            Ok(answered) => {
+                open.last_used = Some(now());
+                self.open = Some(open);
+                answered
+            }
+            Err(_) => Err(Miss::Lost(anyhow!(
                 "no answer within {} s",
                 ANSWER_LIMIT.as_secs()
-            )))
-        };
-        answered.unwrap_or_else(lost)
+            ))),
+        }
     }
 }
 
-async fn connect(host: &str) -> Result<SendRequest<Full<Bytes>>> {
-    let stream = TcpStream::connect(host).await;
+impl Open {
+    fn is_usable(&self) -> bool {
+        let is_idle = self.last_used.is_some_and(|at| since(at) > MAX_IDLE);
+        self.sender.is_ready() && !is_idle
+    }
+}
+
+async fn connect(host: &str) -> Result<Open> {
+    let stream = timeout(CONNECT_LIMIT, TcpStream::connect(host)).await;
+    let stream = stream.with_context(|| format!("no connection to {host}"))?;
     let stream = stream.with_context(|| format!("cannot connect to {host}"))?;
     let (sender, connection) = handshake(TokioIo::new(stream)).await?;
     // It moves the bytes; its own end says less than what is missing then.
     tokio::spawn(connection);
-    Ok(sender)
+    Ok(Open {
+        host: host.to_owned(),
+        sender,
+        last_used: None,
+    })
 }
 
 async fn exchange(
@@ -252,11 +301,17 @@ async fn exchange(
         body,
     };
     match head.status {
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+        // A server that read too slowly, as when it is short of time, has not taken it either.
+        StatusCode::TOO_MANY_REQUESTS
+        | StatusCode::SERVICE_UNAVAILABLE
+        | StatusCode::REQUEST_TIMEOUT => {
             let seconds = header(RETRY_AFTER.as_str()).and_then(|text| text.parse().ok());
             Err(Miss::NotNow(seconds.map(Duration::from_secs)))
         }
         status if status.is_server_error() => Err(Miss::Failed(answer)),
-        _ => Ok(answer),
+        _ => match answer.hopeless() {
+            Some(hopeless) => Err(Miss::Never(hopeless)),
+            None => Ok(answer),
+        },
     }
 }

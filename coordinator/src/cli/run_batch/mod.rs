@@ -9,12 +9,14 @@
 mod ask;
 mod input;
 mod journal;
+#[cfg(test)]
+mod tests;
 
 use super::args::RunBatch;
 use super::{EXIT_FAULT, EXIT_INPUT, complain};
 use crate::clock::{now, since};
 use anyhow::{Context, Result, bail};
-use ask::{Asker, Server};
+use ask::{Asker, Hopeless, Server};
 use input::{Input, Line};
 use journal::Journal;
 use serde_json::{Value, json};
@@ -22,7 +24,7 @@ use std::collections::HashSet;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -65,10 +67,15 @@ pub(super) fn run(flags: &RunBatch) -> ExitCode {
         }
         Err(error) => {
             let done = total - left + usize::try_from(answered).unwrap_or(usize::MAX);
+            let (command, code) = if error.is::<Hopeless>() {
+                ("corrected", EXIT_INPUT)
+            } else {
+                ("same", EXIT_FAULT)
+            };
             let error = error.context(format!(
-                "{done} of {total} requests are answered; the same command goes on from there"
+                "{done} of {total} requests are answered; the {command} command goes on from there"
             ));
-            complain(&error, EXIT_FAULT)
+            complain(&error, code)
         }
     }
 }
@@ -83,8 +90,8 @@ struct Batch {
     server: Server,
     model: Option<String>,
     retry_limit: Duration,
-    /// When the server last did anything for any request.
-    last_answer: Mutex<Instant>,
+    /// Since when the server has said nothing to anyone; `None`: what came of a request last is something it said.
+    silent_since: Mutex<Option<Instant>>,
     answered: AtomicU64,
     refused: AtomicU64,
 }
@@ -110,7 +117,7 @@ fn prepare(flags: &RunBatch) -> Result<(Batch, Journal)> {
         next: AtomicUsize::new(0),
         model: flags.model.clone(),
         retry_limit: Duration::from_secs(flags.retry_timeout.into()),
-        last_answer: Mutex::new(now()),
+        silent_since: Mutex::new(None),
         answered: AtomicU64::new(0),
         refused: AtomicU64::new(0),
         input,
@@ -176,10 +183,6 @@ impl Batch {
             Err(why) => return Ok(output(&line.custom_id, 400, None, refusal(&why))),
         };
         let answer = asker.ask(&request, (&self.server, self)).await?;
-        *self
-            .last_answer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = now();
         Ok(output(
             &line.custom_id,
             answer.status,
@@ -188,13 +191,20 @@ impl Batch {
         ))
     }
 
-    /// Whether the server has been silent for longer than may be.
-    fn is_hopeless(&self) -> bool {
-        let last = self
-            .last_answer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        since(*last) > self.retry_limit
+    fn silent_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        let lock = self.silent_since.lock();
+        lock.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The server said something, if only that it is full.
+    fn heard(&self) {
+        *self.silent_since() = None;
+    }
+
+    /// The server said nothing; whether that has been so for longer than may be.
+    fn is_silent_too_long(&self) -> bool {
+        let begun = *self.silent_since().get_or_insert_with(now);
+        since(begun) > self.retry_limit
     }
 
     fn count(&self, lines: &[Value]) {
@@ -234,27 +244,4 @@ fn refusal(why: &str) -> Value {
 /// For whoever watches; a closed standard error must not stop it.
 fn note(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn output_lines_have_the_form_of_others() {
-        let line = output("a", 200, Some("r".into()), json!({"x": 1}));
-        assert_eq!(line["custom_id"], "a");
-        assert_eq!(line["response"]["status_code"], 200);
-        assert_eq!(line["response"]["request_id"], "r");
-        assert_eq!(
-            (&line["response"]["body"], &line["error"]),
-            (&json!({"x": 1}), &Value::Null)
-        );
-        let line = output("a", 400, None, refusal("no"));
-        assert_eq!(line["error"]["error"]["message"], "no");
-        assert!(
-            line["response"]["body"].is_null()
-                && line["id"] != output("a", 400, None, Value::Null)["id"]
-        );
-    }
 }

@@ -92,6 +92,7 @@ async fn served(model: &PreparedModel, engine: EngineHandle) -> Result<ServedMod
         text: text.context("reading the tokenizer panicked")??,
         max_model_len: model.load.max_model_len,
         vocab_size: model.model.shape.vocab_size,
+        has_priorities: model.has_priorities(),
         engine,
     })
 }

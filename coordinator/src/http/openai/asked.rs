@@ -10,8 +10,9 @@ use crate::http::error::ApiError;
 use crate::http::generate::{GenerateRequest, Generation};
 use crate::http::served::Served;
 use crate::http::sse::{self, Dialect};
-use crate::http::{RequestId, ServerState, background, body};
+use crate::http::{REQUEST_ID, RequestId, ServerState, background, body};
 use axum::extract::{Extension, Request, State};
+use axum::http::HeaderValue;
 use axum::response::Response;
 use std::sync::Arc;
 
@@ -43,10 +44,10 @@ pub(super) struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    fn read(state: &'a ServerState, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
+    fn read(state: &'a ServerState, api: Api, bytes: &[u8], call: Call) -> Result<Self, ApiError> {
         let mut params: Params = body::parse(bytes)?;
         let served = state.models.choose(params.model.as_deref())?;
-        unsupported::refuse(bytes)?;
+        unsupported::refuse(api, bytes)?;
         params.fix_seed(call.seed);
         let streaming = params.streaming()?;
         Ok(Self {
@@ -66,7 +67,11 @@ pub(super) async fn handle<W: Writer>(
     request: Request,
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, request).await?;
-    let head = Head::read(&state, &bytes, Call::now(id.0, tenant))?;
+    let mut head = Head::read(&state, W::API, &bytes, Call::now(id.text, tenant))?;
+    let named = head.params.request_id()?.map(str::to_owned);
+    // As in `vllm`, a name in the request's head goes before one in its body.
+    let named = named.filter(|_| !id.is_given);
+    head.call.id = named.clone().unwrap_or(head.call.id);
     let (request, writer) = W::read(&head, &bytes).await?;
     if head.params.is_background() {
         let seed = request.sampling.seed;
@@ -74,11 +79,14 @@ pub(super) async fn handle<W: Writer>(
     }
     drop(bytes);
     let generation = Generation::start(head.served, request).await?;
-    if head.streaming.is_none() {
-        return writer.whole(generation).await;
+    let mut response = match head.streaming {
+        None => writer.whole(generation).await?,
+        Some(_) => sse::respond(generation, writer, head.served.limits.keep_alive_interval),
+    };
+    if let Some(Ok(name)) = named.map(HeaderValue::try_from) {
+        response.headers_mut().insert(REQUEST_ID, name);
     }
-    let keep_alive = head.served.limits.keep_alive_interval;
-    Ok(sse::respond(generation, writer, keep_alive))
+    Ok(response)
 }
 
 /// The whole answer to a body, as [`super::answer`].
@@ -87,7 +95,7 @@ pub(super) async fn answer<W: Writer>(
     bytes: &[u8],
     call: Call,
 ) -> Result<Response, ApiError> {
-    let head = Head::read(state, bytes, call)?;
+    let head = Head::read(state, W::API, bytes, call)?;
     let (request, writer) = W::read(&head, bytes).await?;
     let generation = Generation::start(head.served, request).await?;
     writer.whole(generation).await

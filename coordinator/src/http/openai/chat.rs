@@ -5,7 +5,8 @@
 use super::asked::Head;
 use super::logprobs::{self, ChatToken};
 use super::params::Extra;
-use super::prompt::encode;
+use super::prompt::{encode, may_fit};
+use super::variables::Variables;
 use super::{Api, ChunkUsage, StreamUsage, UsageBody, finish_fields};
 use crate::http::body;
 use crate::http::error::ApiError;
@@ -35,26 +36,10 @@ struct Body {
     continue_final_message: Option<bool>,
     add_special_tokens: Option<bool>,
     echo: Option<bool>,
+    chat_template_kwargs: Option<Variables>,
 }
 
 impl Body {
-    fn ending(&self) -> Result<Ending, ApiError> {
-        let continue_final_message = self.continue_final_message == Some(true);
-        if continue_final_message && self.add_generation_prompt == Some(true) {
-            return Err(ApiError::parameter(
-                "continue_final_message",
-                "continue_final_message and add_generation_prompt exclude each other.",
-            ));
-        }
-        let prompt = self
-            .add_generation_prompt
-            .unwrap_or(!continue_final_message);
-        Ok(Ending {
-            add_generation_prompt: prompt,
-            continue_final_message,
-        })
-    }
-
     fn logprobs(&self, served: &Served) -> Result<Option<u32>, ApiError> {
         let alternatives = super::params::logprobs(served, "top_logprobs", self.top_logprobs)?;
         if self.logprobs == Some(true) {
@@ -85,9 +70,12 @@ impl super::asked::Writer for Writer {
             let message = "echo is available for /v1/completions only.";
             return Err(ApiError::parameter("echo", message));
         }
-        let (ending, logprobs) = (body.ending()?, body.logprobs(served)?);
+        let ending = ending(body.add_generation_prompt, body.continue_final_message)?;
+        let logprobs = body.logprobs(served)?;
         let truncate = params.truncate_prompt_tokens(served)?;
-        let text = render(served, body.messages, ending).await?;
+        let variables = body.chat_template_kwargs.unwrap_or_default();
+        let text = render(served, body.messages, variables, ending).await?;
+        may_fit(served, &text, truncate)?;
         let mut tokens = encode(served, text, body.add_special_tokens == Some(true)).await?;
         if let Some(most) = truncate {
             tokens.drain(..tokens.len().saturating_sub(most));
@@ -147,21 +135,44 @@ impl super::asked::Writer for Writer {
     }
 }
 
+/// What a conversation is to end with: the opening of an answer, unless a request says otherwise.
+///
+/// # Errors
+/// 400 if it asks for two endings.
+pub(super) fn ending(
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+) -> Result<Ending, ApiError> {
+    let continue_final_message = continue_final_message == Some(true);
+    if continue_final_message && add_generation_prompt == Some(true) {
+        return Err(ApiError::parameter(
+            "continue_final_message",
+            "continue_final_message and add_generation_prompt exclude each other.",
+        ));
+    }
+    Ok(Ending {
+        add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
+        continue_final_message,
+    })
+}
+
 /// The text of a conversation.
 ///
 /// # Errors
-/// 400 if the model has no template or its template objects.
+/// 400 if the model has no template, its template objects, or `variables` are not for it.
 pub(super) async fn render(
     served: &Arc<Served>,
     messages: Bounded<ChatMessage, MAX_MESSAGES>,
+    variables: Variables,
     ending: Ending,
 ) -> Result<String, ApiError> {
-    if served.model.text.template.is_none() {
+    let Some(template) = &served.model.text.template else {
         return Err(ApiError::bad_request(
             "This model has no chat template, so it cannot chat. Use /v1/completions, or add a \
              chat_template to the model's tokenizer_config.json.",
         ));
-    }
+    };
+    let variables = variables.checked(template)?;
     let messages: Vec<_> = messages.0.into_iter().map(|it| it.0).collect();
     if messages.is_empty() {
         return Err(ApiError::parameter(
@@ -175,7 +186,7 @@ pub(super) async fn render(
         .sum();
     let shared = Arc::clone(served);
     let render = move || match &shared.model.text.template {
-        Some(template) => template.render(&messages, ending),
+        Some(template) => template.render(&messages, &variables, ending),
         None => Err(TemplateError::Failed("there is none".to_owned())),
     };
     let rendered = if size <= INLINE_BYTES {

@@ -21,7 +21,7 @@ use serde_json::Value;
 use std::sync::Arc;
 use topology::wire::TokenScore;
 
-/// `max_tokens` where a request does not say; OpenAI's.
+/// `max_tokens` where a request does not say, whatever the model's files propose; OpenAI's, and `vllm`'s.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
 #[derive(Debug, Deserialize)]
@@ -48,10 +48,9 @@ impl super::asked::Writer for Writer {
         let truncate = params.truncate_prompt_tokens(served)?;
         let special = body.add_special_tokens != Some(false);
         let prompts = body.prompt.resolve(served, special, truncate).await?;
-        let default = served.model.text.defaults.max_new_tokens;
         let extra = Extra {
             prompts: prompts.iter().map(|it| Arc::clone(&it.tokens)).collect(),
-            default_max_tokens: default.or(Some(DEFAULT_MAX_TOKENS)),
+            default_max_tokens: Some(DEFAULT_MAX_TOKENS),
             logprobs,
             echo,
         };

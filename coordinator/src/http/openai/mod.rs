@@ -13,6 +13,7 @@ mod params;
 mod prompt;
 pub mod tokenize;
 mod unsupported;
+mod variables;
 
 use super::ServerState;
 use super::auth::Tenant;

@@ -7,9 +7,11 @@ use crate::http::error::ApiError;
 use crate::http::generate::GenerateRequest;
 use crate::http::limits::{
     Bounded, MAX_ALLOWED_TOKEN_IDS, MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_BYTES,
-    MAX_STOP_TOKEN_IDS, MAX_STOPS, Whole, number, token_ids, whole,
+    MAX_STOP_TOKEN_IDS, MAX_STOPS, MIN_PS, REPETITION_PENALTIES, TEMPERATURES, TOP_PS, Whole,
+    number, token_ids, whole,
 };
 use crate::http::served::Served;
+use crate::http::{REQUEST_ID_BYTES, is_request_id};
 use crate::scheduler::request::SamplingParams;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -51,6 +53,7 @@ pub(super) struct Params {
     stream: Option<bool>,
     stream_options: Option<Object<StreamOptions>>,
     background: Option<bool>,
+    request_id: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -65,7 +68,7 @@ struct StreamOptions {
 pub(super) struct Extra {
     /// Prompts as tokens.
     pub(super) prompts: Vec<Arc<[u32]>>,
-    /// `max_tokens` where the request is silent; `None`: as many as fit.
+    /// `max_tokens` where the request is silent; `None`: what the model's files propose, or as many as fit.
     pub(super) default_max_tokens: Option<u32>,
     /// `Some(n)`: log-probabilities with `n` alternatives.
     pub(super) logprobs: Option<u32>,
@@ -110,6 +113,24 @@ impl Params {
     /// Whether the answer is to be fetched later.
     pub(super) fn is_background(&self) -> bool {
         self.background == Some(true)
+    }
+
+    /// What the client calls the request.
+    ///
+    /// # Errors
+    /// 400 if it cannot be called so.
+    pub(super) fn request_id(&self) -> Result<Option<&str>, ApiError> {
+        let wrong = |sentence: String| Err(ApiError::parameter("request_id", sentence));
+        match self.request_id.as_deref() {
+            Some(id) if !is_request_id(id.as_bytes()) => wrong(format!(
+                "request_id must be 1 to {REQUEST_ID_BYTES} letters, digits and signs of ASCII, without spaces."
+            )),
+            Some(_) if self.is_background() => wrong(
+                "The server names a background request: leave out request_id, or background."
+                    .to_owned(),
+            ),
+            id => Ok(id),
+        }
     }
 
     /// Makes `seed` the request's own, if there is one.
@@ -168,12 +189,8 @@ impl Params {
         tenant: Tenant,
         extra: Extra,
     ) -> Result<GenerateRequest, ApiError> {
-        let model = &served.model;
         let n = self.choices()?;
         let least = i64::from(!extra.echo);
-        let mut max_tokens = extra
-            .default_max_tokens
-            .or(model.text.defaults.max_new_tokens);
         let mut asked = None;
         for (name, given) in [
             ("max_tokens", self.max_tokens),
@@ -184,15 +201,7 @@ impl Params {
                 asked = Some(u32::try_from(given).unwrap_or(u32::MAX));
             }
         }
-        if asked.is_none() {
-            // A proposal, ours or the model's, gives way to what fits.
-            let longest = extra.prompts.iter().map(|it| it.len()).max().unwrap_or(0);
-            let left = (model.max_model_len as usize)
-                .saturating_sub(longest)
-                .max(1);
-            max_tokens = max_tokens.map(|most| most.min(u32::try_from(left).unwrap_or(u32::MAX)));
-        }
-        let max_tokens = asked.or(max_tokens);
+        let max_tokens = most_tokens(served, asked, &extra);
         let shown = self.prompt_logprobs(served)?;
         let prompt_logprobs = match (extra.echo, extra.logprobs, max_tokens) {
             (true, Some(count), _) => Some(count.max(shown.unwrap_or(0))),
@@ -203,12 +212,6 @@ impl Params {
         let stop_token_ids = list("stop_token_ids", self.stop_token_ids.as_ref(), served)?;
         let min_tokens = self.min_tokens.map_or(0, |it| it.0);
         let min_tokens = whole("min_tokens", min_tokens, 0..=i64::from(u32::MAX))?;
-        let priority = self.priority.map_or(0, |it| it.0);
-        let priority = whole(
-            "priority",
-            priority,
-            i64::from(i32::MIN)..=i64::from(i32::MAX),
-        )?;
         if self.cache_salt.as_deref() == Some("") {
             return Err(ApiError::parameter(
                 "cache_salt",
@@ -226,10 +229,26 @@ impl Params {
             stop: self.stops()?,
             include_stop: self.include_stop_str_in_output == Some(true),
             skip_special_tokens: self.skip_special_tokens(),
-            priority: i32::try_from(priority).unwrap_or(0),
+            priority: self.priority(served)?,
             cache_salt: tenant.cache_salt(self.cache_salt.as_deref()),
             prompt_logprobs,
         })
+    }
+
+    /// As in `vllm`, any but 0 is for servers that were started to heed it: who may jump the queue is the operator's to
+    /// say.
+    fn priority(&self, served: &Served) -> Result<i32, ApiError> {
+        let priority = self.priority.map_or(0, |it| it.0);
+        let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
+        let priority = whole("priority", priority, range)?;
+        if priority != 0 && !served.model.has_priorities {
+            return Err(ApiError::parameter(
+                "priority",
+                "This server takes requests in the order in which they come: priority must be 0, unless it \
+                 is started with --scheduling-policy priority.",
+            ));
+        }
+        Ok(i32::try_from(priority).unwrap_or(0))
     }
 
     fn choices(&self) -> Result<usize, ApiError> {
@@ -289,10 +308,10 @@ impl Params {
             Some(Whole(seed)) => u64::try_from(seed & i128::from(u64::MAX)).unwrap_or(0),
         };
         Ok(SamplingParams {
-            temperature: steady(number("temperature", temperature, 0.0..=2.0)?),
+            temperature: steady(number("temperature", temperature, TEMPERATURES)?),
             top_k: u32::try_from(top_k).unwrap_or(0),
-            top_p: number("top_p", or(self.top_p, defaults.top_p, 1.0), 1e-6..=1.0)?,
-            min_p: number("min_p", or(self.min_p, defaults.min_p, 0.0), 0.0..=1.0)?,
+            top_p: number("top_p", or(self.top_p, defaults.top_p, 1.0), TOP_PS)?,
+            min_p: number("min_p", or(self.min_p, defaults.min_p, 0.0), MIN_PS)?,
             presence_penalty: number(
                 "presence_penalty",
                 self.presence_penalty.unwrap_or(0.0),
@@ -303,7 +322,7 @@ impl Params {
                 self.frequency_penalty.unwrap_or(0.0),
                 -2.0..=2.0,
             )?,
-            repetition_penalty: number("repetition_penalty", repetition, 0.01..=100.0)?,
+            repetition_penalty: number("repetition_penalty", repetition, REPETITION_PENALTIES)?,
             seed,
             logit_bias,
             banned_token_ids: Vec::new(),
@@ -311,6 +330,23 @@ impl Params {
             logprobs,
         })
     }
+}
+
+/// How many tokens a choice may have; `None`: as many as fit. As in `vllm`: what the model's own files propose is for
+/// requests that are silent, and for those of `/v1/completions` 16 goes before it; what the operator's files say
+/// (`--generation-config DIR`) is a bound for all.
+fn most_tokens(served: &Served, asked: Option<u32>, extra: &Extra) -> Option<u32> {
+    let defaults = &served.model.text.defaults;
+    let proposed = || {
+        // It gives way to what fits.
+        let longest = extra.prompts.iter().map(|it| it.len()).max().unwrap_or(0);
+        let left = (served.model.max_model_len as usize).saturating_sub(longest);
+        let left = u32::try_from(left.max(1)).unwrap_or(u32::MAX);
+        let proposed = extra.default_max_tokens.or(defaults.max_new_tokens);
+        proposed.map(|most| most.min(left))
+    };
+    let bound = |most: u32| defaults.bound.map_or(most, |bound| most.min(bound));
+    asked.or_else(proposed).map(bound)
 }
 
 /// Dividing by a temperature near 0 overflows: below 0.00001 is greedy, below 0.01 is 0.01.
@@ -322,7 +358,7 @@ fn steady(temperature: f32) -> f32 {
     }
 }
 
-/// A number of alternatives; absent and negative ones ask for nothing.
+/// A number of alternatives; an absent one asks for nothing, a negative one (all of them, in `vllm`) is refused.
 pub(super) fn logprobs(
     served: &Served,
     param: &str,

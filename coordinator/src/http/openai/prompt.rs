@@ -45,6 +45,7 @@ impl PromptInput {
             }
             Self::Texts(texts) => {
                 for text in texts {
+                    may_fit(served, &text, truncate)?;
                     let tokens = encode(served, text.clone(), add_special_tokens).await?;
                     let shown = truncate.is_none_or(|most| tokens.len() <= most);
                     prompts.push(Prompt {
@@ -64,8 +65,29 @@ fn last(tokens: &[u32], most: Option<usize>) -> &[u32] {
     &tokens[skipped..]
 }
 
-/// The tokens of a text that may fit the model. Tokenising takes time in proportion to the text, so
+/// Whether a prompt may fit the model, unless it is cut to what does. Tokenising takes time in proportion to the text, so
 /// one that cannot fit is refused by its length alone.
+///
+/// # Errors
+/// 400.
+pub(super) fn may_fit(
+    served: &Served,
+    text: &str,
+    truncate: Option<usize>,
+) -> Result<(), ApiError> {
+    let limit = served.model.max_model_len;
+    let least = served.model.text.tokenizer.least_tokens(text.len());
+    if truncate.is_none() && least > limit as usize {
+        return Err(ApiError::too_long(format!(
+            "This model's maximum context length is {limit} tokens. Your prompt of {} bytes is \
+             longer than that. Shorten it.",
+            text.len()
+        )));
+    }
+    Ok(())
+}
+
+/// The tokens of a text of any length.
 ///
 /// # Errors
 /// 400.
@@ -74,15 +96,7 @@ pub(super) async fn encode(
     text: String,
     add_special_tokens: bool,
 ) -> Result<Vec<u32>, ApiError> {
-    let limit = served.model.max_model_len;
     let tokenizer = &served.model.text.tokenizer;
-    if tokenizer.least_tokens(text.len()) > limit as usize {
-        return Err(ApiError::too_long(format!(
-            "This model's maximum context length is {limit} tokens. Your prompt of {} bytes is \
-             longer than that. Shorten it.",
-            text.len()
-        )));
-    }
     tokenizer
         .encode_async(text, add_special_tokens)
         .await

@@ -1,12 +1,16 @@
 //! `/tokenize` and `/detokenize`, as `vllm` has them.
+//!
+//! A request is read as the one whose tokens are asked for would be, and what that would refuse is refused. Only a text
+//! that is too long for the model is counted like any other: that is what some ask for.
 
 use super::chat::{self, ChatMessage};
 use super::prompt::encode;
+use super::variables::Variables;
+use super::{Api, unsupported};
 use crate::http::ServerState;
 use crate::http::body;
 use crate::http::error::ApiError;
 use crate::http::limits::{Bounded, MAX_MESSAGES, token_ids};
-use crate::text::template::Ending;
 use axum::Json;
 use axum::extract::{Request, State};
 use serde::Deserialize;
@@ -22,6 +26,7 @@ struct TokenizeBody {
     add_special_tokens: Option<bool>,
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
+    chat_template_kwargs: Option<Variables>,
     return_token_strs: Option<bool>,
 }
 
@@ -30,16 +35,22 @@ pub async fn tokenize(
     State(state): State<Arc<ServerState>>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let body: TokenizeBody = body::parse(&body::read(&state, request).await?)?;
+    let bytes = body::read(&state, request).await?;
+    let body: TokenizeBody = body::parse(&bytes)?;
     let served = state.models.choose(body.model.as_deref())?;
+    let api = match body.messages {
+        Some(_) => Api::Chat,
+        None => Api::Completions,
+    };
+    unsupported::refuse(api, &bytes)?;
+    drop(bytes);
     let (text, special) = match (body.prompt, body.messages) {
         (Some(prompt), None) => (prompt, true),
         (None, Some(messages)) => {
-            let ending = Ending {
-                add_generation_prompt: body.add_generation_prompt != Some(false),
-                continue_final_message: body.continue_final_message == Some(true),
-            };
-            (chat::render(served, messages, ending).await?, false)
+            let ending = chat::ending(body.add_generation_prompt, body.continue_final_message)?;
+            let variables = body.chat_template_kwargs.unwrap_or_default();
+            let text = chat::render(served, messages, variables, ending).await?;
+            (text, false)
         }
         _ => return Err(ApiError::bad_request("Send either `prompt` or `messages`.")),
     };

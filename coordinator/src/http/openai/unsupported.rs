@@ -1,13 +1,14 @@
 //! Fields that we know and cannot honour: they are refused, for an answer that silently is not what
 //! was asked for is worse than none.
 
+use super::Api;
 use crate::http::body;
 use crate::http::error::ApiError;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::fmt;
 
-/// Refused unless null, false, or empty.
+/// Refused unless null, false, or empty, but for those that an API has.
 const FIELDS: &[&str] = &[
     "audio",
     "bad_words",
@@ -26,9 +27,11 @@ const FIELDS: &[&str] = &[
     "logits_processors",
     "media_io_kwargs",
     "mm_processor_kwargs",
+    "prediction",
     "prompt_embeds",
     "repetition_detection",
     "return_tokens_as_token_ids",
+    "store",
     "structural_tag",
     "structured_outputs",
     "suffix",
@@ -39,12 +42,20 @@ const FIELDS: &[&str] = &[
 ];
 
 /// Refused unless null or the one value that asks for nothing.
-const NEUTRAL: &[(&str, &str)] = &[("reasoning_effort", "none"), ("function_call", "none")];
+const NEUTRAL: &[(&str, &str)] = &[
+    ("reasoning_effort", "none"),
+    ("function_call", "none"),
+    ("verbosity", "medium"),
+];
 
-/// Refuses what the body asks for and we lack.
-pub(super) fn refuse(body: &[u8]) -> Result<(), ApiError> {
+/// Refused only if false: what we do is what true asks for.
+const ALWAYS: &[&str] = &["include_reasoning", "spaces_between_special_tokens"];
+
+/// Refuses what the body asks for and the API lacks.
+pub(super) fn refuse(api: Api, body: &[u8]) -> Result<(), ApiError> {
     let asked: Asked = body::parse(body)?;
-    if let Some(name) = asked.fields.first() {
+    let is_lacking = |name: &&&str| api != Api::Chat || **name != "chat_template_kwargs";
+    if let Some(name) = asked.fields.iter().find(is_lacking) {
         return Err(ApiError::parameter(
             *name,
             format!("{name} is not supported by this server yet. Leave it out."),
@@ -114,8 +125,21 @@ impl<'de> Deserialize<'de> for Asked {
                         if map.next_value::<Presence>()?.given {
                             asked.fields.push(name);
                         }
+                    } else if let Some(name) = ALWAYS.iter().find(|name| **name == key) {
+                        if map.next_value::<Presence>()?.is_false {
+                            asked.fields.push(name);
+                        }
                     } else {
                         match key.as_str() {
+                            // Of beams, which we have none of: 1 is every server's default.
+                            "length_penalty" => {
+                                let value: Presence = map.next_value()?;
+                                let is_one =
+                                    value.number.is_some_and(|it| it.total_cmp(&1.0).is_eq());
+                                if value.given && !is_one {
+                                    asked.fields.push("length_penalty");
+                                }
+                            }
                             "tools" => asked.tools = map.next_value::<Presence>()?.given,
                             "tool_choice" => {
                                 asked.tool_choice = map.next_value::<Presence>()?.word();
@@ -143,6 +167,9 @@ impl<'de> Deserialize<'de> for Asked {
 #[derive(Debug, Default)]
 struct Presence {
     given: bool,
+    is_false: bool,
+    /// The value, if a number; large ones are rounded.
+    number: Option<f64>,
     /// The value, if a text.
     text: Option<String>,
     /// The value's `type`, if an object.
@@ -152,9 +179,10 @@ struct Presence {
 }
 
 impl Presence {
-    fn given() -> Self {
+    fn number(number: f64) -> Self {
         Self {
             given: true,
+            number: Some(number),
             ..Self::default()
         }
     }
@@ -188,20 +216,21 @@ impl<'de> Visitor<'de> for PresenceVisitor {
     fn visit_bool<E>(self, value: bool) -> Result<Presence, E> {
         Ok(Presence {
             given: value,
+            is_false: !value,
             ..Presence::default()
         })
     }
 
-    fn visit_i64<E>(self, _: i64) -> Result<Presence, E> {
-        Ok(Presence::given())
+    fn visit_i64<E>(self, value: i64) -> Result<Presence, E> {
+        Ok(Presence::number(value as f64))
     }
 
-    fn visit_u64<E>(self, _: u64) -> Result<Presence, E> {
-        Ok(Presence::given())
+    fn visit_u64<E>(self, value: u64) -> Result<Presence, E> {
+        Ok(Presence::number(value as f64))
     }
 
-    fn visit_f64<E>(self, _: f64) -> Result<Presence, E> {
-        Ok(Presence::given())
+    fn visit_f64<E>(self, value: f64) -> Result<Presence, E> {
+        Ok(Presence::number(value))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Presence, E> {
@@ -305,10 +334,12 @@ mod tests {
             r#"{"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}"#,
             r#"{"tools": [{"type": "function"}], "tool_choice": "none"}"#,
             r#"{"suffix": "", "guided_json": null, "use_beam_search": false, "bad_words": []}"#,
+            r#"{"length_penalty": 1, "verbosity": "medium", "store": false, "prediction": null}"#,
+            r#"{"include_reasoning": true, "spaces_between_special_tokens": null}"#,
             r#"{"modalities": ["text"], "reasoning_effort": "none", "function_call": "none"}"#,
             r#"{"something": {"new": [1, 2]}, "user": "x", "chat_template_kwargs": {}}"#,
         ] {
-            assert_eq!(refuse(body.as_bytes()), Ok(()), "{body}");
+            assert_eq!(refuse(Api::Completions, body.as_bytes()), Ok(()), "{body}");
         }
     }
 
@@ -339,11 +370,27 @@ mod tests {
             (r#"{"modalities": ["text", "audio"]}"#, "modalities"),
             (r#"{"suffix": "end"}"#, "suffix"),
             (r#"{"reasoning_effort": "high"}"#, "reasoning_effort"),
+            (r#"{"verbosity": "low"}"#, "verbosity"),
+            (r#"{"length_penalty": 0.5}"#, "length_penalty"),
+            (r#"{"length_penalty": "x"}"#, "length_penalty"),
+            (r#"{"store": true}"#, "store"),
+            (
+                r#"{"prediction": {"type": "content", "content": "x"}}"#,
+                "prediction",
+            ),
+            (r#"{"include_reasoning": false}"#, "include_reasoning"),
+            (
+                r#"{"spaces_between_special_tokens": false}"#,
+                "spaces_between_special_tokens",
+            ),
         ] {
-            let error = refuse(body.as_bytes()).unwrap_err();
+            let error = refuse(Api::Completions, body.as_bytes()).unwrap_err();
             assert_eq!(error.param.as_deref(), Some(param), "{body}");
             assert_eq!(error.status.as_u16(), 400);
         }
-        assert!(refuse(b"[]").is_err());
+        assert!(refuse(Api::Completions, b"[]").is_err());
+        let variables = br#"{"chat_template_kwargs": {"enable_thinking": false}}"#;
+        assert!(refuse(Api::Completions, variables).is_err());
+        assert_eq!(refuse(Api::Chat, variables), Ok(()));
     }
 }

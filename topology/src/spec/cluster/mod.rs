@@ -189,7 +189,7 @@ mod tests {
             [[node]]\nname = \"a\"\naddress = \"10.0.0.1\"\ncpus = 4\nshards = 4\n\
             [[model]]\ndevices = [\"a:0-1\"]\nname = [\"x\", \"y\"]\nmax_model_len = \"32k\"\n\
             [[model]]\ndevices = [\"a:2-3\"]\npath = \"/m\"\nenforce_eager = true\n\
-            gpu_memory_utilization = 0.5\n";
+            gpu_memory_utilization = 0.5\nscheduling_policy = \"priority\"\n";
         let topology = parse(text).unwrap();
         let [one, other] = topology.models.as_slice() else {
             panic!("{:?}", topology.models);
@@ -203,6 +203,7 @@ mod tests {
         assert_eq!(one.settings, [setting("max_model_len", "32k", 10)]);
         let settings = [
             setting("gpu_memory_utilization", "0.5", 15),
+            setting("scheduling_policy", "priority", 16),
             setting("enforce_eager", "true", 14),
         ];
         assert_eq!(other.settings, settings);
