@@ -10,13 +10,14 @@ use crate::batch::{Batcher, Limits, PlanError};
 use crate::clock;
 use crate::comm::{Comm, CommError};
 use crate::ladder::Spare;
-use crate::models::decoder::{Decoder, StepSize};
+use crate::models::decoder::Decoder;
 use crate::steps::Group;
 use crate::weights::{self, DecoderWeights};
 use anyhow::{Context, Result, ensure};
 use kernels::backend::{Backend, DeviceError, Element, KvLayout};
 use std::net::IpAddr;
 use topology::checkpoint::Checkpoint;
+use topology::fit::{Sizes, StepSize};
 use topology::ids::{Epoch, Rank, Step};
 use topology::model_files::ModelFiles;
 use topology::model_shape::{Dtype, KvDtype, ModelShape};
@@ -276,12 +277,12 @@ fn limits(load: &Load, shape: &ModelShape) -> Result<(Limits, StepSize)> {
     );
     ensure!(load.max_num_seqs > 0, "a step holds no row");
     ensure!(load.max_num_batched_tokens > 0, "a step holds no token");
-    let size = StepSize {
-        max_tokens: load.max_num_batched_tokens as usize,
-        // A row has at least one token.
-        max_rows: load.max_num_seqs.min(load.max_num_batched_tokens) as usize,
-        max_positions: load.max_model_len as usize,
-    };
+    let size = StepSize::of(&Sizes {
+        block_size: load.block_size,
+        max_model_len: load.max_model_len,
+        max_num_batched_tokens: load.max_num_batched_tokens,
+        max_num_seqs: load.max_num_seqs,
+    });
     let limits = Limits {
         max_tokens: size.max_tokens,
         max_rows: size.max_rows,

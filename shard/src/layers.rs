@@ -61,13 +61,13 @@ pub(crate) fn vocab_parallel_embedding<B: Backend, C: Comm<B>>(
     comm.all_reduce_sum(backend, out)
 }
 
-/// Logits of all tokens, soft-capped where the model does so, padding at the end. `[rows, hidden] → part: [rows, vocab_width],
+/// Logits of all tokens, soft-capped where the model does so, padding at the end. `[rows, hidden] → part, of several ranks: [rows, vocab_width],
 /// out: [rows, world_size * vocab_width]`
 pub(crate) fn vocab_parallel_head<B: Backend, C: Comm<B>>(
     (backend, comm): (&B, &mut C),
     (head, soft_cap): (&B::Weight, Option<f32>),
     x: &B::Tensor,
-    (part, out): (&mut B::Tensor, &mut B::Tensor),
+    (part, out): (Option<&mut B::Tensor>, &mut B::Tensor),
 ) -> Result<(), CommError> {
     let compute = |out: &mut B::Tensor| {
         backend.linear(x, head, None, out);
@@ -75,11 +75,11 @@ pub(crate) fn vocab_parallel_head<B: Backend, C: Comm<B>>(
             backend.soft_cap(cap, out);
         }
     };
-    if comm.world_size() == 1 {
-        // The part is the whole.
+    let Some(part) = part else {
+        // One rank's part is the whole.
         compute(out);
         return Ok(());
-    }
+    };
     compute(part);
     comm.all_gather(backend, part, out)
 }

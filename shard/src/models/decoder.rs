@@ -23,22 +23,9 @@ use crate::weights::{DecoderWeights, LayerWeights};
 use kernels::backend::{
     Activation, Attention, Backend, DeviceError, Element, Heads, KvLayout, Norm, Precision,
 };
+use topology::fit::{StepSize, Workspace as Numbers};
 use topology::model_shape::{self, ModelShape, Rope};
 use topology::partition::Partition;
-
-/// Logits of this many bytes per rank are enough for one piece; scoring a whole prompt takes several.
-const LOGITS_BYTES: usize = 64 << 20;
-
-/// What the workspace is sized by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StepSize {
-    /// Most tokens of a step.
-    pub max_tokens: usize,
-    /// Most rows of a step.
-    pub max_rows: usize,
-    /// Positions of the rotary table.
-    pub max_positions: usize,
-}
 
 /// Widths of the activations on one rank.
 #[derive(Clone, Copy, Debug)]
@@ -81,8 +68,8 @@ struct Workspace<B: Backend> {
     activated: B::Tensor,
     /// `[logit rows, hidden]`
     last: B::Tensor,
-    /// `[logit rows, vocab_width]`
-    part: B::Tensor,
+    /// Where there are other ranks. `[logit rows, vocab_width]`
+    part: Option<B::Tensor>,
     /// `[logit rows, world_size * vocab_width]`
     logits: B::Tensor,
 }
@@ -100,7 +87,7 @@ impl<B: Backend> Decoder<B> {
         size: StepSize,
     ) -> Result<Self, DeviceError> {
         let widths = Widths::of(&shape, partition);
-        let logit_rows = widths.logit_rows(size);
+        let logit_rows = size.logit_rows(partition);
         let table = |rope: &Rope| {
             let values = rope::table(rope, widths.head_dim, size.max_positions);
             let mut table =
@@ -123,7 +110,9 @@ impl<B: Backend> Decoder<B> {
             gate_up: tokens(2 * widths.intermediate)?,
             activated: tokens(widths.intermediate)?,
             last: backend.allocate(logit_rows, widths.hidden, Precision::Compute)?,
-            part: logits(widths.vocab)?,
+            part: (partition.world_size > 1)
+                .then(|| logits(widths.vocab))
+                .transpose()?,
             logits: logits(widths.gathered_vocab)?,
         };
         Ok(Self {
@@ -145,16 +134,7 @@ impl<B: Backend> Decoder<B> {
         partition: &Partition,
         size: StepSize,
     ) -> u64 {
-        let w = Widths::of(shape, partition);
-        let logit_rows = w.logit_rows(size);
-        let per_token = 3 * w.hidden + w.qkv + w.attention + 3 * w.intermediate;
-        let computed = size.max_tokens * per_token + logit_rows * w.hidden;
-        let tables = 1 + usize::from(shape.local_rope.is_some());
-        let whole =
-            logit_rows * (w.vocab + w.gathered_vocab) + tables * size.max_positions * w.head_dim;
-        let bytes = computed * backend.element_bytes(Precision::Compute)
-            + whole * backend.element_bytes(Precision::F32);
-        bytes as u64
+        Numbers::of(shape, partition, size).bytes(backend.element_bytes(Precision::Compute))
     }
 
     /// The KV blocks this decoder needs on one rank.
@@ -265,7 +245,8 @@ impl<B: Backend> Decoder<B> {
         (batch, rows): (&B::DeviceBatch, usize),
     ) -> Result<&mut B::Tensor, CommError> {
         let space = &mut self.space;
-        for tensor in [&mut space.last, &mut space.part, &mut space.logits] {
+        let part = space.part.iter_mut();
+        for tensor in part.chain([&mut space.last, &mut space.logits]) {
             backend.set_rows(tensor, rows);
         }
         backend.gather_logit_rows(batch, &space.normed, &mut space.last);
@@ -275,7 +256,7 @@ impl<B: Backend> Decoder<B> {
             .as_ref()
             .unwrap_or(&self.weights.embedding);
         let head = (head, self.shape.logit_soft_cap);
-        let out = (&mut space.part, &mut space.logits);
+        let out = (space.part.as_mut(), &mut space.logits);
         vocab_parallel_head((backend, comm), head, &space.last, out)?;
         Ok(&mut space.logits)
     }
@@ -364,10 +345,6 @@ impl Widths {
             gathered_vocab: vocab * partition.world_size as usize,
             head_dim: heads.head_dim,
         }
-    }
-
-    fn logit_rows(&self, size: StepSize) -> usize {
-        (LOGITS_BYTES / (self.gathered_vocab * size_of::<f32>())).clamp(1, size.max_rows)
     }
 }
 

@@ -18,9 +18,11 @@ mod gpu;
 mod report;
 #[cfg(test)]
 mod tests;
+mod workspace;
 
 pub use gpu::{GpuMemory, gpu_share};
 pub use report::{Bytes, FitError, FitReport};
+pub use workspace::{StepSize, Workspace};
 
 /// The sizes that a server is started with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +106,8 @@ impl RankNeeds {
         Self {
             rank: partition.rank,
             weight_bytes: weights.fold(0, u64::saturating_add),
-            workspace_bytes: workspace(shape, partition, elements.compute, sizes),
+            workspace_bytes: Workspace::of(shape, partition, StepSize::of(sizes))
+                .bytes(elements.compute.bytes()),
             runtime_bytes: 0,
             graph_bytes: 0,
             communicator_bytes: 0,
@@ -169,24 +172,6 @@ fn weight_bytes(spec: &TensorSpec, partition: &Partition, elements: Elements) ->
         }
     };
     device_bytes(code, shape, groups.into())
-}
-
-/// Activations of the widest layer in `dtype`; in 32 bits logits of all rows and the rotary tables.
-fn workspace(shape: &ModelShape, partition: &Partition, dtype: Dtype, sizes: &Sizes) -> u64 {
-    const FLOAT_BYTES: u64 = 4;
-    let heads = u64::from(partition.local_heads() * 2 + partition.local_kv_heads() * 2);
-    let per_token = 3 * u64::from(shape.hidden_size)
-        + heads * u64::from(shape.head_dim)
-        + 2 * u64::from(partition.local_intermediate());
-    let tables = 1 + u64::from(shape.local_rope.is_some());
-    let per_row = u64::from(partition.vocab_width) * u64::from(partition.world_size + 1);
-    let floats = per_row
-        .saturating_mul(sizes.max_num_seqs.into())
-        .saturating_add(tables * u64::from(shape.head_dim) * u64::from(sizes.max_model_len));
-    per_token
-        .saturating_mul(sizes.max_num_batched_tokens.into())
-        .saturating_mul(dtype.bytes() as u64)
-        .saturating_add(floats.saturating_mul(FLOAT_BYTES))
 }
 
 /// Memory that may be used, in bytes.
