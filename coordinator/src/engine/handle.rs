@@ -1,7 +1,7 @@
 //! The HTTP side's end of the engine: submit a request, read its events.
 //!
 //! Dropping the [`Events`] cancels the request: the engine looks at every step whether anyone
-//! still listens ([`Submission::is_cancelled`]). One choice alone is ended by [`Events::cancel`],
+//! still listens, and takes nothing whose sender has gone ([`Submission::is_abandoned`]). One choice alone is ended by [`Events::cancel`],
 //! when a stop string was found in its text. Both channels are bounded.
 
 use crate::scheduler::request::{FinishReason, Refusal, Request, SequenceId};
@@ -36,9 +36,9 @@ pub struct Submission {
 }
 
 impl Submission {
-    /// Whether nobody waits for `choice` any more: the caller is gone, or cancelled it alone.
-    pub fn is_cancelled(&self, choice: usize) -> bool {
-        self.events.is_closed() || self.cancelled.contains(choice)
+    /// Whether nobody waits for its answer any more.
+    pub fn is_abandoned(&self) -> bool {
+        self.answer.is_closed()
     }
 }
 

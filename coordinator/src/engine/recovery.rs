@@ -1,7 +1,7 @@
 //! What becomes of the loop after a fault: the group is formed again, and requests go on.
 //!
 //! No request is lost: the scheduler puts running sequences back to waiting with the tokens they
-//! have, and streams stay open. How a group is formed again is the fleet's business. Invariant: it is
+//! have, and streams stay open; new ones are taken and wait. How a group is formed again is the fleet's business. Invariant: it is
 //! given up after as many attempts without a new token as the operator allows, never silently. An epoch
 //! that gave a token brought some request nearer to its end, so that nothing goes on for ever.
 
@@ -69,19 +69,22 @@ impl<G: Group> Engine<G> {
             tracing::warn!(
                 rank = fault.rank.map(|rank| rank.0),
                 attempt = self.attempts.in_a_row,
-                running = self.scheduler.stats().running,
+                running = self.requests.scheduler.stats().running,
                 "the group is formed again: {fault}"
             );
-            tokio::time::sleep(pause).await;
-            match self.fleet.recover(&fault).await {
+            let again = async {
+                tokio::time::sleep(pause).await;
+                self.fleet.recover(&fault).await
+            };
+            match self.requests.take_while(again).await {
                 Ok(epoch) => break epoch,
                 Err(next) => fault = next,
             }
         };
-        self.scheduler.reset(epoch);
+        self.requests.scheduler.reset(epoch);
         self.lead.forget();
         // To whom the faults have to be laid hears of it here.
-        self.deliver(now());
+        self.requests.deliver(now());
         self.last_answer = None;
         let took = since(begun);
         let engine = &self.metrics.engine;

@@ -2,7 +2,7 @@
 
 use super::super::handle::{Readiness, StreamEventKind, SubmitError};
 use super::super::streams::GIVEN_UP;
-use super::rig::{MS, VOCAB, failing_rig, read_all, request, rig, rig_of};
+use super::rig::{MS, VOCAB, failing_rig, many, read_all, request, rig, rig_of};
 use crate::scheduler::request::FinishReason;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -114,4 +114,26 @@ async fn requests_that_come_while_the_group_is_formed_wait_and_are_served() {
     let late = late.await.unwrap();
     assert_eq!(read_all(early, 1).await[0].0, [2, 3, 4, 5, 6]);
     assert_eq!(read_all(late, 1).await[0].0, [51, 52, 53, 54, 55]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_during_a_long_recovery_hears_at_once_and_makes_room_when_gone() {
+    let rig = failing_rig(Duration::from_secs(40), (vec![2], 1)).await;
+    let early = rig.handle.submit(vec![request(&rig.handle, 1, 5)]);
+    let early = early.await.unwrap();
+    // The third step fails after two minutes, and mending it takes 40 s.
+    tokio::time::sleep(Duration::from_secs(125)).await;
+    assert!(matches!(rig.handle.readiness(), Readiness::Recovering(_)));
+    let asked = tokio::time::Instant::now();
+    let gone = rig.handle.submit(many(&rig.handle, 60)).await.unwrap();
+    let refused = rig.handle.submit(many(&rig.handle, 60)).await;
+    assert!(matches!(refused, Err(SubmitError::Refused(why)) if why.is_temporary()));
+    drop(gone);
+    let late = rig.handle.submit(many(&rig.handle, 60)).await.unwrap();
+    assert_eq!(asked.elapsed(), Duration::ZERO);
+    assert_eq!(read_all(early, 1).await[0].0, [2, 3, 4, 5, 6]);
+    for (tokens, last) in read_all(late, 60).await {
+        assert_eq!(tokens.len(), 50);
+        assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    }
 }

@@ -212,6 +212,12 @@ pub(super) fn request(handle: &EngineHandle, first: u32, max_tokens: u32) -> Req
     }
 }
 
+/// Different prompts, 50 tokens after each.
+pub(super) fn many(handle: &EngineHandle, count: u32) -> Vec<Request> {
+    let each = |first| request(handle, first % VOCAB, 50);
+    (0..count).map(each).collect()
+}
+
 /// All events of all choices until the channel ends: tokens and the last event, by choice.
 pub(super) async fn read_all(
     mut events: Events,
