@@ -4,10 +4,12 @@
 //! still listens, and takes nothing whose sender has gone ([`Submission::is_abandoned`]). One choice alone is ended by [`Events::cancel`],
 //! when a stop string was found in its text. Both channels are bounded.
 
+use crate::clock::now;
 use crate::scheduler::request::{FinishReason, Refusal, Request, SequenceId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
 use topology::wire::TokenScore;
 
@@ -33,6 +35,8 @@ pub struct Submission {
     pub answer: oneshot::Sender<Result<(), SubmitError>>,
     /// Choices the caller no longer wants; keep a clone beside each running sequence.
     pub cancelled: Cancelled,
+    /// When it was submitted: what it waits to be taken is part of what its client waits.
+    pub arrived: Instant,
 }
 
 impl Submission {
@@ -243,6 +247,7 @@ impl EngineHandle {
             events,
             answer,
             cancelled: cancelled.clone(),
+            arrived: now(),
         };
         self.submissions
             .send(submission)

@@ -109,6 +109,7 @@ impl Requests {
             events,
             answer,
             cancelled,
+            arrived,
         } = submission;
         let taken = Taken::all(&choices);
         let answered = if self.is_draining() {
@@ -119,7 +120,7 @@ impl Requests {
         match &answered {
             Ok(()) => {
                 self.record_params(&taken);
-                self.streams.open(&taken, (&events, &cancelled), now());
+                self.streams.open(&taken, (&events, &cancelled), arrived);
             }
             Err(error) => self.record_rejection(error),
         }

@@ -232,6 +232,7 @@ async fn run_submission(submission: Submission, scripts: Vec<Script>, seen: Arc<
         events,
         answer,
         cancelled,
+        ..
     } = submission;
     if answer.send(Ok(())).is_err() {
         return;

@@ -67,6 +67,28 @@ async fn choices_of_one_prompt_are_measured_together() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_request_waits_to_be_taken_is_part_of_its_times() {
+    let rig = rig(MS, None).await;
+    let mut submitted = Box::pin(rig.handle.submit(vec![request(&rig.handle, 1, 3)]));
+    let first = poll_fn(|context| Poll::Ready(submitted.as_mut().poll(context)));
+    assert!(first.await.is_pending());
+    // The loop is held up for so long.
+    tokio::time::advance(Duration::from_secs(5)).await;
+    assert_eq!(read_all(submitted.await.unwrap(), 1).await[0].0, [2, 3, 4]);
+    let text = rig.metrics.registry().render();
+    for name in [
+        "request_queue_time_seconds",
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+    ] {
+        let sum = format!("vllm:{name}_sum{{model_name=\"test\",engine=\"0\"}} ");
+        let sum = text.lines().find_map(|line| line.strip_prefix(&sum));
+        let sum: f64 = sum.unwrap().parse().unwrap();
+        assert!((5.0..5.1).contains(&sum), "{name}: {sum}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_idle_engine_computes_nothing_and_wakes_at_once() {
     let rig = rig(MS, None).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
