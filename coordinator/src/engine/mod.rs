@@ -159,10 +159,11 @@ impl<G: Group> Engine<G> {
             .scheduler
             .apply(&outcome.outputs)
             .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
-        if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
+        let has_token = outcome.outputs.iter().any(|row| row.sampled.is_some());
+        let has_scores = self.requests.deliver(outcome.answered);
+        if has_token || has_scores {
             self.attempts.succeeded();
         }
-        self.requests.deliver(outcome.answered);
         self.record(outcome);
         Ok(())
     }

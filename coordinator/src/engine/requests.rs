@@ -11,6 +11,7 @@ use super::streams::{Streams, Taken};
 use crate::clock::now;
 use crate::metrics::Metrics;
 use crate::scheduler::Scheduler;
+use crate::scheduler::request::EventKind;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
@@ -128,14 +129,18 @@ impl Requests {
         let _ = answer.send(answered);
     }
 
-    /// Passes on what happened to sequences when a step was planned, or answered, at `when`.
-    pub(super) fn deliver(&mut self, when: Instant) {
+    /// Passes on what happened to sequences when a step was planned, or answered, at `when`. Whether all of a prompt
+    /// was scored.
+    pub(super) fn deliver(&mut self, when: Instant) -> bool {
+        let mut has_scores = false;
         for event in self.scheduler.take_events() {
+            has_scores |= matches!(event.kind, EventKind::PromptScores(_));
             let slow = self.streams.deliver(event, when, &self.metrics);
             if let Some(slow) = slow {
                 self.scheduler.cancel(slow);
             }
         }
+        has_scores
     }
 
     /// Every open stream, and every submission not yet taken, ends with a sentence.

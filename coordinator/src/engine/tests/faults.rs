@@ -82,6 +82,20 @@ async fn a_group_that_never_gets_far_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_group_that_scores_prompts_gets_far() {
+    // Every other step fails, and no step gives a token.
+    let rig = failing_rig(MS, ((0..40).step_by(2).collect(), u32::MAX)).await;
+    for first in 0..20 {
+        let mut scored = request(&rig.handle, first, 0);
+        scored.prompt_logprobs = Some(0);
+        let events = rig.handle.submit(vec![scored]).await.unwrap();
+        let (_, last) = read_all(events, 1).await.remove(0);
+        assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    }
+    assert_eq!(rig.steps.load(Ordering::SeqCst), 40);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_that_kills_its_shards_ends_alone() {
     let rig = rig_of(MS, (Vec::new(), u32::MAX), Some(30)).await;
     // The second prompt is the poison; no other counts up to it.
