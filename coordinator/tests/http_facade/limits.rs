@@ -4,7 +4,7 @@
 //! `name | fields or body | parameter that the error names`.
 
 use super::client::Answer;
-use super::support::{MODEL, Script, Server, Setup, lock};
+use super::support::{EOS, MODEL, Script, Server, Setup, VOCAB, lock};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -213,6 +213,24 @@ async fn absurd_parameters_get_400_and_never_reach_the_engine() {
         }
     }
     assert!(lock(&server.seen).requests.is_empty());
+}
+
+#[tokio::test]
+async fn no_shard_is_asked_for_what_is_not_in_the_vocabulary() {
+    let mut setup = Setup::says("x");
+    setup.limits.max_logprobs = 1000;
+    setup.generation_config = json!({"eos_token_id": [VOCAB + 40, 7, VOCAB]});
+    let server = setup.start().await;
+    for param in ["logprobs", "prompt_logprobs"] {
+        let body = json!({"prompt": "hi", param: VOCAB + 1}).to_string();
+        let path = "/v1/completions";
+        refused(&server, "all and one more", path, body.as_bytes(), param).await;
+    }
+    assert!(lock(&server.seen).requests.is_empty());
+    let body = json!({"prompt": "hi", "logprobs": VOCAB, "min_tokens": 1});
+    let answer = server.post("/v1/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(lock(&server.seen).requests[0].stop_token_ids, [7, EOS]);
 }
 
 #[tokio::test]

@@ -181,7 +181,7 @@ pub(crate) fn text_model(template: Option<&str>, generation_config: &Value) -> T
         let file = files.iter().find(|(known, _)| *known == name);
         Ok(file.map(|(_, text)| Cow::Owned(text.clone().into_bytes())))
     };
-    TextModel::load(&read, &[]).expect("the test model loads")
+    TextModel::load(&read, &[], VOCAB).expect("the test model loads")
 }
 
 fn tokenizer_json() -> Value {
