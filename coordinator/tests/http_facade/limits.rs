@@ -269,6 +269,42 @@ async fn absurd_prompts_get_400() {
 }
 
 #[tokio::test]
+async fn scores_of_prompts_are_bounded_in_all() {
+    let server = Setup::says("x").start().await;
+    let path = "/v1/completions";
+    let prompt = vec![1; 4000];
+    for (case, body, param) in [
+        (
+            "many choices",
+            json!({"prompt": prompt, "prompt_logprobs": 20, "n": 13}),
+            "prompt_logprobs",
+        ),
+        (
+            "many prompts, echoed",
+            json!({"prompt": vec![prompt.clone(); 66], "echo": true, "logprobs": 3, "max_tokens": 0}),
+            "prompt_logprobs",
+        ),
+    ] {
+        refused(&server, case, path, body.to_string().as_bytes(), param).await;
+    }
+    assert!(lock(&server.seen).requests.is_empty());
+    // Long enough to be written aside.
+    let body = json!({"prompt": prompt, "prompt_logprobs": 20, "n": 2, "max_tokens": 1});
+    let answer = server.post(path, &body).await.json();
+    for choice in 0..2 {
+        let scores = answer["choices"][choice]["prompt_logprobs"].as_array();
+        let scores = scores.expect("a list");
+        assert_eq!((scores.len(), &scores[0]), (4000, &Value::Null));
+        // The token itself is none of its alternatives.
+        assert!(
+            scores[1..]
+                .iter()
+                .all(|it| it.as_object().is_some_and(|it| it.len() == 21))
+        );
+    }
+}
+
+#[tokio::test]
 async fn absurd_conversations_get_400() {
     let server = Setup::says("x").start().await;
     let path = "/v1/chat/completions";
