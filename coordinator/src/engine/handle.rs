@@ -1,8 +1,9 @@
 //! The HTTP side's end of the engine: submit a request, read its events.
 //!
 //! Dropping the [`Events`] cancels the request: the engine looks at every step whether anyone
-//! still listens, and takes nothing whose sender has gone ([`Submission::is_abandoned`]). One choice alone is ended by [`Events::cancel`],
-//! when a stop string was found in its text. Both channels are bounded.
+//! still listens, and takes nothing whose sender has gone ([`Submission::is_abandoned`]). One choice
+//! alone is ended by [`Events::cancel`], when a stop string was found in its text. Both channels are
+//! bounded.
 
 use crate::clock::now;
 use crate::scheduler::request::{FinishReason, Refusal, Request, SequenceId};

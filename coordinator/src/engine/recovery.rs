@@ -1,9 +1,10 @@
 //! What becomes of the loop after a fault: the group is formed again, and requests go on.
 //!
 //! No request is lost: the scheduler puts running sequences back to waiting with the tokens they
-//! have, and streams stay open; new ones are taken and wait. How a group is formed again is the fleet's business. Invariant: it is
-//! given up after as many attempts without progress as the operator allows, never silently. An epoch
-//! that gave a token, or the scores of a prompt, brought some request nearer to its end, so that nothing goes on for ever.
+//! have, and streams stay open; new ones are taken and wait. How a group is formed again is the
+//! fleet's business. Invariant: it is given up after as many attempts without progress as the
+//! operator allows, never silently. An epoch that gave a token, or the scores of a prompt, brought
+//! some request nearer to its end, so that nothing goes on for ever.
 
 use super::Engine;
 use super::handle::Readiness;
