@@ -1,13 +1,16 @@
 //! The HTTP side's end of the engine: submit a request, read its events.
 //!
 //! Dropping the [`Events`] cancels the request: the engine looks at every step whether anyone
-//! still listens ([`Submission::is_cancelled`]). One choice alone is ended by [`Events::cancel`],
-//! when a stop string was found in its text. Both channels are bounded.
+//! still listens, and takes nothing whose sender has gone ([`Submission::is_abandoned`]). One choice
+//! alone is ended by [`Events::cancel`], when a stop string was found in its text. Both channels are
+//! bounded.
 
+use crate::clock::now;
 use crate::scheduler::request::{FinishReason, Refusal, Request, SequenceId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
 use topology::wire::TokenScore;
 
@@ -33,12 +36,14 @@ pub struct Submission {
     pub answer: oneshot::Sender<Result<(), SubmitError>>,
     /// Choices the caller no longer wants; keep a clone beside each running sequence.
     pub cancelled: Cancelled,
+    /// When it was submitted: what it waits to be taken is part of what its client waits.
+    pub arrived: Instant,
 }
 
 impl Submission {
-    /// Whether nobody waits for `choice` any more: the caller is gone, or cancelled it alone.
-    pub fn is_cancelled(&self, choice: usize) -> bool {
-        self.events.is_closed() || self.cancelled.contains(choice)
+    /// Whether nobody waits for its answer any more.
+    pub fn is_abandoned(&self) -> bool {
+        self.answer.is_closed()
     }
 }
 
@@ -243,6 +248,7 @@ impl EngineHandle {
             events,
             answer,
             cancelled: cancelled.clone(),
+            arrived: now(),
         };
         self.submissions
             .send(submission)

@@ -11,6 +11,7 @@ pub mod handle;
 mod lead;
 mod record;
 mod recovery;
+mod requests;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -19,12 +20,12 @@ use crate::clock::{now, since};
 use crate::fleet::{Cause, Fault, Group, StepOutcome};
 use crate::metrics::Metrics;
 use crate::scheduler::Scheduler;
-use handle::{Readiness, Submission, SubmitError};
+use handle::{Readiness, Submission};
 use lead::Lead;
 use recovery::Attempts;
+use requests::Requests;
 use std::sync::Arc;
 use std::time::Instant;
-use streams::{Streams, Taken};
 use tokio::sync::{mpsc, watch};
 use topology::ids::Rank;
 
@@ -37,11 +38,8 @@ pub type DrainDeadline = Option<tokio::time::Instant>;
 /// The loop and all it owns.
 #[derive(Debug)]
 pub struct Engine<G> {
-    scheduler: Scheduler,
+    requests: Requests,
     fleet: G,
-    streams: Streams,
-    submissions: mpsc::Receiver<Submission>,
-    shutdown: watch::Receiver<DrainDeadline>,
     readiness: watch::Sender<Readiness>,
     metrics: Arc<Metrics>,
     attempts: Attempts,
@@ -68,15 +66,20 @@ pub struct Connections {
 impl<G: Group> Engine<G> {
     /// A loop over a fleet that is ready.
     pub fn new(scheduler: Scheduler, fleet: G, connections: Connections) -> Self {
+        let Connections {
+            submissions,
+            shutdown,
+            readiness,
+            metrics,
+            max_recovery_attempts,
+        } = connections;
+        let ends = (submissions, shutdown);
         Self {
-            scheduler,
+            requests: Requests::new(scheduler, ends, Arc::clone(&metrics)),
             fleet,
-            streams: Streams::default(),
-            submissions: connections.submissions,
-            shutdown: connections.shutdown,
-            readiness: connections.readiness,
-            metrics: connections.metrics,
-            attempts: Attempts::new(connections.max_recovery_attempts),
+            readiness,
+            metrics,
+            attempts: Attempts::new(max_recovery_attempts),
             lead: Lead::default(),
             last_answer: None,
         }
@@ -90,7 +93,7 @@ impl<G: Group> Engine<G> {
     pub async fn run(mut self) -> Result<(), Fault> {
         // Whoever ends the process before it served has said so already.
         self.change(&Readiness::Loading, Readiness::Ready);
-        let shutdown = self.shutdown.clone();
+        let shutdown = self.requests.shutdown();
         let ended = tokio::select! {
             biased; // in a fixed order, so that a simulated run can be repeated
             ended = self.serve() => ended,
@@ -98,7 +101,7 @@ impl<G: Group> Engine<G> {
         };
         match &ended {
             Ok(()) => {
-                self.end_streams(CUT_BY_SHUTDOWN);
+                self.requests.end(CUT_BY_SHUTDOWN);
                 self.fleet.stop().await;
             }
             Err(fault) => {
@@ -109,7 +112,7 @@ impl<G: Group> Engine<G> {
                 let sentence = format!("the cluster failed: {fault}");
                 self.readiness
                     .send_replace(Readiness::Failed(sentence.clone()));
-                self.end_streams(&sentence);
+                self.requests.end(&sentence);
                 self.fleet.kill().await;
             }
         }
@@ -119,18 +122,17 @@ impl<G: Group> Engine<G> {
     async fn turns(&mut self) -> Result<(), Fault> {
         while self.take_commands().await? {
             if let Some(moment) = self.lead.plan_at().filter(|moment| *moment > now()) {
-                self.wait_to_plan(moment).await?;
+                self.wait(Some(moment)).await?;
                 continue;
             }
             let planned = now();
-            if let Some(plan) = self.scheduler.schedule() {
+            if let Some(plan) = self.requests.scheduler.schedule() {
                 self.metrics.engine.schedule_seconds.record(since(planned));
                 self.lead.sent(plan.num_tokens(), now());
                 self.fleet.send(plan).await?;
-                self.deliver(planned);
-            } else if self.scheduler.steps_under_way() > 0 {
-                let outcome = self.fleet.receive().await?;
-                self.apply(&outcome)?;
+                self.requests.deliver(planned);
+            } else if self.requests.scheduler.steps_under_way() > 0 {
+                self.wait(None).await?;
             } else {
                 let cause = Cause::Coordinator("requests wait, but no step was planned".into());
                 return Err(Fault::group(cause));
@@ -139,29 +141,29 @@ impl<G: Group> Engine<G> {
         Ok(())
     }
 
-    /// Until `moment`, which is the next plan's, or until there is something to do before it.
-    async fn wait_to_plan(&mut self, moment: Instant) -> Result<(), Fault> {
+    /// Until the oldest step is answered, and taken in; or there is something to do before: something was submitted,
+    /// or `moment` has come, which is the next plan's.
+    async fn wait(&mut self, moment: Option<Instant>) -> Result<(), Fault> {
         tokio::select! {
             biased;
             outcome = self.fleet.receive() => self.apply(&outcome?),
-            Some(submission) = self.submissions.recv() => {
-                self.take(submission);
-                Ok(())
-            }
-            () = tokio::time::sleep_until(moment.into()) => Ok(()),
+            () = self.requests.take_next() => Ok(()),
+            () = come(moment) => Ok(()),
         }
     }
 
     /// Takes in what the oldest step gave.
     fn apply(&mut self, outcome: &StepOutcome) -> Result<(), Fault> {
         self.lead.answered(outcome.took, outcome.answered);
-        self.scheduler
+        self.requests
+            .scheduler
             .apply(&outcome.outputs)
             .map_err(|bad| Fault::of(Rank(0), Cause::Answer(bad.to_string())))?;
-        if outcome.outputs.iter().any(|row| row.sampled.is_some()) {
+        let has_token = outcome.outputs.iter().any(|row| row.sampled.is_some());
+        let has_scores = self.requests.deliver(outcome.answered);
+        if has_token || has_scores {
             self.attempts.succeeded();
         }
-        self.deliver(outcome.answered);
         self.record(outcome);
         Ok(())
     }
@@ -169,71 +171,30 @@ impl<G: Group> Engine<G> {
     /// Takes what was submitted and drops what no one listens to. Waits while there is nothing to
     /// compute; false: the process is to end and nothing runs any more.
     async fn take_commands(&mut self) -> Result<bool, Fault> {
-        for id in self.streams.take_abandoned(now(), &self.metrics) {
-            self.scheduler.cancel(id);
-        }
-        while let Ok(submission) = self.submissions.try_recv() {
-            self.take(submission);
-        }
-        while !self.scheduler.has_work() {
-            self.scheduler.take_events(); // of sequences that were cancelled: no one listens
-            self.record_stats();
+        self.requests.drop_abandoned();
+        self.requests.take_all();
+        while !self.requests.scheduler.has_work() {
+            self.requests.scheduler.take_events(); // of sequences that were cancelled: no one listens
+            self.requests.record_stats();
             self.last_answer = None;
-            if self.shutdown.borrow().is_some() {
+            if self.requests.is_draining() {
                 return Ok(false);
             }
             tokio::select! {
                 biased;
                 fault = self.fleet.fault() => return Err(fault),
-                Some(submission) = self.submissions.recv() => self.take(submission),
-                Ok(()) = self.shutdown.changed() => {}
+                () = self.requests.take_next_or_drain() => {}
             }
         }
         Ok(true)
     }
+}
 
-    fn take(&mut self, submission: Submission) {
-        let Submission {
-            choices,
-            events,
-            answer,
-            cancelled,
-        } = submission;
-        let taken = Taken::all(&choices);
-        let answered = if self.shutdown.borrow().is_some() {
-            Err(SubmitError::Draining)
-        } else {
-            self.scheduler.add(choices).map_err(SubmitError::from)
-        };
-        match &answered {
-            Ok(()) => {
-                self.record_params(&taken);
-                self.streams.open(&taken, (&events, &cancelled), now());
-            }
-            Err(error) => self.record_rejection(error),
-        }
-        // Whoever asked may have gone; then the stream is closed too and is cancelled next turn.
-        let _ = answer.send(answered);
-    }
-
-    /// Passes on what happened to sequences when a step was planned, or answered, at `when`.
-    fn deliver(&mut self, when: Instant) {
-        for event in self.scheduler.take_events() {
-            let slow = self.streams.deliver(event, when, &self.metrics);
-            if let Some(slow) = slow {
-                self.scheduler.cancel(slow);
-            }
-        }
-    }
-
-    /// Every open stream, and every submission not yet taken, ends with a sentence.
-    fn end_streams(&mut self, sentence: &str) {
-        self.streams.fail_all(sentence, now(), &self.metrics);
-        self.submissions.close();
-        while let Ok(submission) = self.submissions.try_recv() {
-            let refused = Err(SubmitError::NotReady(sentence.to_owned()));
-            let _ = submission.answer.send(refused);
-        }
+/// Waits for a moment, if there is one.
+async fn come(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::Engine;
 use super::handle::SubmitError;
+use super::requests::Requests;
 use super::streams::Taken;
 use crate::clock::since;
 use crate::fleet::StepOutcome;
@@ -29,9 +30,11 @@ impl<G> Engine<G> {
         engine.step_overhead_seconds.record(overhead);
         engine.iteration_tokens_total.record(outcome.tokens as f64);
         self.last_answer = Some(answered);
-        self.record_stats();
+        self.requests.record_stats();
     }
+}
 
+impl Requests {
     /// Where the scheduler stands.
     pub(super) fn record_stats(&self) {
         let engine = &self.metrics.engine;

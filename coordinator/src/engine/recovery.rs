@@ -1,38 +1,60 @@
 //! What becomes of the loop after a fault: the group is formed again, and requests go on.
 //!
 //! No request is lost: the scheduler puts running sequences back to waiting with the tokens they
-//! have, and streams stay open. How a group is formed again is the fleet's business. Invariant: it is
-//! given up after as many attempts without a new token as the operator allows, never silently. An epoch
-//! that gave a token brought some request nearer to its end, so that nothing goes on for ever.
+//! have, and streams stay open; new ones are taken and wait. How a group is formed again is the
+//! fleet's business. Invariant: it is given up after as many attempts without progress as the
+//! operator allows, never silently. An epoch that gave a token, or the scores of a prompt, brought
+//! some request nearer to its end, so that nothing goes on for ever.
 
 use super::Engine;
 use super::handle::Readiness;
 use crate::clock::{now, since};
 use crate::fleet::{Fault, Group};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Wait before the second attempt in a row; doubled for each further one, up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait before an attempt.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// A group that stood for longer than this was not formed in vain, even if nobody asked it for anything: attempts
+/// before that do not count any more. Shards that fail whenever they are used fail sooner.
+const MEMORY: Duration = Duration::from_secs(10 * 60);
 
-/// How often in a row the group had to be formed again without a new token in between.
+/// How often in a row the group had to be formed again without progress in between.
 #[derive(Debug)]
 pub(super) struct Attempts {
     allowed: u32,
     in_a_row: u32,
+    /// When the last one succeeded.
+    mended: Option<Instant>,
 }
 
 impl Attempts {
     /// None so far, of `allowed` in a row.
     pub(super) fn new(allowed: u32) -> Self {
-        let in_a_row = 0;
-        Self { allowed, in_a_row }
+        Self {
+            allowed,
+            in_a_row: 0,
+            mended: None,
+        }
     }
 
-    /// A token was computed.
+    /// Some request came nearer to its end.
     pub(super) fn succeeded(&mut self) {
         self.in_a_row = 0;
+    }
+
+    /// There is a fault.
+    fn failed(&mut self, now: Instant) {
+        let is_old = |mended| now.saturating_duration_since(mended) > MEMORY;
+        if self.mended.is_some_and(is_old) {
+            self.in_a_row = 0;
+        }
+    }
+
+    /// The group stands again.
+    fn mended_at(&mut self, now: Instant) {
+        self.mended = Some(now);
     }
 
     /// How long to wait before the next attempt; `None`: there have been enough.
@@ -59,6 +81,7 @@ impl<G: Group> Engine<G> {
     /// Has the group formed again, and all requests start over from the tokens they have.
     async fn recover(&mut self, mut fault: Fault) -> Result<(), Fault> {
         let begun = now();
+        self.attempts.failed(begun);
         self.change(&Readiness::Ready, Readiness::Recovering(fault.to_string()));
         self.metrics.engine.ranks_ready.set(0.0);
         let epoch = loop {
@@ -69,20 +92,24 @@ impl<G: Group> Engine<G> {
             tracing::warn!(
                 rank = fault.rank.map(|rank| rank.0),
                 attempt = self.attempts.in_a_row,
-                running = self.scheduler.stats().running,
+                running = self.requests.scheduler.stats().running,
                 "the group is formed again: {fault}"
             );
-            tokio::time::sleep(pause).await;
-            match self.fleet.recover(&fault).await {
+            let again = async {
+                tokio::time::sleep(pause).await;
+                self.fleet.recover(&fault).await
+            };
+            match self.requests.take_while(again).await {
                 Ok(epoch) => break epoch,
                 Err(next) => fault = next,
             }
         };
-        self.scheduler.reset(epoch);
+        self.requests.scheduler.reset(epoch);
         self.lead.forget();
         // To whom the faults have to be laid hears of it here.
-        self.deliver(now());
+        self.requests.deliver(now());
         self.last_answer = None;
+        self.attempts.mended_at(now());
         let took = since(begun);
         let engine = &self.metrics.engine;
         engine.epoch.set(f64::from(epoch.0));
@@ -128,5 +155,20 @@ mod tests {
             assert_eq!(attempts.next(), Some(FIRST_PAUSE));
             attempts.succeeded();
         }
+    }
+
+    #[test]
+    fn faults_far_apart_are_not_in_a_row() {
+        let (mut attempts, mut at) = (Attempts::new(2), now());
+        for _ in 0..100 {
+            at += MEMORY * 2;
+            attempts.failed(at);
+            assert_eq!(attempts.next(), Some(Duration::ZERO));
+            attempts.mended_at(at);
+        }
+        at += MEMORY;
+        attempts.failed(at);
+        assert_eq!(attempts.next(), Some(FIRST_PAUSE), "it was not long ago");
+        assert_eq!(attempts.next(), None);
     }
 }

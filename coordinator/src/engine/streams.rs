@@ -36,6 +36,7 @@ struct Stream {
     events: mpsc::Sender<StreamEvent>,
     cancelled: Cancelled,
     prompt_tokens: usize,
+    /// When it was submitted.
     arrived: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,

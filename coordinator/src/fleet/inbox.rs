@@ -9,7 +9,7 @@ use super::fault::{Cause, Fault, Phase};
 use std::ops::Range;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use topology::ids::{Epoch, Rank};
 use topology::wire::FromShard;
 
@@ -51,6 +51,8 @@ pub(super) struct Inbox {
     incarnations: Vec<u32>,
     /// Ranks that are gone, in the order in which that was heard. They stay gone until replaced.
     gone: Vec<Fault>,
+    /// Until when a better reason for that is waited for, once somebody waits.
+    explained: Option<Instant>,
     epoch: Epoch,
 }
 
@@ -66,6 +68,7 @@ impl Inbox {
             outlet,
             incarnations: vec![0; world_size],
             gone: Vec::new(),
+            explained: None,
             epoch: Epoch::default(),
         }
     }
@@ -92,6 +95,9 @@ impl Inbox {
     pub(super) fn replace(&mut self, rank: Rank) -> Source {
         self.incarnations[rank.index()] += 1;
         self.gone.retain(|fault| fault.rank != Some(rank));
+        if self.gone.is_empty() {
+            self.explained = None;
+        }
         self.source(rank)
     }
 
@@ -166,14 +172,17 @@ impl Inbox {
             return Ok((rank, message));
         }
         // A link is lost when its process dies, and may be heard of first; the exit status, or the
-        // last words of the rank that failed first, say more.
+        // last words of the rank that failed first, say more. Who is cut off while waiting for that waits no
+        // longer for it.
+        let explained = Instant::now() + EXIT_GRACE;
+        let explained = *self.explained.get_or_insert(explained);
         let better = async {
             while self.best_fault().is_none_or(is_broken) {
                 self.hear().await;
             }
         };
         // What is known after that is what there is to say.
-        let _ = timeout(EXIT_GRACE, better).await;
+        let _ = timeout_at(explained, better).await;
         Err(self.best_fault().cloned().expect("someone is gone"))
     }
 
@@ -247,6 +256,7 @@ pub(super) fn unexpected(rank: Rank, phase: Phase, message: &FromShard) -> Fault
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::time::timeout;
     use topology::ids::Epoch;
 
     fn rank(rank: u32) -> Source {
@@ -345,9 +355,17 @@ mod tests {
             .send((rank(0), Heard::Gone(lost.clone())))
             .await
             .unwrap();
-        let cut = timeout(EXIT_GRACE / 2, inbox.fault()).await;
-        assert!(cut.is_err(), "it waits for a better reason");
+        let begun = Instant::now();
+        for _ in 0..9 {
+            let cut = timeout(EXIT_GRACE / 10, inbox.fault()).await;
+            assert!(cut.is_err(), "it waits for a better reason");
+        }
         assert_eq!(inbox.fault().await, Fault::of(Rank(0), lost));
+        let waited = begun.elapsed();
+        assert!(
+            waited < EXIT_GRACE * 11 / 10,
+            "{waited:?}: cut off often, it waits no longer"
+        );
     }
 
     #[tokio::test(start_paused = true)]

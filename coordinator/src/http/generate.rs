@@ -8,7 +8,7 @@
 //! cut in pieces. Dropping a [`Generation`] cancels it.
 
 use super::error::ApiError;
-use super::limits::{self, MAX_CHOICES};
+use super::limits::{self, MAX_CHOICES, MAX_PROMPT_SCORES};
 use super::served::Served;
 use crate::clock;
 use crate::engine::handle::{Events, StreamEventKind, SubmitError};
@@ -382,6 +382,7 @@ fn sequences(
             ),
         ));
     }
+    check_prompt_scores(served, request)?;
     let model = &served.model;
     let mut stop_token_ids = eos.to_vec();
     stop_token_ids.extend(&request.stop_token_ids);
@@ -423,6 +424,32 @@ fn sequences(
         }
     }
     Ok(sequences)
+}
+
+/// Holds the scores that are asked for of all prompts to their limit. One prompt may have all that it can have.
+fn check_prompt_scores(served: &Served, request: &GenerateRequest) -> Result<(), ApiError> {
+    let Some(alternatives) = request.prompt_logprobs else {
+        return Ok(());
+    };
+    let tokens: usize = request.prompts.iter().map(|prompt| prompt.len()).sum();
+    let each = (alternatives as usize + 1).saturating_mul(request.n);
+    let scores = tokens.saturating_mul(each);
+    let model = &served.model;
+    let alternatives_at_most = served.limits.max_logprobs.min(model.vocab_size) as usize;
+    let alone = (alternatives_at_most + 1).saturating_mul(model.max_model_len as usize);
+    let most = alone.max(MAX_PROMPT_SCORES);
+    if scores <= most {
+        return Ok(());
+    }
+    Err(ApiError::parameter(
+        "prompt_logprobs",
+        format!(
+            "{tokens} prompt tokens with {alternatives} alternatives each, scored for n = {}, have {scores} \
+             log-probabilities; at most {most} are allowed in one request. Ask for fewer alternatives \
+             or choices, or send several requests.",
+            request.n
+        ),
+    ))
 }
 
 /// Tokens that may be generated after a prompt of this length.

@@ -23,6 +23,10 @@ pub const MAX_STOPS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 1024;
 /// Entries of `stop_token_ids`, which are banned one by one before `min_tokens`.
 pub const MAX_STOP_TOKEN_IDS: usize = 128;
+/// Log-probabilities of prompt tokens in one request, alternatives and choices included: each is 8 bytes here and some 70
+/// in JSON. It is 128 prompts of 4 Ki with one alternative; one prompt as long as the model allows may have as many as
+/// `--max-logprobs` allows, even if that is more.
+pub const MAX_PROMPT_SCORES: usize = 1 << 20;
 /// Messages of a conversation.
 pub const MAX_MESSAGES: usize = 4096;
 /// Bytes of `chat_template_kwargs`, names included; those that are in use are a handful of words.

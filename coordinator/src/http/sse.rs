@@ -17,6 +17,7 @@ use futures_util::stream;
 use serde::Serialize;
 use std::convert::Infallible;
 use std::time::Duration;
+use tokio::time::{Instant, timeout_at};
 
 /// How one API writes deltas.
 pub trait Dialect: Send + 'static {
@@ -89,16 +90,17 @@ enum State {
 }
 
 impl<D: Dialect> EventStream<D> {
-    /// The next bytes; `None` at the end.
+    /// The next bytes; `None` at the end. Asked for when those before were sent, so that from then on no more than
+    /// `keep_alive` goes by in silence, whatever is computed that leaves no text.
     async fn next(&mut self) -> Option<Bytes> {
         let mut frames = Frames::default();
+        let silent = Instant::now() + self.keep_alive;
         if self.state == State::Opening {
             self.state = State::Running;
             self.dialect.open(&mut frames);
         }
         while self.state == State::Running && frames.0.is_empty() {
-            let next = tokio::time::timeout(self.keep_alive, self.generation.next());
-            match next.await {
+            match timeout_at(silent, self.generation.next()).await {
                 Err(_) => frames.literal(": keep-alive\n\n"),
                 Ok(Ok(Some(delta))) => {
                     let usage = self.generation.usage();

@@ -31,18 +31,19 @@ pub struct TextModel {
     pub template: Option<ChatTemplate>,
     /// What `generation_config.json` proposes where a request says nothing.
     pub defaults: GenerationDefaults,
-    /// Tokens that end a text, ascending, each once; those of all configuration files together.
+    /// Tokens that end a text, ascending, each once; those of all configuration files together, as far as the model can
+    /// say them.
     pub eos_token_ids: Vec<u32>,
 }
 
 impl TextModel {
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and
     /// `generation_config.json`; only the first must exist. `config_eos` are the end-of-text tokens
-    /// of `config.json`.
+    /// of `config.json`, and its tokens are below `vocab_size`.
     ///
     /// # Errors
     /// A sentence naming the file, if one is missing, is not valid, or needs something we lack.
-    pub fn load(read: &ReadFile<'_>, config_eos: &[u32]) -> anyhow::Result<Self> {
+    pub fn load(read: &ReadFile<'_>, config_eos: &[u32], vocab_size: u32) -> anyhow::Result<Self> {
         let tokenizer_json = read("tokenizer.json")?.context(
             "the model has no tokenizer.json; convert its tokenizer with `transformers` \
              (`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`)",
@@ -79,6 +80,13 @@ impl TextModel {
         );
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
+        // Shards refuse a step that names a token which is not there, as one that it bans.
+        let known = eos_token_ids.partition_point(|id| *id < vocab_size);
+        for id in eos_token_ids.split_off(known) {
+            tracing::warn!(
+                "token {id} is said to end a text, but the vocabulary has only {vocab_size} tokens; it is ignored"
+            );
+        }
         Ok(Self {
             tokenizer: Arc::new(tokenizer),
             template,

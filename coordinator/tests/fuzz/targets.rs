@@ -62,7 +62,7 @@ impl Server {
             models: vec![ServedModel {
                 engine,
                 names: vec!["m".to_owned()],
-                text: TextModel::load(&read, &[2, 6]).expect("the built-in model loads"),
+                text: TextModel::load(&read, &[2, 6], VOCAB).expect("the built-in model loads"),
                 max_model_len: MAX_MODEL_LEN,
                 vocab_size: VOCAB,
                 has_priorities: true,

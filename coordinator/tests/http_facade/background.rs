@@ -236,6 +236,33 @@ async fn what_is_kept_is_bounded_and_deleting_makes_room() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_read_any_more_has_failed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let limits = BackgroundLimits {
+        at_once: 1,
+        ..BackgroundLimits::default()
+    };
+    let setup = limited(limits, in_dir(&dir, Setup::always(Script::Hang)));
+    let server = setup.start().await;
+    let mut paths = Vec::new();
+    for _ in 0..3 {
+        let name = id(&server.post(COMPLETIONS, &prompt("a")).await);
+        paths.push(format!("{COMPLETIONS}/{name}"));
+    }
+    let is_running = |said: &Value| said["status"] == "in_progress";
+    fetch(&server, &paths[0], is_running).await;
+    let (_, uuid) = paths[1].rsplit_once('-').expect("an id");
+    std::fs::remove_file(dir.path().join(format!("{uuid}.request"))).expect("it was accepted");
+    let deleted = server.send("DELETE", &paths[0], &[], b"").await;
+    assert_eq!(deleted.status, 200);
+    let said = ended(&server, &paths[1]).await;
+    assert_eq!(said["status"], "failed");
+    let message = said["error"]["message"].as_str().expect("a sentence");
+    assert!(message.contains("could not read"), "{message}");
+    fetch(&server, &paths[2], is_running).await;
+}
+
+#[tokio::test]
 async fn refusals_that_pass_are_waited_for_and_failures_are_sentences() {
     let dir = tempfile::tempdir().expect("a directory");
     let tries = Arc::new(AtomicUsize::new(0));

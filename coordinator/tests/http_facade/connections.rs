@@ -110,6 +110,26 @@ async fn an_idle_stream_is_kept_open_by_comments() {
     read_until(&mut stream, ": keep-alive\n\n").await;
 }
 
+#[tokio::test]
+async fn a_stream_whose_tokens_show_no_text_is_kept_open_too() {
+    let setup = Setup::always(Script::Endless(5));
+    let limits = ServerLimits {
+        keep_alive_interval: Duration::from_millis(50),
+        ..setup.limits
+    };
+    let server = Setup { limits, ..setup }.start().await;
+    // All of it may be the beginning of what ends it, and is held back.
+    let stop = "a".repeat(1000) + "b";
+    let body = json!({"prompt": "hi", "max_tokens": 1500, "stop": stop, "stream": true});
+    let mut stream = server
+        .open("POST", "/v1/completions", &[], body.to_string().as_bytes())
+        .await;
+    for _ in 0..2 {
+        let seen = read_until(&mut stream, ": keep-alive\n\n").await;
+        assert!(!seen.contains("data:"), "{seen}");
+    }
+}
+
 /// Time until the server closes a connection on which `bytes` were sent.
 async fn closed_after(server: &Server, bytes: &[u8]) -> (Duration, Vec<u8>) {
     let mut stream = TcpStream::connect(server.address).await.expect("connect");

@@ -4,7 +4,7 @@
 //! `name | fields or body | parameter that the error names`.
 
 use super::client::Answer;
-use super::support::{MODEL, Script, Server, Setup, lock};
+use super::support::{EOS, MODEL, Script, Server, Setup, VOCAB, lock};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -230,6 +230,24 @@ async fn absurd_parameters_get_400_and_never_reach_the_engine() {
 }
 
 #[tokio::test]
+async fn no_shard_is_asked_for_what_is_not_in_the_vocabulary() {
+    let mut setup = Setup::says("x");
+    setup.limits.max_logprobs = 1000;
+    setup.generation_config = json!({"eos_token_id": [VOCAB + 40, 7, VOCAB]});
+    let server = setup.start().await;
+    for param in ["logprobs", "prompt_logprobs"] {
+        let body = json!({"prompt": "hi", param: VOCAB + 1}).to_string();
+        let path = "/v1/completions";
+        refused(&server, "all and one more", path, body.as_bytes(), param).await;
+    }
+    assert!(lock(&server.seen).requests.is_empty());
+    let body = json!({"prompt": "hi", "logprobs": VOCAB, "min_tokens": 1});
+    let answer = server.post("/v1/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(lock(&server.seen).requests[0].stop_token_ids, [7, EOS]);
+}
+
+#[tokio::test]
 async fn absurd_prompts_get_400() {
     let server = Setup::says("x").start().await;
     let path = "/v1/completions";
@@ -262,6 +280,42 @@ async fn absurd_prompts_get_400() {
     }
     refused(&server, "not UTF-8", path, b"{\"prompt\": \"\xff\"}", "").await;
     assert!(lock(&server.seen).requests.is_empty());
+}
+
+#[tokio::test]
+async fn scores_of_prompts_are_bounded_in_all() {
+    let server = Setup::says("x").start().await;
+    let path = "/v1/completions";
+    let prompt = vec![1; 4000];
+    for (case, body, param) in [
+        (
+            "many choices",
+            json!({"prompt": prompt, "prompt_logprobs": 20, "n": 13}),
+            "prompt_logprobs",
+        ),
+        (
+            "many prompts, echoed",
+            json!({"prompt": vec![prompt.clone(); 66], "echo": true, "logprobs": 3, "max_tokens": 0}),
+            "prompt_logprobs",
+        ),
+    ] {
+        refused(&server, case, path, body.to_string().as_bytes(), param).await;
+    }
+    assert!(lock(&server.seen).requests.is_empty());
+    // Long enough to be written aside.
+    let body = json!({"prompt": prompt, "prompt_logprobs": 20, "n": 2, "max_tokens": 1});
+    let answer = server.post(path, &body).await.json();
+    for choice in 0..2 {
+        let scores = answer["choices"][choice]["prompt_logprobs"].as_array();
+        let scores = scores.expect("a list");
+        assert_eq!((scores.len(), &scores[0]), (4000, &Value::Null));
+        // The token itself is none of its alternatives.
+        assert!(
+            scores[1..]
+                .iter()
+                .all(|it| it.as_object().is_some_and(|it| it.len() == 21))
+        );
+    }
 }
 
 #[tokio::test]

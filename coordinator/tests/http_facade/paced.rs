@@ -10,7 +10,7 @@ use coordinator::scheduler::{Scheduler, SchedulerConfig};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use topology::ids::{Epoch, Rank};
 use topology::wire::{RowOutput, ScoredToken, StepPlan, StepTimings};
@@ -40,6 +40,8 @@ struct Steps {
     fails: Arc<AtomicBool>,
     epoch: Epoch,
     sent: VecDeque<StepPlan>,
+    /// When the oldest is answered, once that is waited for: whoever waits again waits no longer.
+    answered: Option<Instant>,
 }
 
 impl Group for Steps {
@@ -49,11 +51,13 @@ impl Group for Steps {
     }
 
     async fn receive(&mut self) -> Result<StepOutcome, Fault> {
-        let begun = now();
         let plan = self.sent.front().expect("a plan was sent");
         let more = plan.num_tokens().saturating_sub(plan.rows.len());
         let more = u32::try_from(more).expect("few");
-        tokio::time::sleep(self.pace.step + self.pace.prompt_token * more).await;
+        let takes = self.pace.step + self.pace.prompt_token * more;
+        let answered = *self.answered.get_or_insert_with(|| now() + takes);
+        tokio::time::sleep_until(answered.into()).await;
+        self.answered = None;
         if self.fails.swap(false, Ordering::SeqCst) {
             let cause = Cause::Exited("signal: 9 (SIGKILL)".into());
             return Err(Fault::of(Rank(1), cause));
@@ -66,12 +70,11 @@ impl Group for Steps {
             }),
             targets: Vec::new(),
         };
-        let answered = now();
         Ok(StepOutcome {
             outputs: plan.rows.iter().map(answer).collect(),
             timings: vec![StepTimings::default()],
             tokens: plan.num_tokens(),
-            took: answered.saturating_duration_since(begun),
+            took: takes,
             answered,
         })
     }
@@ -123,6 +126,7 @@ pub(crate) async fn start(setup: Setup, pace: Pace, (running, waiting): (u32, us
         fails: Arc::clone(&fails),
         epoch: Epoch::default(),
         sent: VecDeque::new(),
+        answered: None,
     };
     let connections = Connections {
         submissions,

@@ -185,7 +185,7 @@ pub(crate) fn text_model(template: Option<&str>, generation_config: &Value) -> T
         let file = files.iter().find(|(known, _)| *known == name);
         Ok(file.map(|(_, text)| Cow::Owned(text.clone().into_bytes())))
     };
-    TextModel::load(&read, &[]).expect("the test model loads")
+    TextModel::load(&read, &[], VOCAB).expect("the test model loads")
 }
 
 fn tokenizer_json() -> Value {
@@ -236,6 +236,7 @@ async fn run_submission(submission: Submission, scripts: Vec<Script>, seen: Arc<
         events,
         answer,
         cancelled,
+        ..
     } = submission;
     if answer.send(Ok(())).is_err() {
         return;

@@ -122,8 +122,8 @@ impl Model {
     /// # Errors
     /// A sentence naming the file.
     pub(super) fn load_text(&self, up: &Up) -> Result<TextModel> {
-        let mut text =
-            TextModel::load(&|name| self.text_file(up, name), &self.shape.eos_token_ids)?;
+        let (read, shape) = (|name: &str| self.text_file(up, name), &self.shape);
+        let mut text = TextModel::load(&read, &shape.eos_token_ids, shape.vocab_size)?;
         if up.generation_config == "vllm" {
             // The model's proposals are not wanted; its ends of text still are.
             text.defaults = GenerationDefaults::default();

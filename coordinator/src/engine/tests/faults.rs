@@ -2,7 +2,7 @@
 
 use super::super::handle::{Readiness, StreamEventKind, SubmitError};
 use super::super::streams::GIVEN_UP;
-use super::rig::{MS, VOCAB, failing_rig, read_all, request, rig, rig_of};
+use super::rig::{MS, VOCAB, failing_rig, many, read_all, request, rig, rig_of};
 use crate::scheduler::request::FinishReason;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -82,6 +82,20 @@ async fn a_group_that_never_gets_far_is_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_group_that_scores_prompts_gets_far() {
+    // Every other step fails, and no step gives a token.
+    let rig = failing_rig(MS, ((0..40).step_by(2).collect(), u32::MAX)).await;
+    for first in 0..20 {
+        let mut scored = request(&rig.handle, first, 0);
+        scored.prompt_logprobs = Some(0);
+        let events = rig.handle.submit(vec![scored]).await.unwrap();
+        let (_, last) = read_all(events, 1).await.remove(0);
+        assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    }
+    assert_eq!(rig.steps.load(Ordering::SeqCst), 40);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_that_kills_its_shards_ends_alone() {
     let rig = rig_of(MS, (Vec::new(), u32::MAX), Some(30)).await;
     // The second prompt is the poison; no other counts up to it.
@@ -114,4 +128,26 @@ async fn requests_that_come_while_the_group_is_formed_wait_and_are_served() {
     let late = late.await.unwrap();
     assert_eq!(read_all(early, 1).await[0].0, [2, 3, 4, 5, 6]);
     assert_eq!(read_all(late, 1).await[0].0, [51, 52, 53, 54, 55]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_during_a_long_recovery_hears_at_once_and_makes_room_when_gone() {
+    let rig = failing_rig(Duration::from_secs(40), (vec![2], 1)).await;
+    let early = rig.handle.submit(vec![request(&rig.handle, 1, 5)]);
+    let early = early.await.unwrap();
+    // The third step fails after two minutes, and mending it takes 40 s.
+    tokio::time::sleep(Duration::from_secs(125)).await;
+    assert!(matches!(rig.handle.readiness(), Readiness::Recovering(_)));
+    let asked = tokio::time::Instant::now();
+    let gone = rig.handle.submit(many(&rig.handle, 60)).await.unwrap();
+    let refused = rig.handle.submit(many(&rig.handle, 60)).await;
+    assert!(matches!(refused, Err(SubmitError::Refused(why)) if why.is_temporary()));
+    drop(gone);
+    let late = rig.handle.submit(many(&rig.handle, 60)).await.unwrap();
+    assert_eq!(asked.elapsed(), Duration::ZERO);
+    assert_eq!(read_all(early, 1).await[0].0, [2, 3, 4, 5, 6]);
+    for (tokens, last) in read_all(late, 60).await {
+        assert_eq!(tokens.len(), 50);
+        assert_eq!(last, StreamEventKind::Finished(FinishReason::Length));
+    }
 }

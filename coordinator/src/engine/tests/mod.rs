@@ -7,9 +7,11 @@ use super::CUT_BY_SHUTDOWN;
 use super::handle::{StreamEventKind, SubmitError};
 use super::streams::SLOW_CLIENT;
 use crate::scheduler::request::FinishReason;
-use rig::{MS, VOCAB, read_all, request, rig};
+use rig::{MS, VOCAB, many, read_all, request, rig};
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 #[tokio::test(start_paused = true)]
@@ -61,6 +63,28 @@ async fn choices_of_one_prompt_are_measured_together() {
                 format!("vllm:request_{name}_{suffix}{{model_name=\"test\",engine=\"0\"}} {value}");
             assert!(text.lines().any(|it| it == line), "{line} is not in {text}");
         }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_request_waits_to_be_taken_is_part_of_its_times() {
+    let rig = rig(MS, None).await;
+    let mut submitted = Box::pin(rig.handle.submit(vec![request(&rig.handle, 1, 3)]));
+    let first = poll_fn(|context| Poll::Ready(submitted.as_mut().poll(context)));
+    assert!(first.await.is_pending());
+    // The loop is held up for so long.
+    tokio::time::advance(Duration::from_secs(5)).await;
+    assert_eq!(read_all(submitted.await.unwrap(), 1).await[0].0, [2, 3, 4]);
+    let text = rig.metrics.registry().render();
+    for name in [
+        "request_queue_time_seconds",
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+    ] {
+        let sum = format!("vllm:{name}_sum{{model_name=\"test\",engine=\"0\"}} ");
+        let sum = text.lines().find_map(|line| line.strip_prefix(&sum));
+        let sum: f64 = sum.unwrap().parse().unwrap();
+        assert!((5.0..5.1).contains(&sum), "{name}: {sum}");
     }
 }
 
@@ -195,18 +219,48 @@ async fn refusals_reach_who_asked_and_are_counted() {
         .submit(vec![request(&rig.handle, 1, 100)])
         .await
         .unwrap();
-    let many = |from: u32| {
-        (from..from + 60)
-            .map(|f| request(&rig.handle, f % VOCAB, 50))
-            .collect()
-    };
-    let first = rig.handle.submit(many(0)).await.unwrap();
-    let second = rig.handle.submit(many(60)).await;
+    let first = rig.handle.submit(many(&rig.handle, 60)).await.unwrap();
+    let second = rig.handle.submit(many(&rig.handle, 60)).await;
     assert!(matches!(second, Err(SubmitError::Refused(refusal)) if refusal.is_temporary()));
     assert_eq!(read_all(first, 60).await.len(), 60);
     assert_eq!(read_all(blocker, 1).await.len(), 1);
     let text = rig.metrics.registry().render();
     assert!(text.contains("reason=\"max_num_queued_reqs\"} 1"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_during_a_long_step_hears_at_once_whether_it_is_taken() {
+    let rig = rig(Duration::from_secs(60), None).await;
+    let running = rig.handle.submit(vec![request(&rig.handle, 1, 5)]);
+    let running = running.await.unwrap();
+    // Two steps are under way, so that nothing can be planned.
+    tokio::time::sleep(MS).await;
+    let asked = tokio::time::Instant::now();
+    let taken = rig.handle.submit(many(&rig.handle, 60)).await.unwrap();
+    let refused = rig.handle.submit(many(&rig.handle, 60)).await;
+    assert!(matches!(refused, Err(SubmitError::Refused(why)) if why.is_temporary()));
+    assert_eq!(asked.elapsed(), Duration::ZERO);
+    drop(taken);
+    assert_eq!(read_all(running, 1).await[0].0, [2, 3, 4, 5, 6]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_goes_before_it_is_taken_leaves_no_trace() {
+    let rig = rig(MS, None).await;
+    for _ in 0..3 {
+        let mut gone = Box::pin(rig.handle.submit(many(&rig.handle, 60)));
+        let submitted = poll_fn(|context| Poll::Ready(gone.as_mut().poll(context)));
+        assert!(submitted.await.is_pending());
+    }
+    let stays = rig.handle.submit(many(&rig.handle, 60)).await.unwrap();
+    assert_eq!(read_all(stays, 60).await.len(), 60);
+    let text = rig.metrics.registry().render();
+    for line in [
+        "vllm:request_params_n_count{model_name=\"test\",engine=\"0\"} 60",
+        "vllm:request_prompt_tokens_count{model_name=\"test\",engine=\"0\"} 60",
+    ] {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

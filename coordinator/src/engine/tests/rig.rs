@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use topology::ids::{Epoch, Rank};
-use topology::wire::{RowOutput, ScoredToken, StepPlan, StepTimings};
+use topology::wire::{RowOutput, ScoredToken, StepPlan, StepTimings, TokenScore};
 
 pub(super) const VOCAB: u32 = 100;
 
@@ -74,12 +74,13 @@ impl Group for Counting {
             row.sampling.as_ref().map(|_| (last + 1) % VOCAB)
         };
         self.sampled = plan.rows.iter().map(choose).collect();
-        let answer = |token: &Option<u32>| RowOutput {
+        let rows = plan.rows.iter().zip(&self.sampled);
+        let answer = |(row, token): (&topology::wire::PlanRow, &Option<u32>)| RowOutput {
             sampled: token.map(|token| ScoredToken { token, score: None }),
-            targets: Vec::new(),
+            targets: vec![TokenScore::default(); row.targets.len()],
         };
         Ok(StepOutcome {
-            outputs: self.sampled.iter().map(answer).collect(),
+            outputs: rows.map(answer).collect(),
             timings: vec![StepTimings::default(); 2],
             tokens: plan.num_tokens(),
             took: self.step_takes,
@@ -210,6 +211,12 @@ pub(super) fn request(handle: &EngineHandle, first: u32, max_tokens: u32) -> Req
         cache_salt: 0,
         prompt_logprobs: None,
     }
+}
+
+/// Different prompts, 50 tokens after each.
+pub(super) fn many(handle: &EngineHandle, count: u32) -> Vec<Request> {
+    let each = |first| request(handle, first % VOCAB, 50);
+    (0..count).map(each).collect()
 }
 
 /// All events of all choices until the channel ends: tokens and the last event, by choice.

@@ -74,6 +74,15 @@ pub(super) struct Task {
     pub(super) cancelled: CancellationToken,
 }
 
+/// A request to be computed whose file cannot be read; it is to be given an answer that says so.
+#[derive(Debug, thiserror::Error)]
+#[error("the request {id} cannot be read: {error}")]
+pub(super) struct Unreadable {
+    pub(super) id: Uuid,
+    pub(super) head: Head,
+    error: io::Error,
+}
+
 /// Why a request is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
@@ -202,7 +211,10 @@ impl Journal {
     }
 
     /// The request that has waited longest, which counts as being computed from now on.
-    pub(super) fn begin(&mut self) -> Option<io::Result<Task>> {
+    ///
+    /// # Errors
+    /// If its file cannot be read.
+    pub(super) fn begin(&mut self) -> Option<Result<Task, Unreadable>> {
         loop {
             let id = self.queue.pop_front()?;
             let path = self.path(id, REQUEST);
@@ -214,7 +226,7 @@ impl Journal {
             }
             let cancelled = CancellationToken::new();
             entry.state = State::InProgress(cancelled.clone());
-            let read = || {
+            let read = || -> io::Result<Task> {
                 let mut file = BufReader::new(File::open(path)?);
                 let (head, mut body) = (read_head(&mut file)?, Vec::new());
                 file.read_to_end(&mut body)?;
@@ -225,7 +237,8 @@ impl Journal {
                     cancelled,
                 })
             };
-            return Some(read());
+            let head = entry.head.clone();
+            return Some(read().map_err(|error| Unreadable { id, head, error }));
         }
     }
 

@@ -26,7 +26,8 @@ use axum::extract::{Extension, Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get};
-use journal::{Head, Journal, Refused, Task};
+use journal::{Head, Journal, Refused, Task, Unreadable};
+use metrics::Counter;
 use serde_json::{Value, json};
 use std::io;
 use std::sync::Arc;
@@ -136,21 +137,31 @@ pub(super) fn start(state: &Arc<ServerState>) {
             let Some(task) = next(&background).await else {
                 return;
             };
-            tokio::spawn(work(Arc::clone(&state), task, turn));
+            match task {
+                Ok(task) => tokio::spawn(work(Arc::clone(&state), task, turn)),
+                Err(unreadable) => tokio::spawn(give_back(Arc::clone(&background), unreadable)),
+            };
         }
     });
 }
 
 /// Waits for a request to be computed.
-async fn next(background: &Background) -> Option<Task> {
+async fn next(background: &Background) -> Option<Result<Task, Unreadable>> {
     loop {
         match background.with(Journal::begin).await.ok()? {
-            Some(Ok(task)) => return Some(task),
-            // It stays on disk: the next process may be able to.
-            Some(Err(error)) => tracing::error!("a background request cannot be read: {error}"),
+            Some(task) => return Some(task),
             None => background.arrived.notified().await,
         }
     }
+}
+
+/// Answers a request of which nothing but that it was accepted is known any more.
+async fn give_back(background: Arc<Background>, unreadable: Unreadable) {
+    tracing::error!("{unreadable}");
+    let message = "The server could not read this request from its disk. Send it again.";
+    let Unreadable { id, head, .. } = unreadable;
+    let answer = failed(id, &head, &ApiError::internal(message));
+    keep(&background, id, answer, &background.metrics.failed).await;
 }
 
 /// Computes a request and keeps its answer.
@@ -167,6 +178,11 @@ async fn work(state: Arc<ServerState>, task: Task, _turn: OwnedSemaphorePermit) 
         Some(Ok(answer)) => (answer, &background.metrics.completed),
         Some(Err(error)) => (failed(id, &task.head, &error), &background.metrics.failed),
     };
+    keep(background, id, answer, metric).await;
+}
+
+/// Keeps an answer, as soon as it can be written.
+async fn keep(background: &Background, id: Uuid, answer: Vec<u8>, metric: &Counter) {
     let answer = Arc::new(answer);
     loop {
         let kept = Arc::clone(&answer);

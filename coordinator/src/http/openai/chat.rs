@@ -3,7 +3,7 @@
 //! Only text goes in and comes out. Templates come from the model, never from a request.
 
 use super::asked::Head;
-use super::logprobs::{self, ChatToken};
+use super::logprobs::{ChatToken, PromptScores};
 use super::params::Extra;
 use super::prompt::{encode, may_fit};
 use super::variables::Variables;
@@ -16,8 +16,7 @@ use crate::http::served::Served;
 use crate::http::sse::{Dialect, Frames};
 use crate::text::pieces::Pieces;
 use crate::text::template::{Ending, TemplateError};
-use axum::Json;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -106,32 +105,34 @@ impl super::asked::Writer for Writer {
     async fn whole(self, mut generation: Generation) -> Result<Response, ApiError> {
         let mut choices: Vec<Choice> = (0..self.n).map(|_| Choice::default()).collect();
         let mut prompt_logprobs = None;
-        while let Some(delta) = generation.next().await? {
-            let scores = delta.prompt_scores.as_ref();
+        while let Some(mut delta) = generation.next().await? {
+            let scores = delta.prompt_scores.take();
             if let Some(scores) = scores.filter(|_| self.prompt_logprobs) {
-                prompt_logprobs = Some(logprobs::prompt(&self.pieces, &self.prompt, scores));
+                // Those of other choices say the same.
+                prompt_logprobs.get_or_insert_with(|| PromptScores {
+                    pieces: Arc::clone(&self.pieces),
+                    tokens: Arc::clone(&self.prompt),
+                    scores,
+                });
             }
             choices[delta.choice].append(delta, &self.pieces);
         }
-        let choices: Vec<Value> = (0..)
-            .zip(choices)
-            .map(|(i, it)| it.json(i, &self))
-            .collect();
-        let mut body = json!({
-            "id": self.id,
-            "object": Self::API.object(),
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            "usage": UsageBody::from(generation.usage()),
-        });
-        if let Some(entries) = prompt_logprobs {
-            body["prompt_logprobs"] = entries;
-        }
-        if self.token_ids {
-            body["prompt_token_ids"] = json!(&*self.prompt);
-        }
-        Ok(Json(body).into_response())
+        let (usage, is_scored) = (generation.usage(), self.logprobs || self.prompt_logprobs);
+        let is_long = super::is_long(usage, self.n, is_scored);
+        let write = move || {
+            let choices = (0..).zip(choices);
+            serde_json::to_vec(&Answer {
+                id: &self.id,
+                object: Self::API.object(),
+                created: self.created,
+                model: &self.model,
+                choices: choices.map(|(i, it)| it.json(i, &self)).collect(),
+                usage: usage.into(),
+                prompt_logprobs,
+                prompt_token_ids: self.token_ids.then_some(&*self.prompt),
+            })
+        };
+        super::written(write, is_long).await
     }
 }
 
@@ -154,6 +155,20 @@ pub(super) fn ending(
         add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
         continue_final_message,
     })
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<Value>,
+    usage: UsageBody,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptScores>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [u32]>,
 }
 
 /// The text of a conversation.

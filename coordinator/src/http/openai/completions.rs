@@ -3,7 +3,7 @@
 //! Streamed and whole answers are made of the same `Piece`s, so they cannot differ.
 
 use super::asked::Head;
-use super::logprobs::{self, Legacy};
+use super::logprobs::{Legacy, PromptScores};
 use super::params::Extra;
 use super::prompt::{Prompt, PromptInput};
 use super::{Api, ChunkUsage, StreamUsage, finish_fields};
@@ -14,10 +14,8 @@ use crate::http::limits::Whole;
 use crate::http::sse::{Dialect, Frames};
 use crate::text::detokenize::Detokenizer;
 use crate::text::pieces::Pieces;
-use axum::Json;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::sync::Arc;
 use topology::wire::TokenScore;
 
@@ -79,15 +77,13 @@ impl super::asked::Writer for Writer {
             let piece = self.piece(delta);
             choices[piece.index].append(piece);
         }
-        let body = Answer {
-            id: &self.id,
-            object: Self::API.object(),
-            created: self.created,
-            model: &self.model,
-            choices,
-            usage: ChunkUsage::Counts(generation.usage().into()),
+        let (usage, is_scored) = (generation.usage(), self.logprobs || self.prompt_logprobs);
+        let is_long = super::is_long(usage, self.n, is_scored);
+        let write = move || {
+            let usage = ChunkUsage::Counts(usage.into());
+            serde_json::to_vec(&self.answer(choices, usage))
         };
-        Ok(Json(body).into_response())
+        super::written(write, is_long).await
     }
 }
 
@@ -133,7 +129,7 @@ struct Piece {
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_logprobs: Option<Value>,
+    prompt_logprobs: Option<PromptScores>,
 }
 
 #[derive(Serialize)]
@@ -188,20 +184,20 @@ impl Piece {
 }
 
 impl Writer {
-    fn piece(&mut self, delta: Delta) -> Piece {
+    fn piece(&mut self, mut delta: Delta) -> Piece {
         let mut piece = Piece::new(delta.choice);
         if !self.choices[delta.choice].begun {
             self.choices[delta.choice].begun = true;
-            let scores = delta.prompt_scores.as_deref().unwrap_or_default();
-            self.begin(&mut piece, scores);
+            let scores = delta.prompt_scores.take();
+            self.begin(&mut piece, scores.unwrap_or_default());
         }
         piece.text += &delta.text;
         let offset = self.choices[delta.choice].offset;
         if let Some(token) = delta.token {
             if self.logprobs {
-                let logprobs = piece.logprobs.get_or_insert_default();
-                let offset = offset + token.offset;
-                logprobs.push(&self.pieces, token.id, token.score.as_ref(), offset);
+                let new = || Legacy::new(&self.pieces);
+                let logprobs = piece.logprobs.get_or_insert_with(new);
+                logprobs.push(token.id, token.score, offset + token.offset);
             }
             if self.token_ids {
                 piece.token_ids.get_or_insert_default().push(token.id);
@@ -212,30 +208,39 @@ impl Writer {
     }
 
     /// What a choice starts with: its prompt, as far as that is asked for.
-    fn begin(&mut self, piece: &mut Piece, scores: &[TokenScore]) {
+    fn begin(&mut self, piece: &mut Piece, scores: Vec<TokenScore>) {
         let prompt = &self.prompts[piece.index / self.n];
         if self.token_ids {
             piece.prompt_token_ids = Some(prompt.tokens.to_vec());
         }
+        if self.echo {
+            self.echo(piece, &scores);
+        }
         if self.prompt_logprobs {
-            let entries = logprobs::prompt(&self.pieces, &prompt.tokens, scores);
-            piece.prompt_logprobs = Some(entries);
+            piece.prompt_logprobs = Some(PromptScores {
+                pieces: Arc::clone(&self.pieces),
+                tokens: Arc::clone(&self.prompts[piece.index / self.n].tokens),
+                scores,
+            });
         }
-        if !self.echo {
-            return;
-        }
+    }
+
+    fn echo(&mut self, piece: &mut Piece, scores: &[TokenScore]) {
+        let prompt = &self.prompts[piece.index / self.n];
         let mut text = String::new();
         let mut chars = 0;
         let pieces = Arc::clone(&self.pieces);
         let mut detokenizer = Detokenizer::at_start(pieces, self.skip_special);
-        let mut legacy = Legacy::default();
+        let mut legacy = self.logprobs.then(|| Legacy::new(&self.pieces));
         let scores = std::iter::once(None).chain(scores.iter().map(Some));
         for (&token, score) in prompt
             .tokens
             .iter()
             .zip(scores.chain(std::iter::repeat(None)))
         {
-            legacy.push(&self.pieces, token, score, chars);
+            if let Some(legacy) = &mut legacy {
+                legacy.push(token, score.cloned(), chars);
+            }
             let before = text.len();
             detokenizer.push(token, &mut text);
             chars += text[before..].chars().count();
@@ -245,15 +250,13 @@ impl Writer {
         let text = prompt.text.clone().unwrap_or(text);
         self.choices[piece.index].offset = text.chars().count();
         piece.text = text;
-        if self.logprobs {
-            piece.logprobs = Some(legacy);
-        }
+        piece.logprobs = legacy;
     }
 
     fn answer(&self, choices: Vec<Piece>, usage: ChunkUsage) -> Answer<'_> {
         Answer {
             id: &self.id,
-            object: "text_completion",
+            object: Api::Completions.object(),
             created: self.created,
             model: &self.model,
             choices,

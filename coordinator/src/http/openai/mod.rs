@@ -19,7 +19,8 @@ use super::ServerState;
 use super::auth::Tenant;
 use super::error::ApiError;
 use super::generate::{Finish, StopReason, Usage};
-use axum::response::Response;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, post};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -107,6 +108,31 @@ pub(super) fn route(api: Api) -> MethodRouter<Arc<ServerState>> {
         Api::Chat => post(asked::handle::<chat::Writer>),
         Api::Completions => post(asked::handle::<completions::Writer>),
     }
+}
+
+/// Scored tokens of an answer that is written at once; each may have dozens of alternatives.
+const INLINE_SCORED: usize = 1024;
+
+/// Whether writing an answer takes so long that others would wait for it.
+fn is_long(usage: Usage, n: usize, is_scored: bool) -> bool {
+    is_scored && usage.prompt_tokens * n + usage.completion_tokens > INLINE_SCORED
+}
+
+/// A whole answer, which `write` makes: off the async threads if it is a long one.
+async fn written(
+    write: impl FnOnce() -> serde_json::Result<Vec<u8>> + Send + 'static,
+    is_long: bool,
+) -> Result<Response, ApiError> {
+    let written = if is_long {
+        tokio::task::spawn_blocking(write).await.map_err(|error| {
+            tracing::error!(%error, "writing an answer panicked");
+            ApiError::internal("The answer could not be written.")
+        })?
+    } else {
+        write()
+    };
+    let body = written.expect("our answers are representable in JSON");
+    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
 /// `usage`.

@@ -367,7 +367,8 @@ pub(super) fn logprobs(
     let Some(Whole(given)) = given else {
         return Ok(None);
     };
-    let count = whole(param, given, 0..=i64::from(served.limits.max_logprobs))?;
+    let most = served.limits.max_logprobs.min(served.model.vocab_size);
+    let count = whole(param, given, 0..=i64::from(most))?;
     Ok(u32::try_from(count).ok())
 }
 
