@@ -18,6 +18,7 @@ mod claims;
 #[cfg(target_arch = "x86_64")]
 mod code_tiles;
 mod codes;
+mod feed_forward;
 #[cfg(target_arch = "x86_64")]
 mod float8_tiles;
 #[cfg(test)]
@@ -31,7 +32,6 @@ mod tiles;
 
 #[cfg(target_arch = "x86_64")]
 use crate::backend::Element;
-use crate::backend::FeedForward;
 use crate::cpu::element::{F8, Stored, by_element};
 use crate::cpu::packed::{BLOCK, PANEL_ROWS, Packed};
 use crate::cpu::quantized::{Part, Quantized};
@@ -39,6 +39,7 @@ use crate::cpu::simd::{Kernel, LANES, MAX_TILE, Simd, dot};
 use crate::cpu::weight::Values;
 use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use claims::Claims;
+pub(crate) use feed_forward::feed_forward;
 use round::{AddBias, Round, Slots, Turn, WIDENED};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -82,51 +83,6 @@ pub(crate) fn linear(
         Values::Quantized(quantized) => linear_quantized(cpu, x, quantized, bias, out),
         Values::Vector(_) => narrow(cpu, x, weight, bias, out),
     }
-}
-
-/// Two products with a gated activation between them, which is part of the first; `false` where that would not be faster, and
-/// nothing is done. What it gives goes to `activated`, or straight into the second product.
-pub(crate) fn feed_forward(
-    cpu: &CpuBackend,
-    x: &CpuTensor,
-    layer: &FeedForward<'_, CpuWeight>,
-    activated: &mut CpuTensor,
-    out: &mut CpuTensor,
-) -> bool {
-    let (gate_up, down) = (layer.gate_up.0, layer.down.0);
-    assert_eq!(
-        (x.width(), gate_up.rows()),
-        (gate_up.cols(), 2 * down.cols()),
-        "x is as wide as the first weight's rows, of whose outputs half go into the second"
-    );
-    assert_eq!(
-        (out.rows(), out.width()),
-        (x.rows(), down.rows()),
-        "out is [rows, out]"
-    );
-    #[cfg(target_arch = "x86_64")]
-    if let Some(unit) = cpu.isa.tiles() {
-        if tiles::feed_forward((cpu, unit), x, layer, out) {
-            return true;
-        }
-        let Values::Quantized(quantized) = gate_up.values() else {
-            return false;
-        };
-        let epilogue = (layer.gate_up.1, layer.activation);
-        let is_done = match quantized.parts() {
-            [Part::Codes(codes)] => code_tiles::gated((cpu, unit), x, codes, epilogue, activated),
-            [Part::Floats(packed)] => {
-                float8_tiles::gated((cpu, unit), x, packed, epilogue, activated)
-            }
-            _ => false,
-        };
-        if is_done {
-            linear(cpu, activated, down, layer.down.1, out);
-        }
-        return is_done;
-    }
-    let _ = (cpu, x, layer, activated, out);
-    false
 }
 
 /// The outputs of `packed`, which are the columns of `out` from `first` on.
