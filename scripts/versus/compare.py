@@ -23,6 +23,18 @@ from processes import Failed, lines_of, memory_of, start, stop
 HERE = Path(__file__).resolve().parent
 ENGINE_LIMIT, SWEEP_LIMIT, START_LIMIT = 600, 1200, 300
 PORT = 18977
+PARTS = ("engines", "http")
+
+
+def names(text):
+    return [name for name in text.split(",") if name]
+
+
+def parts(text):
+    found = names(text)
+    if not found or set(found) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"{text} is not some of {','.join(PARTS)}")
+    return found
 
 
 def absolute(text):
@@ -32,8 +44,9 @@ def absolute(text):
 
 def arguments():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peers", default=[], type=lambda text: [p for p in text.split(",") if p])
+    parser.add_argument("--peers", default=[], type=names)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", default=list(PARTS), type=parts)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=absolute, required=True)
@@ -235,8 +248,13 @@ class Versus:
 
     def round(self, number):
         self.run(number, "machine", "", self.machine(), ENGINE_LIMIT)
-        for server, weights, what in self.engines():
-            self.run(number, server, weights, what, ENGINE_LIMIT)
+        if "engines" in self.arguments.parts:
+            for server, weights, what in self.engines():
+                self.run(number, server, weights, what, ENGINE_LIMIT)
+        if "http" in self.arguments.parts:
+            self.round_of_servers(number)
+
+    def round_of_servers(self, number):
         for ranks in (1, 2):
             server = f"cluster, TP {ranks}"
             self.run(number, server, "bf16", self.startup(ranks), START_LIMIT)

@@ -212,7 +212,10 @@ pub trait Backend: Send + 'static {
     /// Calls `work` on this thread and, at the same time, on as many others as the host has for this device; where one of them
     /// comes late, the others have to do its part. For what has to be done to weights before they are loaded.
     fn on_host(&self, work: &(dyn Fn() + Sync)) {
+        /// More than these wait for memory.
+        const MOST: usize = 16;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = threads.min(MOST);
         std::thread::scope(|scope| {
             for _ in 1..threads {
                 scope.spawn(work);

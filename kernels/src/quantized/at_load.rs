@@ -137,8 +137,12 @@ fn are_finite(numbers: &[f32]) -> bool {
 fn symmetric(numbers: &[f32], most: f32, codes: &mut [u8], to_code: impl Fn(f32) -> u8) -> f32 {
     let largest = by_lanes(numbers, |most, number| larger(most, number.abs()));
     let largest = fold(largest, larger);
-    // A group of zeros has any scale; one that divides by nothing.
-    let scale = if largest > 0.0 { largest / most } else { 1.0 };
+    // A group of zeros has any scale; what divides is never zero.
+    let scale = if largest > 0.0 {
+        (largest / most).max(f32::MIN_POSITIVE)
+    } else {
+        1.0
+    };
     for (code, number) in codes.iter_mut().zip(numbers) {
         *code = to_code(number / scale);
     }

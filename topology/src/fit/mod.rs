@@ -66,7 +66,7 @@ pub struct RankNeeds {
     pub rank: Rank,
     /// Its part of the weights.
     pub weight_bytes: u64,
-    /// Activations of the largest step.
+    /// Activations and logits of the largest step, and rotary tables.
     pub workspace_bytes: u64,
     /// On a GPU, what the driver's context and libraries take; 0 elsewhere.
     pub runtime_bytes: u64,
@@ -79,8 +79,7 @@ pub struct RankNeeds {
 }
 
 impl RankNeeds {
-    /// Before loading. Weights and blocks are what the shards will take, but for a quantised head that is filled up; the
-    /// workspace is an estimate, a few per cent of them.
+    /// Before loading: what the shards will take, but for a quantised head that is filled up.
     pub fn estimate(
         shape: &ModelShape,
         partition: &Partition,

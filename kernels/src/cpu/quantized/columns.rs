@@ -206,7 +206,7 @@ mod tests {
                 zeros: Vec::new(),
             };
             let cut = Cut {
-                segment: 128,
+                segment: rng.pick(&[128, 512]),
                 padding: 8,
                 block: rng.pick(&[64, 512, 1024]),
             };
@@ -220,7 +220,7 @@ mod tests {
                     (column, padded)
                 );
                 (column, padded) = (segment.columns.end, segment.padded.end);
-                assert!(segment.columns.len() <= 128);
+                assert!(segment.columns.len() <= cut.segment);
                 assert_eq!(
                     segment.padded.len(),
                     segment.columns.len().next_multiple_of(8)

@@ -16,10 +16,15 @@ use crate::cpu::threads::Panels;
 use crate::ops::gated_activation::{gelu_gated, silu_gated};
 use std::ops::Range;
 
+/// Rows of activations that have to fit a second-level cache for pairs to pay: with fewer at once, codes would be read and written
+/// out more often than what is put out is saved.
+pub(super) const LEAST_GATED_ROWS: usize = 256;
+
 /// What a thread is while it multiplies.
 pub(super) trait Multiplier {
-    /// Panels of the weight, by number, with all rows: `out` has their columns. Nothing waits when it returns.
-    fn multiply(&mut self, panels: Range<usize>, out: &mut Panel<'_>);
+    /// Panels of the weight, by number, with all rows: `out` has their columns. Nothing waits when it returns. `behind` is the
+    /// panel that probably comes next.
+    fn multiply(&mut self, panels: Range<usize>, behind: usize, out: &mut Panel<'_>);
 }
 
 /// What a thread claims some of.
@@ -52,7 +57,8 @@ impl Claimed for Claims<'_, '_> {
                 multiplier = Some(start());
             }
             if let Some(multiplier) = &mut multiplier {
-                multiplier.multiply(panels, &mut out);
+                let behind = panels.end;
+                multiplier.multiply(panels, behind, &mut out);
             }
             if let Some(bias) = self.bias {
                 let (rows, panel) = (self.rows.clone(), &mut out);
@@ -91,8 +97,10 @@ impl Claimed for Pairs<'_, '_> {
                 let up = gate + self.count;
                 let (gates, ups) = self.space.split_at_mut(self.rows.len() * PANEL_ROWS);
                 if let Some(multiplier) = &mut multiplier {
-                    multiplier.multiply(gate..gate + 1, &mut Panel::whole(gates, PANEL_ROWS));
-                    multiplier.multiply(up..up + 1, &mut Panel::whole(ups, PANEL_ROWS));
+                    let out = &mut Panel::whole(gates, PANEL_ROWS);
+                    multiplier.multiply(gate..gate + 1, up, out);
+                    let out = &mut Panel::whole(ups, PANEL_ROWS);
+                    multiplier.multiply(up..up + 1, gate + 1, out);
                 }
                 let both = Both {
                     gates,
@@ -161,11 +169,12 @@ pub(super) struct Visit {
 }
 
 /// The blocks of claimed panels, in order, and with each the block and panel that come next: after the last, the first block of
-/// the panel behind them.
+/// a panel that comes behind them.
 ///
 /// An iterator, since closures are not compiled for the instructions of whom they are handed to.
 pub(super) struct Visits {
     claimed: Range<usize>,
+    behind: usize,
     blocks: usize,
     /// Panels of a group; the last may have fewer.
     group: usize,
@@ -176,10 +185,15 @@ pub(super) struct Visits {
 
 impl Visits {
     #[inline(always)]
-    pub(super) fn of(claimed: Range<usize>, (group, blocks): (usize, usize)) -> Self {
+    pub(super) fn of(
+        claimed: Range<usize>,
+        behind: usize,
+        (group, blocks): (usize, usize),
+    ) -> Self {
         let first = claimed.start;
         Self {
             claimed,
+            behind,
             blocks,
             group,
             first,
@@ -210,7 +224,8 @@ impl Iterator for Visits {
             (block + 1, self.first)
         } else {
             self.first = end;
-            (0, end)
+            let is_last = end == self.claimed.end;
+            (0, if is_last { self.behind } else { end })
         };
         Some((visit, self.next))
     }
@@ -228,7 +243,7 @@ mod tests {
             let start = rng.within(0..9);
             let claimed = start..start + rng.within(0..20);
             let (group, blocks) = (rng.within(1..8), rng.within(1..5));
-            let visits: Vec<_> = Visits::of(claimed.clone(), (group, blocks)).collect();
+            let visits: Vec<_> = Visits::of(claimed.clone(), 77, (group, blocks)).collect();
             for panel in claimed.clone() {
                 let of_panel = visits.iter().filter(|(visit, _)| visit.panel == panel);
                 let found: Vec<_> = of_panel.map(|(visit, _)| visit.block).collect();
@@ -244,7 +259,7 @@ mod tests {
                 .iter()
                 .skip(1)
                 .map(|(visit, _)| (visit.block, visit.panel));
-            let follow = follow.chain([(0, claimed.end)]);
+            let follow = follow.chain([(0, 77)]);
             for ((_, next), expected) in visits.iter().zip(follow) {
                 assert_eq!(*next, expected);
             }

@@ -104,7 +104,7 @@ struct Thread<'a, S> {
 
 impl<S: IntSimd> Multiplier for Thread<'_, S> {
     #[inline(always)]
-    fn multiply(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
+    fn multiply(&mut self, numbers: Range<usize>, _: usize, out: &mut Panel<'_>) {
         for (i, number) in numbers.enumerate() {
             let out = (&mut *out, i * PANEL_ROWS);
             multiply(self.simd, (self.weight, number), self.x, out);

@@ -43,13 +43,14 @@ fn gated<U: TileUnit>(
 
 fn check<U: TileUnit>(unit: U, seed: u64) {
     let mut rng = Rng::new(seed);
+    let mut most_inputs = 0;
     // One block; several; rows with a rest; several parts of the rows, because there are many or activations do not stay in
     // the cache.
     for (rows, inputs, n) in [
         (128, 64, 32),
         (150, 700, 96),
         (570, 90, 64),
-        (300, 2900, 160),
+        (600, 1800, 160),
     ] {
         for code in CODES {
             let cpu = backend(rng.pick(&[1, 3]));
@@ -62,7 +63,9 @@ fn check<U: TileUnit>(unit: U, seed: u64) {
                 "{code:?}: {rows} x {inputs} x 2 * {n}, {activation:?}, bias: {}",
                 bias.is_some()
             );
-            let x = tensor(&cpu, &rng.values(rows * inputs), inputs);
+            let mut x = rng.values(rows * inputs);
+            x[rng.within(0..rows * inputs)] = rng.pick(&[0.0, f32::INFINITY, f32::NAN]);
+            let x = tensor(&cpu, &x, inputs);
             let allocate = |width| cpu.allocate(rows, width, Precision::Compute).unwrap();
             let [mut both, mut expected, mut actual] = [2 * n, n, n].map(allocate);
             match part(&w) {
@@ -70,10 +73,16 @@ fn check<U: TileUnit>(unit: U, seed: u64) {
                 Part::Floats(w) => float8_tiles::linear((&cpu, unit), &x, (w, 0), bias, &mut both),
             }
             cpu.gated_activation(activation, &both, &mut expected);
-            assert!(gated((&cpu, unit), &x, &w, (bias, activation), &mut actual));
+            if !gated((&cpu, unit), &x, &w, (bias, activation), &mut actual) {
+                // Small groups of so many columns do not stay in the cache.
+                assert!(inputs > 1000);
+                continue;
+            }
+            most_inputs = most_inputs.max(inputs);
             assert_eq!(bits(actual.values()), bits(expected.values()));
         }
     }
+    assert!(most_inputs > 1000);
 }
 
 #[test]

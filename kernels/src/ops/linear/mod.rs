@@ -199,16 +199,13 @@ fn narrow(
         });
 }
 
-/// `0..length` in as few parts of at most `most` as there can be, as long as each other as whole `unit`s can be.
+/// `0..length` in as few parts of at most `most` as there can be, of whole `unit`s but for the end, which differ by one unit.
 fn equal_parts(length: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
-    let parts = length.div_ceil(most);
-    let size = length
-        .div_ceil(parts.max(1))
-        .next_multiple_of(unit)
-        .min(most);
-    (0..length)
-        .step_by(size.max(1))
-        .map(move |start| start..(start + size).min(length))
+    let unit = unit.min(most);
+    let units = length.div_ceil(unit);
+    let parts = units.div_ceil(most / unit);
+    let start = move |part: usize| (part * units / parts * unit).min(length);
+    (0..parts).map(move |part| start(part)..start(part + 1))
 }
 
 /// On the GPU: cuBLASLt's product, the bias added where the sums are; for quantised weights what is in `quantized`.

@@ -159,7 +159,7 @@ struct Thread<'a, S, E> {
 
 impl<S: Simd, E: Stored> Multiplier for Thread<'_, S, E> {
     #[inline(always)]
-    fn multiply(&mut self, groups: Range<usize>, panel: &mut Panel<'_>) {
+    fn multiply(&mut self, groups: Range<usize>, _: usize, panel: &mut Panel<'_>) {
         for (i, group) in groups.enumerate() {
             self.round.group(self.simd, (group, i * PANEL_ROWS), panel);
         }

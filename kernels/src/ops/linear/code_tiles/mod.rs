@@ -11,12 +11,12 @@
 //! Where segments are no whole chunks of 64 columns, activations are padded with zeros, and what they meet does not
 //! matter: groups of 32 columns take half a chunk's time for nothing, which is still less than vectors need.
 //!
-//! What stays where with 512 rows. First-level cache, 36 to 48 of 48 KiB: a step's codes, 8 KiB where segments have 128
+//! What stays where with 512 rows. First-level cache, 36 to 44 of 48 KiB: a step's codes, 8 KiB where segments have 128
 //! columns and 16 KiB where they have 512, which all rows meet; two tiles of activations through it, as much, and their
 //! sums, 4 KiB, which come from the second level (the sums go back there) while tiles multiply for 256 or 512 cycles; what
 //! comes out of two steps, 16 or 8 KiB.
-//! Second-level cache, 1.1 of 2 MiB: rows through one block, 576 KiB, which all panels of a group meet; sums, 512 KiB; and
-//! the next block of codes, which is asked for.
+//! Second-level cache, 1.1 of 2 MiB: rows through one block, 544 or 576 KiB, which all panels of a group meet; sums, 512 KiB,
+//! or those of two panels and what they gate, 256 KiB; and the next block of codes, which is asked for.
 //!
 //! Invariant: as said in `codes.rs`, to the bit: products are exact, and what is rounded is so in the same order. Which
 //! of the two multiplies may thus depend on anything.
@@ -25,7 +25,7 @@ mod turn;
 mod vectors;
 
 use super::activations::Factor;
-use super::claims::{Claims, Pairs};
+use super::claims::{Claims, LEAST_GATED_ROWS, Pairs};
 use super::equal_parts;
 use super::tiles::LEAST_ROWS;
 use crate::backend::Activation;
@@ -197,7 +197,7 @@ pub(super) fn gated<U: TileUnit>(
 ) -> bool {
     let most = Shape::of(x.rows(), weight.columns()).most_cached_rows();
     let has_pairs = weight.rows().is_multiple_of(2 * PANEL_ROWS);
-    if x.rows() < LEAST_ROWS || most < LEAST_ROWS || !has_pairs {
+    if x.rows() < LEAST_ROWS || most < LEAST_GATED_ROWS || !has_pairs {
         return false;
     }
     let n = out.width();

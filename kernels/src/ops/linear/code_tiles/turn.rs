@@ -173,10 +173,10 @@ struct Thread<'a, 'm, S, U: TileUnit> {
 
 impl<S: Simd, U: TileUnit> Multiplier for Thread<'_, '_, S, U> {
     #[inline(always)]
-    fn multiply(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
+    fn multiply(&mut self, numbers: Range<usize>, behind: usize, out: &mut Panel<'_>) {
         let shape = self.work.shape;
         if !shape.is_few() {
-            for (at, next) in Visits::of(numbers, (shape.group(), shape.blocks)) {
+            for (at, next) in Visits::of(numbers, behind, (shape.group(), shape.blocks)) {
                 self.many(at, next, out);
             }
         } else if self.work.weight.code() == Code::Int4 {

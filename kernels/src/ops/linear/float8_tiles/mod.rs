@@ -10,7 +10,7 @@
 
 mod turn;
 
-use super::claims::{Claims, Pairs};
+use super::claims::{Claims, LEAST_GATED_ROWS, Pairs};
 use super::equal_parts;
 use super::tiles::{CACHED, CHUNK, LEAST_ROWS, MAX_ROWS, Shape};
 use crate::backend::Activation;
@@ -89,7 +89,7 @@ pub(super) fn gated<U: TileUnit>(
     let of_row = shape(MAX_ROWS, weight.chunks());
     let most = CACHED / (of_row.blocks * of_row.block_chunks);
     let has_pairs = weight.rows().is_multiple_of(2 * PANEL_ROWS);
-    if x.rows() < LEAST_ROWS || most < LEAST_ROWS || !has_pairs {
+    if x.rows() < LEAST_ROWS || most < LEAST_GATED_ROWS || !has_pairs {
         return false;
     }
     let n = out.width();

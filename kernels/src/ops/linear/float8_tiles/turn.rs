@@ -151,9 +151,9 @@ struct Thread<'a, 'm, S, U: TileUnit> {
 
 impl<S: Simd, U: TileUnit> Multiplier for Thread<'_, '_, S, U> {
     #[inline(always)]
-    fn multiply(&mut self, numbers: Range<usize>, out: &mut Panel<'_>) {
+    fn multiply(&mut self, numbers: Range<usize>, behind: usize, out: &mut Panel<'_>) {
         let shape = self.work.shape;
-        for (at, _) in Visits::of(numbers, (panels(shape), shape.blocks)) {
+        for (at, _) in Visits::of(numbers, behind, (panels(shape), shape.blocks)) {
             if shape.is_few() {
                 self.few(at, out);
             } else {

@@ -229,7 +229,8 @@ impl<T: Multiply> Turn<'_, T> {
         let columns = out.columns();
         let claimed = columns.start / PANEL_ROWS..columns.end.div_ceil(PANEL_ROWS);
         let of_panel = self.shape.sums();
-        for (at, next) in Visits::of(claimed, (self.shape.group(TILE_SPACE), self.shape.blocks)) {
+        let (behind, of_group) = (claimed.end, self.shape.group(TILE_SPACE));
+        for (at, next) in Visits::of(claimed, behind, (of_group, self.shape.blocks)) {
             let sums = &mut sums[at.in_group * of_panel..][..of_panel];
             let to = Some(((row, at.column), &mut *out));
             self.block((at.block, at.panel), next, sums, to);
