@@ -424,7 +424,7 @@ pub struct Up {
     #[arg(long, env = "CLUSTER_STEP_TIMEOUT", default_value_t = 300, value_name = "SECONDS",
           value_parser = clap::value_parser!(u32).range(1..), help_heading = SERVER)]
     pub step_timeout: u32,
-    /// How often in a row, without a new token or ten quiet minutes in between, the group of shards may be formed again after a fault.
+    /// How often in a row, without a new token, a scored prompt or ten idle minutes in between, the group of shards may be formed again after a fault.
     #[arg(long, env = "CLUSTER_MAX_RECOVERY_ATTEMPTS", default_value_t = 10, value_name = "N", help_heading = SERVER)]
     pub max_recovery_attempts: u32,
     /// Seconds that shards keep what they loaded when this process is killed, for a `cluster up` with the same

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait before an attempt.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
-/// A group that stood for longer than this was not formed in vain, even if nobody asked it for anything: attempts
-/// before that do not count any more. Shards that fail whenever they are used fail sooner.
+/// A group that stood idle for longer than this was not formed in vain: attempts before that do not count any more. One that
+/// fails in a step is another matter, however seldom it is asked for one.
 const MEMORY: Duration = Duration::from_secs(10 * 60);
 
 /// How often in a row the group had to be formed again without progress in between.
@@ -44,10 +44,10 @@ impl Attempts {
         self.in_a_row = 0;
     }
 
-    /// There is a fault.
-    fn failed(&mut self, now: Instant) {
+    /// There is a fault, of a group that computed nothing if it `is_idle`.
+    fn failed(&mut self, now: Instant, is_idle: bool) {
         let is_old = |mended| now.saturating_duration_since(mended) > MEMORY;
-        if self.mended.is_some_and(is_old) {
+        if is_idle && self.mended.is_some_and(is_old) {
             self.in_a_row = 0;
         }
     }
@@ -81,7 +81,8 @@ impl<G: Group> Engine<G> {
     /// Has the group formed again, and all requests start over from the tokens they have.
     async fn recover(&mut self, mut fault: Fault) -> Result<(), Fault> {
         let begun = now();
-        self.attempts.failed(begun);
+        let is_idle = self.requests.scheduler.steps_under_way() == 0;
+        self.attempts.failed(begun, is_idle);
         self.change(&Readiness::Ready, Readiness::Recovering(fault.to_string()));
         self.metrics.engine.ranks_ready.set(0.0);
         let epoch = loop {
@@ -162,13 +163,16 @@ mod tests {
         let (mut attempts, mut at) = (Attempts::new(2), now());
         for _ in 0..100 {
             at += MEMORY * 2;
-            attempts.failed(at);
+            attempts.failed(at, true);
             assert_eq!(attempts.next(), Some(Duration::ZERO));
             attempts.mended_at(at);
         }
         at += MEMORY;
-        attempts.failed(at);
+        attempts.failed(at, true);
         assert_eq!(attempts.next(), Some(FIRST_PAUSE), "it was not long ago");
-        assert_eq!(attempts.next(), None);
+        attempts.mended_at(at);
+        at += MEMORY * 2;
+        attempts.failed(at, false);
+        assert_eq!(attempts.next(), None, "each time it was used");
     }
 }

@@ -52,11 +52,16 @@ impl Requests {
         self.shutdown.borrow().is_some()
     }
 
-    /// Cancels what no one listens to.
+    /// Cancels what no one listens to. Nothing is kept of it.
     pub(super) fn drop_abandoned(&mut self) {
-        for id in self.streams.take_abandoned(now(), &self.metrics) {
+        let abandoned = self.streams.take_abandoned(now(), &self.metrics);
+        if abandoned.is_empty() {
+            return;
+        }
+        for id in abandoned {
             self.scheduler.cancel(id);
         }
+        self.deliver(now());
     }
 
     /// Takes all that was submitted.
@@ -66,10 +71,10 @@ impl Requests {
         }
     }
 
-    /// Waits for a submission and takes it. Cancel-safe.
+    /// Waits for a submission and takes it. Who has given up makes room for others. Cancel-safe.
     pub(super) async fn take_next(&mut self) {
         match self.submissions.recv().await {
-            Some(submission) => self.take(submission),
+            Some(submission) => self.take_with_others(submission),
             None => std::future::pending().await, // no one is left who could submit
         }
     }
@@ -91,14 +96,17 @@ impl Requests {
             tokio::select! {
                 biased;
                 done = &mut done => return done,
-                Some(submission) = self.submissions.recv() => {
-                    self.drop_abandoned();
-                    self.take(submission);
-                    self.take_all();
-                    self.record_stats();
-                }
+                Some(submission) = self.submissions.recv() => self.take_with_others(submission),
             }
         }
+    }
+
+    /// Takes a submission and all that wait behind it.
+    fn take_with_others(&mut self, submission: Submission) {
+        self.drop_abandoned();
+        self.take(submission);
+        self.take_all();
+        self.record_stats();
     }
 
     fn take(&mut self, submission: Submission) {
