@@ -151,7 +151,8 @@ pub struct RunBatch {
     #[arg(long, default_value_t = 64, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_concurrency: u32,
-    /// Seconds without any answer after which the server is given up.
+    /// Seconds after which a server that takes no request is given up. One that hangs is noticed when a request has
+    /// waited for an hour.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     pub retry_timeout: u32,
     /// Key to present; of several in the variable, the first.

@@ -48,6 +48,8 @@ pub struct GenerateRequest {
     pub cache_salt: u64,
     /// `Some(n)`: score the prompt's tokens, with `n` alternatives.
     pub prompt_logprobs: Option<u32>,
+    /// The parameter that asks for those.
+    pub scored_for: &'static str,
 }
 
 /// What is new in one choice.
@@ -442,7 +444,7 @@ fn check_prompt_scores(served: &Served, request: &GenerateRequest) -> Result<(),
         return Ok(());
     }
     Err(ApiError::parameter(
-        "prompt_logprobs",
+        request.scored_for,
         format!(
             "{tokens} prompt tokens with {alternatives} alternatives each, scored for n = {}, have {scores} \
              log-probabilities; at most {most} are allowed in one request. Ask for fewer alternatives \

@@ -89,6 +89,12 @@ pub enum TemplateError {
          continued; leave out continue_final_message"
     )]
     NotContinuable,
+    /// The last message calls tools: calls stand after its text and close it.
+    #[error(
+        "the last message has tool_calls, so it cannot be continued; leave them out, or \
+         continue_final_message"
+    )]
+    CallsTools,
     /// The template failed or ran past its bounds.
     #[error("the model's chat template cannot render this conversation: {0}")]
     Failed(String),
@@ -161,6 +167,10 @@ impl ChatTemplate {
         else {
             return self.render_with(messages, variables, ending.add_generation_prompt);
         };
+        let calls = last.extra.get("tool_calls").and_then(|it| it.as_array());
+        if calls.is_some_and(|calls| !calls.is_empty()) {
+            return Err(TemplateError::CallsTools);
+        }
         // What is to be continued may stand anywhere else in the text too, and the template may trim it: a word that
         // stands nowhere else marks its end.
         let mark = mark(messages, variables);
@@ -396,6 +406,17 @@ mod tests {
             .render(&[user("Answer: 1"), calls], &Map::new(), ending)
             .unwrap();
         assert_eq!(text, before);
+        let mut calls = assistant("Answer: ");
+        for (value, is_refused) in [
+            (serde_json::json!([{"type": "function"}]), true),
+            (serde_json::json!([]), false),
+            (Json::Null, false),
+        ] {
+            calls.extra.insert("tool_calls".into(), value);
+            let text = template.render(&[user("a"), calls.clone()], &Map::new(), ending);
+            let is_error = matches!(text, Err(TemplateError::CallsTools));
+            assert_eq!(is_error, is_refused, "{text:?}");
+        }
         for source in [
             "{{ messages[0].content }}",
             "{{ messages[1].content | upper }}",

@@ -296,6 +296,11 @@ async fn scores_of_prompts_are_bounded_in_all() {
         (
             "many prompts, echoed",
             json!({"prompt": vec![prompt.clone(); 66], "echo": true, "logprobs": 3, "max_tokens": 0}),
+            "logprobs",
+        ),
+        (
+            "many prompts, echoed, and more alternatives of them",
+            json!({"prompt": vec![prompt.clone(); 66], "echo": true, "logprobs": 3, "prompt_logprobs": 4}),
             "prompt_logprobs",
         ),
     ] {

@@ -207,6 +207,13 @@ async fn request_ids_are_taken_or_made() {
                       "request_id": "mine-8"});
     let answer = server.post("/v1/chat/completions", &chat).await;
     assert_eq!(answer.chunks()[0]["id"], "chatcmpl-mine-8");
+    // An error has it too, once it is known.
+    let wrong = json!({"prompt": "a", "n": 0, "request_id": "mine-9"});
+    let answer = server.post("/v1/completions", &wrong).await;
+    assert_eq!(
+        (answer.status, answer.header("x-request-id")),
+        (400, Some("mine-9"))
+    );
 }
 
 #[tokio::test]

@@ -2,17 +2,17 @@
 //!
 //! Keeps its connection from one request to the next. A refusal that will pass, and a connection that broke,
 //! are tried again; what the server says of the request itself is final, and what it says of all of them (a wrong
-//! key, a model that it has not) ends the batch. Invariant: every try ends by a deadline, and tries end when the
-//! server has been silent for as long as the operator allows.
+//! key, a model that it has not) ends the batch. Invariant: every try ends by a deadline, and no try follows a failed one
+//! when the server has taken nothing for as long as the operator allows.
 
-use super::Batch;
 use super::input::Checked;
+use super::{Batch, refusal};
 use crate::cli::args::{RunBatch, Which};
 use crate::cli::find;
 use crate::clock::{now, since};
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, RETRY_AFTER};
 use hyper::{Request, StatusCode, Uri};
@@ -24,10 +24,12 @@ use tokio::time::{sleep, timeout};
 
 /// Longest time to be connected.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// Longest time from a request to the end of its answer, which may wait in a long queue.
-const ANSWER_LIMIT: Duration = Duration::from_secs(3600);
-/// Longest answer in bytes: every token with many alternatives.
-const MAX_ANSWER_BYTES: usize = 64 << 20;
+/// Requests may wait in a long queue, and answers have every token with many alternatives.
+const LIMITS: Limits = Limits {
+    time: Duration::from_secs(3600),
+    bytes: 64 << 20,
+    failures: 10,
+};
 /// Pause before the first try again; doubled for each further one, up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause, also where the server asks for a longer one.
@@ -37,15 +39,25 @@ const MAX_ABSENCE: Duration = Duration::from_secs(1);
 /// Longest time that a connection is kept without use: servers close idle ones, ours after 5 s, which is also as long as a
 /// pause may be.
 const MAX_IDLE: Duration = Duration::from_secs(2);
-/// How often a request may fail on the server, or take its connection along, before that is its answer: it may
-/// be the request's own fault.
-const MAX_FAILURES: u32 = 10;
+
+/// Bounds of one request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Longest time to the end of its answer.
+    pub(super) time: Duration,
+    /// Longest answer.
+    pub(super) bytes: usize,
+    /// How often it may fail on the server, or take its connection along, before that is its answer: it may be its own
+    /// fault.
+    pub(super) failures: u32,
+}
 
 /// Where requests go.
 #[derive(Debug)]
 pub(super) struct Server {
     place: Place,
     key: Option<String>,
+    pub(super) limits: Limits,
 }
 
 #[derive(Debug)]
@@ -72,14 +84,16 @@ pub(super) struct Answer {
 
 /// Why a try gave nothing.
 enum Miss {
-    /// It was not taken; how long to wait, if the server said so.
-    NotNow(Option<Duration>),
+    /// The server has enough to do; how long to wait, if it said so.
+    Full(Option<Duration>),
+    /// The server takes nothing, as one that starts; how long to wait, if it said so.
+    NotReady(Option<Duration>, anyhow::Error),
     /// It was taken, and failed.
     Failed(Answer),
-    /// It may have been taken; nobody knows.
-    Lost(anyhow::Error),
+    /// It may have been taken; nobody knows. The last that was seen of the server.
+    Lost(Instant, anyhow::Error),
     /// The same on a connection that was kept: it need not be the request's fault.
-    Stale(anyhow::Error),
+    Stale(Instant, anyhow::Error),
     /// Nobody is there.
     Absent(anyhow::Error),
     /// It is no use to ask for anything.
@@ -87,11 +101,15 @@ enum Miss {
 }
 
 impl Answer {
+    /// What the server says is wrong.
+    fn said(&self) -> String {
+        let said = self.body["error"]["message"].as_str();
+        format!("{} ({})", self.status, said.unwrap_or("no reason given"))
+    }
+
     /// What is wrong with the command rather than with the request, if that is what it says.
     fn hopeless(&self) -> Option<Hopeless> {
-        let error = &self.body["error"];
-        let said = error["message"].as_str().unwrap_or("no reason given");
-        let said = format!("{} ({said})", self.status);
+        let (error, said) = (&self.body["error"], self.said());
         Some(Hopeless(match self.status {
             401 => format!("the server does not take the key: {said}; give another --api-key"),
             403 => {
@@ -140,7 +158,11 @@ impl Server {
             Place::Cluster(flags.which.clone())
         };
         let key = flags.api_key.as_ref().map(|key| format!("Bearer {key}"));
-        Ok(Self { place, key })
+        Ok(Self {
+            place,
+            key,
+            limits: LIMITS,
+        })
     }
 
     /// Host and port, and what stands before paths.
@@ -190,46 +212,48 @@ impl Asker {
     ) -> Result<Answer> {
         let (mut pause, mut failures) = (FIRST_PAUSE, 0);
         loop {
-            // How long to wait, and what came instead of an answer.
+            let begun = now();
+            // How long to wait, and since when nothing was taken, and why.
             let (wait, silence) = match self.attempt(request, server).await {
                 Ok(answer) => {
                     batch.heard();
                     return Ok(answer);
                 }
-                Err(Miss::NotNow(asked)) => (asked.unwrap_or(pause).min(MAX_PAUSE), None),
+                Err(Miss::Full(asked)) => (asked.unwrap_or(pause), None),
+                Err(Miss::NotReady(asked, why)) => (asked.unwrap_or(pause), Some((begun, why))),
                 Err(Miss::Failed(answer)) => {
                     failures += 1;
-                    if failures >= MAX_FAILURES {
+                    if failures >= server.limits.failures {
                         batch.heard();
                         return Ok(answer);
                     }
                     (pause, None)
                 }
-                Err(Miss::Lost(error)) => {
+                Err(Miss::Lost(seen, why)) => {
                     failures += 1;
                     ensure!(
-                        failures < MAX_FAILURES,
-                        "a request lost its connection {failures} times: {error:#}"
+                        failures < server.limits.failures,
+                        "a request lost its connection {failures} times: {why:#}"
                     );
-                    (pause, Some(error))
+                    (pause, Some((seen, why)))
                 }
-                Err(Miss::Stale(error)) => (Duration::ZERO, Some(error)),
-                Err(Miss::Absent(error)) => (pause.min(MAX_ABSENCE), Some(error)),
+                Err(Miss::Stale(seen, why)) => (Duration::ZERO, Some((seen, why))),
+                Err(Miss::Absent(why)) => (pause.min(MAX_ABSENCE), Some((begun, why))),
                 Err(Miss::Never(hopeless)) => return Err(hopeless.into()),
             };
             match silence {
                 None => batch.heard(),
-                Some(error) => {
+                Some((begun, why)) => {
                     self.open = None;
-                    if batch.is_silent_too_long() {
-                        return Err(error.context(format!(
-                            "the server has answered nothing for --retry-timeout {} s",
+                    if batch.is_silent_too_long(begun) {
+                        return Err(why.context(format!(
+                            "the server has taken nothing for --retry-timeout {} s",
                             batch.retry_limit.as_secs()
                         )));
                     }
                 }
             }
-            sleep(wait).await;
+            sleep(wait.min(MAX_PAUSE)).await;
             pause = (pause * 2).min(MAX_PAUSE);
         }
     }
@@ -243,19 +267,21 @@ impl Asker {
         };
         let request = server.request(&open.host, prefix, request);
         let request = request.map_err(Miss::Absent)?;
-        let answered = timeout(ANSWER_LIMIT, exchange(&mut open.sender, request)).await;
+        let (limits, begun) = (server.limits, now());
+        let answered = exchange(&mut open.sender, request, limits.bytes);
+        let answered = timeout(limits.time, answered).await;
         let is_kept = open.last_used.is_some();
         match answered {
-            Ok(Err(Miss::Lost(error))) if is_kept => Err(Miss::Stale(error)),
+            Ok(Err(Miss::Lost(seen, error))) if is_kept => Err(Miss::Stale(seen, error)),
             Ok(answered) => {
                 open.last_used = Some(now());
                 self.open = Some(open);
                 answered
             }
-            Err(_) => Err(Miss::Lost(anyhow!(
-                "no answer within {} s",
-                ANSWER_LIMIT.as_secs()
-            ))),
+            Err(_) => {
+                let why = anyhow!("no answer within {} s", limits.time.as_secs());
+                Err(Miss::Lost(begun, why))
+            }
         }
     }
 }
@@ -284,34 +310,54 @@ async fn connect(host: &str) -> Result<Open> {
 async fn exchange(
     sender: &mut SendRequest<Full<Bytes>>,
     request: Request<Full<Bytes>>,
+    most_bytes: usize,
 ) -> Result<Answer, Miss> {
-    let lost = |error: anyhow::Error| Miss::Lost(error.context("the connection broke"));
+    // Whoever hangs up was there until then: a long answer that a restart takes along was no silence.
+    let lost = |error: anyhow::Error| Miss::Lost(now(), error.context("the connection broke"));
     let answer = sender.send_request(request).await;
     let answer = answer.map_err(|error| lost(error.into()))?;
     let (head, body) = answer.into_parts();
     let header = |name: &str| Some(head.headers.get(name)?.to_str().ok()?.to_owned());
-    let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
-    let body = body.map_err(|error| lost(anyhow!("{error}")))?.to_bytes();
+    let id = header("x-request-id");
+    let body = match Limited::new(body, most_bytes).collect().await {
+        Ok(body) => body.to_bytes(),
+        // It would be as long the next time.
+        Err(error) if error.is::<LengthLimitError>() => return Ok(too_long(id, most_bytes)),
+        Err(error) => return Err(lost(anyhow!("{error}"))),
+    };
     let body: Value = serde_json::from_slice(&body)
         .unwrap_or_else(|_| String::from_utf8_lossy(&body).into_owned().into());
-    let id = header("x-request-id").or_else(|| Some(body["id"].as_str()?.to_owned()));
     let answer = Answer {
         status: head.status.as_u16(),
-        id,
+        id: id.or_else(|| Some(body["id"].as_str()?.to_owned())),
         body,
     };
+    let seconds = header(RETRY_AFTER.as_str()).and_then(|text| text.parse().ok());
+    let asked = seconds.map(Duration::from_secs);
     match head.status {
-        // A server that read too slowly, as when it is short of time, has not taken it either.
-        StatusCode::TOO_MANY_REQUESTS
-        | StatusCode::SERVICE_UNAVAILABLE
-        | StatusCode::REQUEST_TIMEOUT => {
-            let seconds = header(RETRY_AFTER.as_str()).and_then(|text| text.parse().ok());
-            Err(Miss::NotNow(seconds.map(Duration::from_secs)))
+        StatusCode::TOO_MANY_REQUESTS => Err(Miss::Full(asked)),
+        StatusCode::SERVICE_UNAVAILABLE if answer.body["error"]["code"] == "queue_full" => {
+            Err(Miss::Full(asked))
         }
+        StatusCode::SERVICE_UNAVAILABLE => Err(Miss::NotReady(asked, anyhow!(answer.said()))),
+        // A server that read too slowly, as when it is short of time, may read it the next time.
+        StatusCode::REQUEST_TIMEOUT => Err(Miss::Failed(answer)),
         status if status.is_server_error() => Err(Miss::Failed(answer)),
         _ => match answer.hopeless() {
             Some(hopeless) => Err(Miss::Never(hopeless)),
             None => Ok(answer),
         },
+    }
+}
+
+fn too_long(id: Option<String>, most_bytes: usize) -> Answer {
+    let why = format!(
+        "The answer is longer than {most_bytes} bytes, which is as much as run-batch reads. Ask for fewer choices \
+         or log-probabilities."
+    );
+    Answer {
+        status: 400,
+        id,
+        body: refusal(&why),
     }
 }

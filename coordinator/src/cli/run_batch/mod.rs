@@ -90,10 +90,17 @@ struct Batch {
     server: Server,
     model: Option<String>,
     retry_limit: Duration,
-    /// Since when the server has said nothing to anyone; `None`: what came of a request last is something it said.
-    silent_since: Mutex<Option<Instant>>,
+    hearing: Mutex<Hearing>,
     answered: AtomicU64,
     refused: AtomicU64,
+}
+
+/// What all workers together have heard of the server.
+struct Hearing {
+    /// When it last took something, or said that it has enough to do.
+    last: Instant,
+    /// Since when it has taken nothing; `None`: no try has failed since it was last heard.
+    silent_since: Option<Instant>,
 }
 
 /// Reads the files, and finds the server once: what is wrong there is the user's to change.
@@ -117,7 +124,10 @@ fn prepare(flags: &RunBatch) -> Result<(Batch, Journal)> {
         next: AtomicUsize::new(0),
         model: flags.model.clone(),
         retry_limit: Duration::from_secs(flags.retry_timeout.into()),
-        silent_since: Mutex::new(None),
+        hearing: Mutex::new(Hearing {
+            last: now(),
+            silent_since: None,
+        }),
         answered: AtomicU64::new(0),
         refused: AtomicU64::new(0),
         input,
@@ -191,19 +201,26 @@ impl Batch {
         ))
     }
 
-    fn silent_since(&self) -> MutexGuard<'_, Option<Instant>> {
-        let lock = self.silent_since.lock();
+    fn hearing(&self) -> MutexGuard<'_, Hearing> {
+        let lock = self.hearing.lock();
         lock.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The server said something, if only that it is full.
+    /// The server took something, or said that it has enough to do.
     fn heard(&self) {
-        *self.silent_since() = None;
+        *self.hearing() = Hearing {
+            last: now(),
+            silent_since: None,
+        };
     }
 
-    /// The server said nothing; whether that has been so for longer than may be.
-    fn is_silent_too_long(&self) -> bool {
-        let begun = *self.silent_since().get_or_insert_with(now);
+    /// A try failed, and the server has said nothing to its worker since then; whether it has taken nothing of
+    /// anyone's for longer than may be.
+    fn is_silent_too_long(&self, alone_since: Instant) -> bool {
+        let mut hearing = self.hearing();
+        let begun = alone_since.max(hearing.last);
+        let begun = hearing.silent_since.map_or(begun, |it| it.min(begun));
+        hearing.silent_since = Some(begun);
         since(begun) > self.retry_limit
     }
 

@@ -1,5 +1,6 @@
 //! What a batch makes of servers that refuse, fall silent or hang up, scripted answer by answer.
 
+use super::ask::Limits;
 use super::*;
 use crate::cli::args::Command;
 use crate::cli::layers;
@@ -101,6 +102,15 @@ fn say(mut stream: &TcpStream, status: u16, head: &str, body: &Value) {
 
 /// Asks a server for two things, one after the other: what came of it, and the lines that were written.
 fn ask(address: SocketAddr, retry_timeout: u32) -> (Result<()>, Vec<Value>) {
+    ask_with(address, retry_timeout, |_| {})
+}
+
+/// [`ask`] with other bounds of a request.
+fn ask_with(
+    address: SocketAddr,
+    retry_timeout: u32,
+    change: impl FnOnce(&mut Limits),
+) -> (Result<()>, Vec<Value>) {
     let dir = TempDir::new().expect("a directory");
     let path = |name: &str| dir.path().join(name).display().to_string();
     let lines = ["a", "b"].map(|id| {
@@ -127,7 +137,8 @@ fn ask(address: SocketAddr, retry_timeout: u32) -> (Result<()>, Vec<Value>) {
     let Command::RunBatch(flags) = flags.command else {
         panic!("not run-batch");
     };
-    let (batch, journal) = prepare(&flags).expect("files");
+    let (mut batch, journal) = prepare(&flags).expect("files");
+    change(&mut batch.server.limits);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -191,6 +202,51 @@ fn what_was_not_taken_in_time_is_asked_again() {
     assert_eq!(statuses(&written), [200, 200]);
 }
 
+/// It may be the request's own fault, and then no restart of the batch would help.
+#[test]
+fn what_is_never_taken_in_time_is_answered_so() {
+    let address = serve(|before, _| if before < 3 { error(408, "") } else { text() });
+    let (ended, written) = ask_with(address, 60, |limits| limits.failures = 3);
+    assert!(ended.is_ok(), "{ended:?}");
+    assert_eq!(statuses(&written), [408, 200]);
+}
+
+#[test]
+fn an_answer_that_is_too_long_is_an_error_of_its_line() {
+    let long = Value::from("x".repeat(1000));
+    let address = serve(move |before, _| {
+        assert!(before < 2, "it is asked once");
+        match before {
+            0 => Reply::Say(200, "x-request-id: mine\r\n", long.clone()),
+            _ => text(),
+        }
+    });
+    let (ended, written) = ask_with(address, 60, |limits| limits.bytes = 1000);
+    assert!(ended.is_ok(), "{ended:?}");
+    assert_eq!(statuses(&written), [400, 200]);
+    assert_eq!(written[0]["response"]["request_id"], "mine");
+    let why = written[0]["error"]["error"]["message"].as_str();
+    assert!(
+        why.is_some_and(|why| why.contains("1000 bytes")),
+        "{written:?}"
+    );
+}
+
+/// A request that hangs counts from when it was sent, not from when it was given up.
+#[test]
+fn a_server_that_hangs_is_silent_from_the_request_on() {
+    let begun = now();
+    let address = serve(|_, _| Reply::HangUp(Duration::from_secs(60)));
+    let limit = Duration::from_millis(1500);
+    let (ended, _) = ask_with(address, 1, |limits| limits.time = limit);
+    let sentence = format!("{:#}", ended.unwrap_err());
+    assert!(
+        sentence.contains("--retry-timeout 1 s: no answer within"),
+        "{sentence}"
+    );
+    assert!(since(begun) < 2 * limit, "it was tried again");
+}
+
 #[test]
 fn silence_counts_from_its_beginning() {
     let longer = Duration::from_millis(1500);
@@ -204,16 +260,29 @@ fn silence_counts_from_its_beginning() {
     assert!(ended.is_ok(), "{ended:?}");
     assert_eq!(statuses(&written), [200, 200]);
     // A server that is full says so, and is not silent.
-    let begun = now();
-    let address = serve(move |_, _| {
-        if since(begun) < longer {
-            error(503, "not_ready")
-        } else {
-            text()
+    let busy = |status, code| {
+        let begun = now();
+        move |_: usize, _: usize| {
+            if since(begun) < longer {
+                error(status, code)
+            } else {
+                text()
+            }
         }
-    });
-    let (ended, _) = ask(address, 1);
-    assert!(ended.is_ok(), "{ended:?}");
+    };
+    for (status, code) in [(429, "queue_full"), (503, "queue_full"), (429, "")] {
+        let (ended, _) = ask(serve(busy(status, code)), 1);
+        assert!(ended.is_ok(), "{status} {code}: {ended:?}");
+    }
+    // One that takes nothing may as well be gone.
+    for code in ["not_ready", "draining", ""] {
+        let (ended, _) = ask(serve(move |_, _| error(503, code)), 1);
+        let sentence = format!("{:#}", ended.unwrap_err());
+        assert!(
+            sentence.contains("--retry-timeout 1 s: 503 (Because.)"),
+            "{sentence}"
+        );
+    }
     let (ended, _) = ask(serve(|_, _| Reply::HangUp(Duration::ZERO)), 1);
     let sentence = ended.unwrap_err().to_string();
     assert!(sentence.contains("--retry-timeout 1 s"), "{sentence}");

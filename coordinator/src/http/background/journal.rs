@@ -15,6 +15,7 @@ use crate::http::auth::Tenant;
 use crate::http::limits::BackgroundLimits;
 use crate::http::openai::Api;
 use anyhow::{Context, Result};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -74,13 +75,24 @@ pub(super) struct Task {
     pub(super) cancelled: CancellationToken,
 }
 
-/// A request to be computed whose file cannot be read; it is to be given an answer that says so.
+/// A request to be computed whose file is lost; it is to be given an answer that says so.
 #[derive(Debug, thiserror::Error)]
-#[error("the request {id} cannot be read: {error}")]
+#[error("the request {id} is lost: {error}")]
 pub(super) struct Unreadable {
     pub(super) id: Uuid,
     pub(super) head: Head,
     error: io::Error,
+}
+
+/// Why no request is begun though some wait.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotBegun {
+    /// It never will be.
+    #[error(transparent)]
+    Lost(#[from] Unreadable),
+    /// Its file cannot be read now; it waits again.
+    #[error("the request {0} cannot be read yet: {1}")]
+    Later(Uuid, io::Error),
 }
 
 /// Why a request is not accepted.
@@ -213,8 +225,8 @@ impl Journal {
     /// The request that has waited longest, which counts as being computed from now on.
     ///
     /// # Errors
-    /// If its file cannot be read.
-    pub(super) fn begin(&mut self) -> Option<Result<Task, Unreadable>> {
+    /// If its file cannot be read, now or ever.
+    pub(super) fn begin(&mut self) -> Option<Result<Task, NotBegun>> {
         loop {
             let id = self.queue.pop_front()?;
             let path = self.path(id, REQUEST);
@@ -237,8 +249,20 @@ impl Journal {
                     cancelled,
                 })
             };
-            let head = entry.head.clone();
-            return Some(read().map_err(|error| Unreadable { id, head, error }));
+            return Some(read().map_err(|error| {
+                if is_lost(&error) {
+                    let head = entry.head.clone();
+                    return Unreadable { id, head, error }.into();
+                }
+                entry.state = State::Queued;
+                if is_shortage(&error) {
+                    self.queue.push_front(id);
+                } else {
+                    // It may be this file alone, which must not stop the others.
+                    self.queue.push_back(id);
+                }
+                NotBegun::Later(id, error)
+            }));
         }
     }
 
@@ -371,6 +395,18 @@ impl Journal {
     fn sync(&self) -> io::Result<()> {
         File::open(&self.dir)?.sync_all()
     }
+}
+
+/// Whether a file that cannot be read is not there or not whole, so that it never will be.
+fn is_lost(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
+    matches!(error.kind(), NotFound | InvalidData | UnexpectedEof)
+}
+
+/// Whether the machine or the process has too little of something to read any file.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    let error = Errno::from_io_error(error);
+    matches!(error, Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
 fn read_head(file: &mut impl BufRead) -> io::Result<Head> {

@@ -26,7 +26,7 @@ use axum::extract::{Extension, Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get};
-use journal::{Head, Journal, Refused, Task, Unreadable};
+use journal::{Head, Journal, NotBegun, Refused, Task, Unreadable};
 use metrics::Counter;
 use serde_json::{Value, json};
 use std::io;
@@ -149,7 +149,12 @@ pub(super) fn start(state: &Arc<ServerState>) {
 async fn next(background: &Background) -> Option<Result<Task, Unreadable>> {
     loop {
         match background.with(Journal::begin).await.ok()? {
-            Some(task) => return Some(task),
+            Some(Ok(task)) => return Some(Ok(task)),
+            Some(Err(NotBegun::Lost(unreadable))) => return Some(Err(unreadable)),
+            Some(Err(later @ NotBegun::Later(..))) => {
+                tracing::warn!("{later}");
+                sleep(PAUSE).await;
+            }
             None => background.arrived.notified().await,
         }
     }

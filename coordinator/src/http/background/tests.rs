@@ -1,6 +1,6 @@
 //! The journal against a model of it, through random crashes.
 
-use super::journal::{Head, Journal, Refused, State};
+use super::journal::{Head, Journal, NotBegun, Refused, State};
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -137,6 +137,49 @@ fn what_was_accepted_first_is_computed_first_also_after_a_crash() {
     };
     order(&mut journal);
     order(&mut Journal::open(dir.path(), LIMITS).unwrap());
+}
+
+#[test]
+fn only_a_request_that_is_not_there_or_not_whole_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = Journal::open(dir.path(), LIMITS).unwrap();
+    let ids: Vec<_> = (0..4).map(|_| Uuid::new_v4()).collect();
+    for id in &ids {
+        journal.accept(*id, head(1, 0), b"{}").unwrap();
+    }
+    let file = |n: usize| dir.path().join(format!("{}.request", ids[n].simple()));
+    fs::remove_file(file(0)).unwrap();
+    fs::write(file(1), "{").unwrap();
+    for id in &ids[..2] {
+        let Some(Err(NotBegun::Lost(lost))) = journal.begin() else {
+            panic!("{id} is there");
+        };
+        assert_eq!(lost.id, *id);
+    }
+    // The disk does not answer for the third.
+    let aside = dir.path().join("aside");
+    fs::rename(file(2), &aside).unwrap();
+    fs::create_dir(file(2)).unwrap();
+    let later = journal.begin().unwrap().unwrap_err();
+    assert!(
+        matches!(&later, NotBegun::Later(id, _) if *id == ids[2]),
+        "{later}"
+    );
+    let (_, state) = journal.find(ids[2], whose(&head(1, 0))).unwrap();
+    assert!(matches!(state, State::Queued), "{state:?}");
+    assert_eq!(
+        journal.begin().unwrap().unwrap().id,
+        ids[3],
+        "it stops no other"
+    );
+    fs::remove_dir(file(2)).unwrap();
+    fs::rename(&aside, file(2)).unwrap();
+    assert_eq!(journal.begin().unwrap().unwrap().id, ids[2]);
+    assert!(journal.begin().is_none());
+    for (code, is_shortage) in [(23, true), (24, true), (12, true), (5, false), (2, false)] {
+        let error = io::Error::from_raw_os_error(code);
+        assert_eq!(journal::is_shortage(&error), is_shortage, "{error}");
+    }
 }
 
 #[test]

@@ -11,9 +11,10 @@ use crate::http::generate::{GenerateRequest, Generation};
 use crate::http::served::Served;
 use crate::http::sse::{self, Dialect};
 use crate::http::{REQUEST_ID, RequestId, ServerState, background, body};
+use axum::body::Bytes;
 use axum::extract::{Extension, Request, State};
 use axum::http::HeaderValue;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
 
 /// What writes the answers of one API.
@@ -72,21 +73,35 @@ pub(super) async fn handle<W: Writer>(
     // As in `vllm`, a name in the request's head goes before one in its body.
     let named = named.filter(|_| !id.is_given);
     head.call.id = named.clone().unwrap_or(head.call.id);
-    let (request, writer) = W::read(&head, &bytes).await?;
-    if head.params.is_background() {
-        let seed = request.sampling.seed;
-        return background::accept(&state, head.served, (W::API, tenant), (seed, bytes)).await;
-    }
-    drop(bytes);
-    let generation = Generation::start(head.served, request).await?;
-    let mut response = match head.streaming {
-        None => writer.whole(generation).await?,
-        Some(_) => sse::respond(generation, writer, head.served.limits.keep_alive_interval),
-    };
+    let answered = respond::<W>(&state, head, tenant, bytes).await;
+    let mut response = answered.into_response();
     if let Some(Ok(name)) = named.map(HeaderValue::try_from) {
         response.headers_mut().insert(REQUEST_ID, name);
     }
     Ok(response)
+}
+
+async fn respond<W: Writer>(
+    state: &ServerState,
+    head: Head<'_>,
+    tenant: Tenant,
+    bytes: Bytes,
+) -> Result<Response, ApiError> {
+    let (request, writer) = W::read(&head, &bytes).await?;
+    if head.params.is_background() {
+        let seed = request.sampling.seed;
+        return background::accept(state, head.served, (W::API, tenant), (seed, bytes)).await;
+    }
+    drop(bytes);
+    let generation = Generation::start(head.served, request).await?;
+    match head.streaming {
+        None => writer.whole(generation).await,
+        Some(_) => Ok(sse::respond(
+            generation,
+            writer,
+            head.served.limits.keep_alive_interval,
+        )),
+    }
 }
 
 /// The whole answer to a body, as [`super::answer`].

@@ -191,23 +191,25 @@ impl Params {
     ) -> Result<GenerateRequest, ApiError> {
         let n = self.choices()?;
         let least = i64::from(!extra.echo);
-        let mut asked = None;
+        let (mut asked, mut asked_by) = (None, "max_tokens");
         for (name, given) in [
             ("max_tokens", self.max_tokens),
             ("max_completion_tokens", self.max_completion_tokens),
         ] {
             if let Some(Whole(given)) = given {
                 let given = whole(name, given, least..=i64::from(u32::MAX))?;
-                asked = Some(u32::try_from(given).unwrap_or(u32::MAX));
+                (asked, asked_by) = (Some(u32::try_from(given).unwrap_or(u32::MAX)), name);
             }
         }
         let max_tokens = most_tokens(served, asked, &extra);
         let shown = self.prompt_logprobs(served)?;
-        let prompt_logprobs = match (extra.echo, extra.logprobs, max_tokens) {
-            (true, Some(count), _) => Some(count.max(shown.unwrap_or(0))),
+        let (prompt_logprobs, scored_for) = match (extra.echo, extra.logprobs, max_tokens) {
+            (true, Some(count), _) if shown.is_none_or(|shown| shown < count) => {
+                (Some(count), "logprobs")
+            }
             // Only scoring makes a request of no new tokens one that can be scheduled.
-            (_, _, Some(0)) => Some(shown.unwrap_or(0)),
-            _ => shown,
+            (_, _, Some(0)) if shown.is_none() => (Some(0), asked_by),
+            _ => (shown, "prompt_logprobs"),
         };
         let stop_token_ids = list("stop_token_ids", self.stop_token_ids.as_ref(), served)?;
         let min_tokens = self.min_tokens.map_or(0, |it| it.0);
@@ -232,6 +234,7 @@ impl Params {
             priority: self.priority(served)?,
             cache_salt: tenant.cache_salt(self.cache_salt.as_deref()),
             prompt_logprobs,
+            scored_for,
         })
     }
 
