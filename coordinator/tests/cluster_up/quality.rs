@@ -210,7 +210,8 @@ fn quality_is_what_the_table_says() {
             format.name
         );
     }
-    // Fewer bits leave a larger trace, or nothing was quantised.
+    // Half the bits leave a larger trace, and without any nothing was quantised. (Which of the formats of 8 bits leaves more
+    // depends on how activations are rounded.)
     let [_, int8, fp8, int4, _] = [0, 1, 2, 3, 4].map(|format: usize| found[format].2);
-    assert!(0.0 < int8 && int8 < fp8 && fp8 < int4, "{table}");
+    assert!(0.0 < int8.min(fp8) && int8.max(fp8) < int4, "{table}");
 }
