@@ -7,12 +7,12 @@
 
 use super::round::AddBias;
 use crate::backend::Activation;
-use crate::cpu::CpuWeight;
 use crate::cpu::element::{Stored, by_element};
 use crate::cpu::matrix::Panel;
 use crate::cpu::packed::PANEL_ROWS;
 use crate::cpu::simd::{Kernel, Simd};
 use crate::cpu::threads::Panels;
+use crate::cpu::{CpuBackend, CpuTensor, CpuWeight};
 use crate::ops::gated_activation::{gelu_gated, silu_gated};
 use std::ops::Range;
 
@@ -117,6 +117,31 @@ impl Claimed for Pairs<'_, '_> {
             }
         }
     }
+}
+
+/// Divides what comes of gates and what they gate, `out: [rows, n]`, of which `part` are multiplied now, among threads: `multiply`
+/// gets what each of them claims some of. One panel of the weight costs `cost`.
+pub(super) fn claim_pairs(
+    cpu: &CpuBackend,
+    (part, cost): (Range<usize>, usize),
+    (bias, activation): (Option<&CpuWeight>, Activation),
+    out: &mut CpuTensor,
+    multiply: impl Fn(Pairs<'_, '_>) + Sync,
+) {
+    let n = out.width();
+    let (values, panel) = (out.values_mut(), (PANEL_ROWS, 2 * cost));
+    cpu.threads.panels((values, n), 0..n, panel, |panels| {
+        let mut space = cpu.scratch.of_thread(panels.thread());
+        let space = space.as_flattened_mut();
+        multiply(Pairs {
+            panels,
+            rows: part.clone(),
+            bias,
+            activation,
+            count: n / PANEL_ROWS,
+            space: &mut space[..2 * part.len() * PANEL_ROWS],
+        });
+    });
 }
 
 /// What two panels gave. `[rows][32]`

@@ -25,7 +25,7 @@ mod turn;
 mod vectors;
 
 use super::activations::Factor;
-use super::claims::{Claims, LEAST_GATED_ROWS, Pairs};
+use super::claims::{Claims, LEAST_GATED_ROWS, claim_pairs};
 use super::equal_parts;
 use super::tiles::LEAST_ROWS;
 use crate::backend::Activation;
@@ -192,7 +192,7 @@ pub(super) fn gated<U: TileUnit>(
     (cpu, unit): (&CpuBackend, U),
     x: &CpuTensor,
     weight: &Codes,
-    (bias, activation): (Option<&CpuWeight>, Activation),
+    epilogue: (Option<&CpuWeight>, Activation),
     out: &mut CpuTensor,
 ) -> bool {
     let most = Shape::of(x.rows(), weight.columns()).most_cached_rows();
@@ -200,20 +200,8 @@ pub(super) fn gated<U: TileUnit>(
     if x.rows() < LEAST_ROWS || most < LEAST_GATED_ROWS || !has_pairs {
         return false;
     }
-    let n = out.width();
     in_parts((cpu, unit), x, weight, most, |work, part, cost| {
-        let (values, panel) = (out.values_mut(), (PANEL_ROWS, 2 * cost));
-        cpu.threads.panels((values, n), 0..n, panel, |panels| {
-            let mut space = cpu.scratch.of_thread(panels.thread());
-            let space = space.as_flattened_mut();
-            let claims = Pairs {
-                panels,
-                rows: part.clone(),
-                bias,
-                activation,
-                count: n / PANEL_ROWS,
-                space: &mut space[..2 * part.len() * PANEL_ROWS],
-            };
+        claim_pairs(cpu, (part, cost), epilogue, out, |claims| {
             work.claim(cpu, claims);
         });
     });

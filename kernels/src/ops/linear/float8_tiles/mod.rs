@@ -10,7 +10,7 @@
 
 mod turn;
 
-use super::claims::{Claims, LEAST_GATED_ROWS, Pairs};
+use super::claims::{Claims, LEAST_GATED_ROWS, claim_pairs};
 use super::equal_parts;
 use super::tiles::{CACHED, CHUNK, LEAST_ROWS, MAX_ROWS, Shape};
 use crate::backend::Activation;
@@ -83,7 +83,7 @@ pub(super) fn gated<U: TileUnit>(
     (cpu, unit): (&CpuBackend, U),
     x: &CpuTensor,
     weight: &Packed,
-    (bias, activation): (Option<&CpuWeight>, Activation),
+    epilogue: (Option<&CpuWeight>, Activation),
     out: &mut CpuTensor,
 ) -> bool {
     let of_row = shape(MAX_ROWS, weight.chunks());
@@ -92,20 +92,8 @@ pub(super) fn gated<U: TileUnit>(
     if x.rows() < LEAST_ROWS || most < LEAST_GATED_ROWS || !has_pairs {
         return false;
     }
-    let n = out.width();
     in_parts((cpu, unit), x, weight, most, |work, part, cost| {
-        let (values, panel) = (out.values_mut(), (PANEL_ROWS, 2 * cost));
-        cpu.threads.panels((values, n), 0..n, panel, |panels| {
-            let mut space = cpu.scratch.of_thread(panels.thread());
-            let space = space.as_flattened_mut();
-            let claims = Pairs {
-                panels,
-                rows: part.clone(),
-                bias,
-                activation,
-                count: n / PANEL_ROWS,
-                space: &mut space[..2 * part.len() * PANEL_ROWS],
-            };
+        claim_pairs(cpu, (part, cost), epilogue, out, |claims| {
             work.claim(cpu, claims);
         });
     });
